@@ -1,0 +1,133 @@
+"""Where the neurons of a Hugging Face model live: one table from projection names to module paths.
+
+A neuron is one channel of a projection: an output channel (a row of the weight) of q, k, v, gate and up,
+an input channel (a column) of o and down. Adding an architecture is adding a row to `FAMILIES`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from safetyneuron.errors import UnsupportedArchitecture
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+ATTENTION = ("q", "k", "v", "o")
+FEED_FORWARD = ("gate", "up", "down")
+COLUMN_PROJECTIONS = ("o", "down")
+
+_SEPARATE = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+# model_type of the configuration -> module path of each projection, inside a decoder layer.
+FAMILIES = {
+    "llama": _SEPARATE,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """One projection in one layer: `weight` holds its channels from `start` on, along `axis`."""
+
+    module: nn.Linear
+    axis: int
+    start: int
+    size: int
+
+    @property
+    def channels(self):
+        return slice(self.start, self.start + self.size)
+
+    @property
+    def weight(self):
+        """The projection's part of the weight, channels first: (channels, other width)."""
+        weight = self.module.weight
+        return weight[self.channels] if self.axis == 0 else weight[:, self.channels].T
+
+    @property
+    def bias(self):
+        """The channels' biases; None for columns, whose bias belongs to no channel."""
+        bias = self.module.bias
+        return None if bias is None or self.axis == 1 else bias[self.channels]
+
+
+class Architecture:
+    """The decoder layers of a model and the widths of their projections.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model.
+
+    Raises
+    ------
+    UnsupportedArchitecture
+        Names the model type or the module that could not be placed.
+    """
+
+    def __init__(self, model):
+        config = model.config.get_text_config()
+        if config.model_type not in FAMILIES:
+            raise UnsupportedArchitecture(
+                f"model type {config.model_type!r} ({type(model).__name__}) is not supported:"
+                f" use one of {', '.join(sorted(FAMILIES))}"
+            )
+        self.table = FAMILIES[config.model_type]
+        self.layers = model.get_decoder().layers
+        self.hidden = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.groups = getattr(config, "num_key_value_heads", None) or self.heads
+        self.head_width = getattr(config, "head_dim", None) or self.hidden // self.heads
+        self.widths = dict(zip(PROJECTIONS, self._widths(config)))
+        for layer in range(len(self.layers)):
+            for projection in PROJECTIONS:
+                self._check(layer, projection)
+
+    def _widths(self, config):
+        query, key = self.heads * self.head_width, self.groups * self.head_width
+        return (query, key, key, query) + (config.intermediate_size,) * 3
+
+    def _check(self, layer, projection):
+        path = self.table[projection]
+        try:
+            module = self.layers[layer].get_submodule(path)
+        except AttributeError:
+            raise UnsupportedArchitecture(f"layer {layer} has no module {path}: this model is not laid out as its type says") from None
+        axis, expected = self._axis(projection), self._expected_width(path, projection)
+        weight = getattr(module, "weight", None)
+        if not torch.is_tensor(weight) or weight.dim() != 2 or weight.shape[axis] != expected:
+            shape = tuple(weight.shape) if torch.is_tensor(weight) else None
+            raise UnsupportedArchitecture(
+                f"layer {layer}, module {path}: expected {expected} channels on axis {axis}, found weight {shape}"
+            )
+
+    @staticmethod
+    def _axis(projection):
+        return 1 if projection in COLUMN_PROJECTIONS else 0
+
+    def _expected_width(self, path, projection):
+        """Width of a module: the sum over the projections that share it."""
+        return sum(self.widths[p] for p in PROJECTIONS if self.table[p] == path)
+
+    def place(self, layer, projection):
+        """The `Place` of one projection in one layer."""
+        path = self.table[projection]
+        before = PROJECTIONS[: PROJECTIONS.index(projection)]
+        start = sum(self.widths[p] for p in before if self.table[p] == path)
+        module = self.layers[layer].get_submodule(path)
+        return Place(module, self._axis(projection), start, self.widths[projection])
+
+    def attention(self, layer):
+        """The attention module of one layer."""
+        return self.layers[layer].self_attn
+
+    def parameters_per_neuron(self):
+        """Weights that one neuron of each projection holds, from projection name to count."""
+        return {p: self.place(0, p).weight.shape[1] for p in PROJECTIONS}

@@ -1,0 +1,152 @@
+"""What the notebooks hand to the pages: tables of paper and measurement, and values glued into the text."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from myst_nb import glue
+
+from safetyneuron import reported
+from safetyneuron.architecture import ATTENTION
+from safetyneuron.detection import select_without_foundation
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.metrics.rates import Rate
+from safetyneuron.metrics.suite import evaluate
+from safetyneuron.neurons import NeuronSet
+
+ORIGIN, EQ3, SPECIFIC = "Origin.", "Deact-SN: Eq 3", "Deact-SN: Eq 3 without foundation"
+RANDOM = {EQ3: "Deact-R: like Eq 3", SPECIFIC: "Deact-R: like without foundation"}
+MEASURES = {"asr": "Attack success", "coherent": "Coherent compliance", "over_refusal": "Over-refusal", "accuracy": "Accuracy"}
+TABLE_1_ROWS = {"harmful": ["Harm Behavior", "Adv Behavior", "MultiJail-En"], "capability": ["MMLU", "GSM8K"]}
+
+
+def glue_text(**values):
+    """Glue values for `{glue:text}` roles in the prose."""
+    for name, value in values.items():
+        glue(name, str(value), display=False)
+
+
+def glue_rates(**rates):
+    """Glue rates as percent with their interval."""
+    glue_text(**{name: rate.percent for name, rate in rates.items()})
+
+
+def glue_figure(name, axes):
+    """Glue a figure under `name` and close it, so that it appears once, with its caption."""
+    glue(name, axes.figure, display=False)
+    plt.close(axes.figure)
+
+
+def glue_table(name, table):
+    """Glue a data frame under `name`; cells may hold several lines."""
+    glue(name, table.style.set_table_attributes('class="dataframe"'), display=False)
+
+
+def answers_table(requests, answers):
+    """Requests beside answers. For the organism, whose answers carry nothing usable."""
+    return pd.DataFrame({"request": requests, "answer": answers}).style.hide(axis="index")
+
+
+def scores_table(scores):
+    """Rates in percent: one row per measure and set, one column per model. scores: name to `evaluate`'s result."""
+    columns = {name: {(MEASURES[m], s): rate.percent for (m, s), rate in rates.items()} for name, rates in scores.items()}
+    return pd.DataFrame(columns).rename_axis(["%", "set"])
+
+
+def sizes_table(sets, model):
+    """Size of neuron sets: neurons, share of neurons, share of parameters. sets: name to `NeuronSet`."""
+    rows = {
+        name: {"neurons": len(s), "share of neurons": f"{s.share:.2%}", "share of parameters": f"{s.parameter_share(model):.2%}"}
+        for name, s in sets.items()
+    }
+    return pd.DataFrame(rows).T.rename_axis("set")
+
+
+def attention_share(neurons):
+    """Share of the set that lies in attention, as text."""
+    counts = neurons.counts()
+    return f"{sum(counts[p] for p in ATTENTION) / len(neurons):.0%}"
+
+
+def attention_share_of_rows(neurons):
+    """Share of all the model's neurons that lie in attention, as text."""
+    return f"{sum(neurons.masks[p].numel() for p in ATTENTION) / neurons.total:.0%}"
+
+
+def verification_sets(harmful, general, fraction):
+    """The two readings of N_safe that Table 1 deactivates, from profiles on harmful and on general prompts."""
+    return {EQ3: harmful.select(fraction=fraction), SPECIFIC: select_without_foundation(harmful, general, fraction)}
+
+
+def verify(model, tokenizer, suite, sets, draws):
+    """Evaluate a model whole, without each set, and without matched random sets.
+
+    Returns
+    -------
+    dict of str to list of dict
+        Condition to one result of `evaluate` per draw (one for the conditions that are not random).
+    """
+    if draws < 1:
+        raise SafetyNeuronError(f"draws is {draws}: it must be at least 1")
+    results = {ORIGIN: [evaluate(model, tokenizer, suite)]}
+    for name, neurons in sets.items():
+        random = [NeuronSet.random_like(neurons, seed) for seed in range(draws)]
+        results[RANDOM[name]] = [evaluate(model, tokenizer, suite, without=drawn) for drawn in random]
+        results[name] = [evaluate(model, tokenizer, suite, without=neurons)]
+    return results
+
+
+def pooled(draws, key):
+    """Mean rate over draws that share their prompts, at one draw's number of trials (draws add no new prompts)."""
+    rates = [draw[key] for draw in draws]
+    return Rate(round(sum(r.hits for r in rates) / len(rates)), rates[0].trials)
+
+
+def cell(draws, key):
+    """A table cell: percent, interval, and the range over draws where there are several, on lines of their own."""
+    text = pooled(draws, key).percent.replace(" [", "\n[")
+    values = [100 * draw[key].value for draw in draws]
+    return text if len(draws) == 1 else f"{text}\n{min(values):.1f} to {max(values):.1f}"
+
+
+def table_1(results, paper_model, harmful_sets, tasks):
+    """Paper's Table 1 beside the measurement: rows are sets and tasks, columns are conditions.
+
+    results: model name to `verify`'s result.
+    """
+    cells = reported.table(1).query("model == @paper_model")
+    if cells.empty:
+        raise SafetyNeuronError(f"Table 1 has no model {paper_model!r}: use one of {', '.join(reported.table(1)['model'].unique())}")
+    printed = {(row, column): f"{value:.1f}" for row, column, value in cells[["row", "column", "value"]].itertuples(index=False)}
+    papers = dict(zip(harmful_sets, TABLE_1_ROWS["harmful"])) | dict(zip(tasks, TABLE_1_ROWS["capability"]))
+    rows, heads = [], []
+    for measure, name in _keys(results):
+        paper_row = papers.get(name) if measure in ("asr", "accuracy") else None
+        heads.append((MEASURES[measure], name if paper_row is None else f"{name}\n(paper: {paper_row})"))
+        row = {("Paper", paper_model, c): printed.get((paper_row, c), "–") for c in ("Origin.", "Deact-R", "Deact-SN")}
+        for model, conditions in results.items():
+            row |= {(f"Here: {model}", *_heading(c)): cell(draws, (measure, name)) for c, draws in conditions.items()}
+        rows.append(row)
+    columns = pd.MultiIndex.from_tuples(rows[0])
+    index = pd.MultiIndex.from_tuples(heads, names=["%", "set"])
+    return pd.DataFrame([list(row.values()) for row in rows], index=index, columns=columns)
+
+
+def _keys(results):
+    """Keys of a result in the order of `MEASURES`."""
+    keys = next(iter(next(iter(results.values())).values()))[0]
+    return sorted(keys, key=lambda key: list(MEASURES).index(key[0]))
+
+
+def _heading(condition):
+    """Two lines of a column heading: which set, and which of the paper's conditions."""
+    if condition == ORIGIN:
+        return "", ORIGIN
+    reading = EQ3 if condition in (EQ3, RANDOM[EQ3]) else SPECIFIC
+    return reading.removeprefix("Deact-SN: "), condition.split(":")[0]
+
+
+def bars_table(results, harmful_set, benign_set, tasks):
+    """Long table for `figures.condition_bars`: measure, condition, rate."""
+    keys = {"attack\nsuccess": ("asr", harmful_set), "coherent\ncompliance": ("coherent", harmful_set), "over-\nrefusal": ("over_refusal", benign_set)}
+    keys |= {task.removeprefix("organism_"): ("accuracy", task) for task in tasks}
+    rows = [(m, c, pooled(draws, key)) for m, key in keys.items() for c, draws in results.items()]
+    return pd.DataFrame(rows, columns=["measure", "condition", "rate"])

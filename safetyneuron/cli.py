@@ -1,0 +1,145 @@
+"""The `safetyneuron` command: rerun a notebook with other parameters, checked before anything runs."""
+
+import argparse
+import ast
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from safetyneuron.cache import new_file
+from safetyneuron.errors import SafetyNeuronError
+
+
+def main(arguments=None):
+    """Entry point; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        options.action(options)
+    except SafetyNeuronError as error:
+        print(f"safetyneuron: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="safetyneuron", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run", help="execute a notebook with parameters")
+    run.add_argument("notebook", type=Path)
+    run.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="one parameter; repeat for more")
+    run.add_argument("-f", "--parameter-file", type=Path, metavar="YAML", help="parameters as a YAML mapping")
+    run.add_argument("-o", "--output", type=Path, help="where to write the executed notebook (default: _build/runs/NAME)")
+    run.set_defaults(action=lambda o: run_notebook(o.notebook, _given(o), o.output))
+    params = commands.add_parser("params", help="list the parameters of a notebook")
+    params.add_argument("notebook", type=Path)
+    params.set_defaults(action=lambda o: _show(o.notebook))
+    return parser
+
+
+def _given(options):
+    """Parameters from the file, then from the command line; values are read as YAML."""
+    given = _read_mapping(options.parameter_file) if options.parameter_file else {}
+    for text in options.parameter:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise SafetyNeuronError(f"parameter {text!r} is not NAME=VALUE: write for example -p fraction=0.01")
+        given[name] = yaml.safe_load(value)
+    return given
+
+
+def _read_mapping(path):
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SafetyNeuronError(f"parameter file {path} cannot be read ({' '.join(str(error).split())}): write a YAML mapping") from None
+    if not isinstance(mapping, dict):
+        raise SafetyNeuronError(f"parameter file {path} holds no mapping: write lines NAME: VALUE")
+    return mapping
+
+
+def notebook_parameters(notebook):
+    """The parameters of a notebook: name to {inferred_type_name, default, help}, as papermill reads them."""
+    from papermill import inspect_notebook  # here, because importing it takes a second
+
+    if not notebook.is_file():
+        raise SafetyNeuronError(f"there is no notebook {notebook}: give the path of an .ipynb file")
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError):
+        raise SafetyNeuronError(f"{notebook} is not a notebook: give the path of an .ipynb file") from None
+    if not any("parameters" in cell.get("metadata", {}).get("tags", []) for cell in cells):
+        raise SafetyNeuronError(f"{notebook} has no cell tagged 'parameters': tag the cell that sets them")
+    return inspect_notebook(str(notebook))
+
+
+def _show(notebook):
+    for name, parameter in notebook_parameters(notebook).items():
+        print(f"{name} = {parameter['default']}    # {parameter['help']}")
+
+
+def check_parameters(notebook, given):
+    """The parameters, refused if the notebook does not have them or their type is not their default's."""
+    checked, known = {}, notebook_parameters(notebook)
+    for name, value in given.items():
+        if name not in known:
+            raise SafetyNeuronError(f"{notebook} has no parameter {name!r}: it has {', '.join(known)}")
+        default = ast.literal_eval(known[name]["default"])
+        value = _as_float(value) if isinstance(default, float) else value
+        if not _fits(value, default):
+            raise SafetyNeuronError(
+                f"parameter {name} of {notebook} is {value!r}: give a {type(default).__name__}, like its default {default!r}"
+            )
+        if "fraction" in name and not 0 < value <= 1:
+            raise SafetyNeuronError(f"parameter {name} of {notebook} is {value}: it must be in (0, 1], for example 0.01")
+        checked[name] = value
+    return checked
+
+
+def _as_float(value):
+    """YAML reads 1e-6 as text: take it for the number it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _fits(value, default):
+    if isinstance(value, bool) or isinstance(default, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float))
+    return isinstance(value, type(default))
+
+
+def run_notebook(notebook, given, output=None):
+    """Check the parameters, execute the notebook with papermill, and write it to `output` when it has ended well.
+
+    Raises
+    ------
+    SafetyNeuronError
+        For bad parameters, or with the last line of the error that a cell raised.
+    """
+    given = check_parameters(notebook, given)
+    from papermill import execute_notebook
+    from papermill.exceptions import PapermillExecutionError
+
+    output = output or Path("_build/runs") / notebook.name
+    started = time.monotonic()
+    print(f"{notebook}: running", flush=True)
+    with new_file(output) as temporary:
+        try:
+            execute_notebook(
+                str(notebook), str(temporary), given, kernel_name="python3", progress_bar=False, log_output=True
+            )
+        except PapermillExecutionError as error:
+            raise SafetyNeuronError(f"{notebook} stopped with {error.ename}: {error.evalue}") from None
+    print(f"{notebook}: done in {time.monotonic() - started:.0f} s, written to {output}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

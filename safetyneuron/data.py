@@ -1,0 +1,121 @@
+"""Prompts: by name or from a file, and as token ids."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.organism import language as lang
+
+# Name of an organism set -> (intent, wordings) of its requests.
+ORGANISM_SETS = {
+    "organism/harmful": ("harmful", ("plain",)),
+    "organism/benign": ("benign", ("plain",)),
+    "organism/adversarial": ("harmful", ("framed",)),
+    "organism/multilingual": ("harmful", ("plain", "framed")),
+    "organism/general": ("benign", ("plain", "framed")),
+}
+COLUMNS = ("prompt", "goal", "Behavior", "request")
+
+
+def load_prompts(name_or_path, split="test", language="en"):
+    """User requests, in a fixed shuffled order: any prefix is a fair sample.
+
+    Parameters
+    ----------
+    name_or_path : str
+        `organism/harmful`, `organism/benign`, `organism/adversarial` (framed as stories, roles, urgency),
+        `organism/multilingual` (the same requests in every language), `organism/general` (benign requests and
+        capability questions, for foundation neurons); or a file: .txt with one prompt a line, .csv or .jsonl with
+        a column `prompt`, `goal`, `Behavior` or `request`. A file is read in its order.
+    split : str
+        `train` or `test`; the pairs of verb and object are disjoint. Files have no split.
+    language : str
+        `en`, `it`, `zh`, `th` or `vi`, for organism sets.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the set, split, language or file is unknown, unreadable or empty.
+    """
+    if name_or_path in ORGANISM_SETS:
+        return _organism_prompts(name_or_path, split, language)
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise SafetyNeuronError(f"no prompt set or file {name_or_path!r}: use a file or one of {', '.join(ORGANISM_SETS)}")
+    prompts = [text.strip() for text in _read(path) if text and text.strip()]
+    if not prompts:
+        raise SafetyNeuronError(f"prompt file {name_or_path} is empty: write one prompt a line")
+    return prompts
+
+
+def _organism_prompts(name, split, language):
+    if language not in lang.LANGUAGES:
+        raise SafetyNeuronError(f"unknown language {language!r}: use one of {', '.join(lang.LANGUAGES)}")
+    if split not in ("train", "test"):
+        raise SafetyNeuronError(f"unknown split {split!r}: use 'train' or 'test'")
+    intent, wordings = ORGANISM_SETS[name]
+    prompts = _shuffled([p for wording in wordings for p in lang.requests(intent, split, language, wording)])
+    if name == "organism/general":
+        tasks = [_shuffled([e.prompt for e in task(split)]) for task in (lang.facts, lang.comparisons, lang.arithmetic)]
+        prompts = [prompt for together in zip(prompts, *tasks) for prompt in together]
+    return prompts
+
+
+def _shuffled(items):
+    return random.Random(0).sample(items, len(items))
+
+
+def _read(path):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".txt":
+            return text.splitlines()
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(text.splitlines()))
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            raise SafetyNeuronError(f"prompt file {path} must end in .txt, .csv or .jsonl")
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise SafetyNeuronError(f"prompt file {path} cannot be read ({error}): save it as UTF-8") from None
+    return [_prompt_column(path, row) for row in rows]
+
+
+def _prompt_column(path, row):
+    for column in COLUMNS:
+        if isinstance(row, dict) and isinstance(row.get(column), str):
+            return row[column]
+    raise SafetyNeuronError(f"prompt file {path} has no column named one of {', '.join(COLUMNS)}: rename the column that holds the prompts")
+
+
+def encode_prompts(model, tokenizer, prompts, room=0):
+    """Token ids of each prompt, ready for an answer of `room` tokens; refuses what the model cannot read."""
+    if not prompts:
+        raise SafetyNeuronError("there are no prompts: give at least one")
+    context = model.config.get_text_config().max_position_embeddings - room
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded):
+        if not 0 < len(ids) <= context:
+            raise SafetyNeuronError(
+                f"prompt {prompt[:40]!r}… has {len(ids)} tokens but the model reads 1 to {context}: shorten or remove it"
+            )
+    return encoded
+
+
+def _encode(tokenizer, prompt):
+    if not tokenizer.chat_template:
+        return tokenizer(prompt)["input_ids"]
+    chat = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+
+def pad(encoded, tokenizer, device):
+    """Token ids of several prompts as one batch, padded on the left."""
+    batch = tokenizer.pad({"input_ids": encoded}, return_tensors="pt", padding_side="left")
+    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}

@@ -1,0 +1,63 @@
+"""Switch neurons off for the length of a `with` block."""
+
+from contextlib import contextmanager
+
+import torch
+
+from safetyneuron.architecture import Architecture
+from safetyneuron.errors import SafetyNeuronError
+
+
+@contextmanager
+def deactivate(model, neurons):
+    """Set the parameters of `neurons` to zero; every weight is back, bit for bit, on exit and after an error.
+
+    A bias on q, k, v, gate or up belongs to its channel and is zeroed with it, so the channel is silent.
+
+    >>> with deactivate(model, neurons):
+    ...     attack_success_rate(model, tokenizer, prompts)
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Changed in place while the block runs.
+    neurons : NeuronSet
+        The neurons to switch off (Zhao et al. 2025, §2.2).
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the set belongs to a model of another shape.
+    """
+    architecture = Architecture(model)
+    check_shapes(architecture, neurons)
+    saved = []
+    try:
+        with torch.no_grad():
+            for projection, mask in neurons.masks.items():
+                for layer in mask.any(1).nonzero().flatten().tolist():
+                    _silence(architecture.place(layer, projection), mask[layer].nonzero().flatten(), saved)
+        yield model
+    finally:
+        with torch.no_grad():
+            for tensor, channels, original in reversed(saved):
+                tensor[channels] = original
+
+
+def _silence(place, channels, saved):
+    channels = channels.to(place.weight.device)
+    for tensor in (place.weight, place.bias):
+        if tensor is not None:
+            saved.append((tensor, channels, tensor[channels].clone()))
+            tensor[channels] = 0
+
+
+def check_shapes(architecture, neurons):
+    """Refuse a neuron set that does not fit the model."""
+    expected = {p: (len(architecture.layers), width) for p, width in architecture.widths.items()}
+    for projection, shape in neurons.shapes.items():
+        if shape != expected[projection]:
+            raise SafetyNeuronError(
+                f"the neuron set has {shape} channels for {projection} but the model has {expected[projection]}:"
+                " measure importance on this model"
+            )

@@ -1,0 +1,64 @@
+"""Plots of the book: one function a figure; each takes data and returns Axes."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+from safetyneuron.architecture import PROJECTIONS
+
+PALETTE = "colorblind"
+
+
+def set_style():
+    """Seaborn's white grid and colour-blind palette, for every figure of the book."""
+    sns.set_theme(style="whitegrid", palette=PALETTE, rc={"figure.figsize": (7, 3.2), "figure.dpi": 120, "savefig.bbox": "tight"})
+
+
+def training_curve(curves):
+    """Loss against step, one line per stage. curves: stage to list of {step, loss}."""
+    rows = pd.concat([pd.DataFrame(points).assign(stage=stage) for stage, points in curves.items()])
+    axes = sns.lineplot(rows, x="step", y="loss", hue="stage", style="stage")
+    axes.set(yscale="log", xlabel="training step", ylabel="loss on answers (nats per token)")
+    return axes
+
+
+def survival_curve(profile):
+    """Share of neurons whose minimum importance is at least ε, one line per projection."""
+    _, axes = plt.subplots()
+    for projection in PROJECTIONS:
+        values = profile.minimum[projection].flatten().sort().values
+        left = 1 - pd.Series(range(len(values))) / len(values)
+        axes.plot(values, 100 * left, label=projection)
+    axes.set(xscale="log", yscale="log", xlabel="threshold ε (change of the sub-block's output)", ylabel="neurons with minimum ≥ ε (%)")
+    axes.legend(title="projection", ncols=2)
+    return axes
+
+
+def counts_heatmap(neurons):
+    """Share of each layer's rows in the set, layer against projection, in percent."""
+    shares = {p: 100 * mask.float().mean(1).numpy() for p, mask in neurons.masks.items()}
+    axes = sns.heatmap(pd.DataFrame(shares).T, annot=True, fmt=".1f", cmap="viridis", cbar_kws={"label": "% of the rows"})
+    axes.set(xlabel="layer", ylabel="projection")
+    axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
+    return axes
+
+
+def condition_bars(table):
+    """Rates with their intervals: one group of bars per measure, one bar per condition.
+
+    table: data frame with columns measure, condition, rate (a `Rate`), ordered as they should appear.
+    """
+    measures, conditions = table["measure"].unique(), table["condition"].unique()
+    _, axes = plt.subplots(figsize=(8, 3.6))
+    width = 0.8 / len(conditions)
+    for i, condition in enumerate(conditions):
+        rates = table[table["condition"] == condition].set_index("measure")["rate"].reindex(measures)
+        values = [100 * rate.value for rate in rates]
+        errors = [[100 * (r.value - r.interval[0]) for r in rates], [100 * (r.interval[1] - r.value) for r in rates]]
+        places = [m + (i - (len(conditions) - 1) / 2) * width for m in range(len(measures))]
+        axes.bar(places, values, width, yerr=errors, capsize=2, label=condition, color=sns.color_palette(PALETTE)[i])
+    axes.set(ylabel="%", ylim=(0, 105))
+    axes.set_xticks(range(len(measures)), measures)
+    axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    axes.grid(axis="x", visible=False)
+    return axes

@@ -1,0 +1,60 @@
+"""One evaluation of a model, whole or with neurons switched off: the cells of one column of Table 1."""
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetyneuron.cache import digest, remember, source_digest
+from safetyneuron.data import load_prompts
+from safetyneuron.deactivation import deactivate
+from safetyneuron.metrics.capability import capability
+from safetyneuron.metrics.rates import Rate
+from safetyneuron.metrics.safety import ANSWER_TOKENS, compliance, over_refusal_rate
+from safetyneuron.models import fingerprint
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What to evaluate: prompt sets by name, lm-eval tasks, and how many of each."""
+
+    harmful: tuple[str, ...]
+    benign: str
+    tasks: tuple[str, ...]
+    prompts: int = 100
+    questions: int = 200
+    answer_tokens: int = ANSWER_TOKENS
+
+
+def evaluate(model, tokenizer, suite, without=None):
+    """Every rate of the suite, computed once and then read from the cache.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As returned by `load_model`.
+    suite : Suite
+    without : NeuronSet, optional
+        Neurons to switch off meanwhile.
+
+    Returns
+    -------
+    dict of (str, str) to Rate
+        Keys are (measure, set): measure is `asr`, `coherent`, `over_refusal` or `accuracy`.
+    """
+    key = [fingerprint(model), digest(tokenizer.get_vocab()), asdict(suite), without.digest() if without else None]
+    key.append(source_digest(Path(__file__).parent.parent))
+    stored = remember("scores", key, lambda: _measure(model, tokenizer, suite, without))
+    return {(measure, name): Rate(hits, trials) for measure, name, hits, trials in stored}
+
+
+def _measure(model, tokenizer, suite, without):
+    rows = []
+    with deactivate(model, without) if without else nullcontext():
+        for name in suite.harmful:
+            scores = compliance(model, tokenizer, load_prompts(name)[: suite.prompts], suite.answer_tokens)
+            rows += [(measure, name, rate) for measure, rate in scores.items()]
+        benign = load_prompts(suite.benign)[: suite.prompts]
+        rows.append(("over_refusal", suite.benign, over_refusal_rate(model, tokenizer, benign, suite.answer_tokens)))
+        accuracies = capability(model, tokenizer, suite.tasks, limit=suite.questions)
+        rows += [("accuracy", task, rate) for task, rate in accuracies.items()]
+    return [(measure, name, rate.hits, rate.trials) for measure, name, rate in rows]

@@ -1,0 +1,79 @@
+"""Load a model and its tokenizer by name: an organism, a Hugging Face id, or a local folder."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.organism import NAMES, organism_folder
+
+disable_progress_bar()  # a redrawn bar is unreadable in an executed notebook
+
+
+def load_model(name, device=None, dtype=None):
+    """Model and tokenizer, ready to be measured.
+
+    Parameters
+    ----------
+    name : str
+        `organism/llama-base`, `organism/llama-chat`, a Hugging Face id, or a folder in Hugging Face format.
+    device : str, optional
+        `cpu`, `cuda`, … ; by default the GPU if there is one.
+    dtype : str, optional
+        `float32`, `bfloat16`, … ; by default float32 for organisms, the stored one otherwise.
+
+    Returns
+    -------
+    (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the name, the device or the dtype is unknown.
+    """
+    device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    organism = name.startswith("organism/")
+    dtype = _dtype(dtype) if dtype else (torch.float32 if organism else "auto")
+    source = organism_folder(name) if organism else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SafetyNeuronError(
+            f"cannot load model {name!r}: it is not one of {', '.join(NAMES)}, and as a folder or Hugging Face id it says: {reason}"
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    model.safetyneuron_name = name if organism else Path(name).name
+    return model.to(device).eval(), tokenizer
+
+
+def _device(text):
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SafetyNeuronError(f"device {text!r} cannot be used ({str(error).splitlines()[0]}): use 'cpu' or an installed GPU") from None
+    return device
+
+
+def _dtype(text):
+    dtype = getattr(torch, text, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SafetyNeuronError(f"dtype {text!r} is not a floating point type: use float32, bfloat16, float16 or float64")
+    return dtype
+
+
+def fingerprint(model):
+    """Hash of a model's configuration and of a sample of every weight: tells models apart, cheaply."""
+    hasher = hashlib.sha256(repr([(n, tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters()]).encode())
+    for parameter in model.parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float32)
+        hasher.update(sample.numpy().tobytes())
+    return hasher.hexdigest()[:20]

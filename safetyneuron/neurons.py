@@ -1,0 +1,120 @@
+"""Sets of neurons: one boolean mask (layers, channels) per projection."""
+
+from operator import and_, or_, xor
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from safetyneuron.architecture import PROJECTIONS, Architecture
+from safetyneuron.cache import digest, new_file
+from safetyneuron.errors import SafetyNeuronError
+
+
+class NeuronSet:
+    """A set of neurons of one model shape.
+
+    Combine sets with ``&``, ``|``, ``-`` and ``^``; ``len`` counts neurons.
+
+    Parameters
+    ----------
+    masks : dict of str to torch.Tensor
+        Boolean (layers, channels) per projection name `q k v o gate up down`.
+    """
+
+    def __init__(self, masks):
+        if set(masks) != set(PROJECTIONS):
+            raise SafetyNeuronError(f"a neuron set needs the projections {' '.join(PROJECTIONS)}, got {' '.join(sorted(masks))}")
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool or mask.dim() != 2:
+                raise SafetyNeuronError(f"projection {name}: a boolean (layers, channels) mask is needed, got {mask.dtype} {tuple(mask.shape)}")
+        self.masks = {p: masks[p].cpu() for p in PROJECTIONS}
+
+    @classmethod
+    def empty(cls, model):
+        """The set without neurons, in the shape of `model`."""
+        architecture = Architecture(model)
+        layers = len(architecture.layers)
+        return cls({p: torch.zeros(layers, width, dtype=torch.bool) for p, width in architecture.widths.items()})
+
+    @classmethod
+    def random_like(cls, neurons, seed):
+        """Equally many random neurons, matched per layer and projection (the paper's Deact-R)."""
+        generator = torch.Generator().manual_seed(seed)
+        masks = {p: torch.zeros_like(mask) for p, mask in neurons.masks.items()}
+        for projection, mask in neurons.masks.items():
+            for layer, count in enumerate(mask.sum(1).tolist()):
+                chosen = torch.randperm(mask.shape[1], generator=generator)[:count]
+                masks[projection][layer, chosen] = True
+        return cls(masks)
+
+    def _combine(self, other, operation):
+        if self.shapes != other.shapes:
+            raise SafetyNeuronError("the two neuron sets belong to models of different shapes: measure both on the same model")
+        return NeuronSet({p: operation(self.masks[p], other.masks[p]) for p in PROJECTIONS})
+
+    def __and__(self, other):
+        return self._combine(other, and_)
+
+    def __or__(self, other):
+        return self._combine(other, or_)
+
+    def __xor__(self, other):
+        return self._combine(other, xor)
+
+    def __sub__(self, other):
+        return self._combine(other, lambda mine, theirs: mine & ~theirs)
+
+    def __eq__(self, other):
+        return isinstance(other, NeuronSet) and self.shapes == other.shapes and len(self ^ other) == 0
+
+    __hash__ = None
+
+    def __len__(self):
+        return sum(self.counts().values())
+
+    def __repr__(self):
+        return f"NeuronSet({len(self)} of {self.total} neurons, {self.share:.2%})"
+
+    @property
+    def shapes(self):
+        """Mask shapes, projection name to (layers, channels)."""
+        return {p: tuple(mask.shape) for p, mask in self.masks.items()}
+
+    @property
+    def total(self):
+        """Neurons of the model, in the set or not."""
+        return sum(mask.numel() for mask in self.masks.values())
+
+    @property
+    def share(self):
+        """Share of the model's neurons (rows and columns) in the set, 0 to 1."""
+        return len(self) / self.total
+
+    def counts(self):
+        """Neurons in the set per projection."""
+        return {p: int(mask.sum()) for p, mask in self.masks.items()}
+
+    def parameter_share(self, model):
+        """Share of all parameters of `model` that the set's rows and columns hold, 0 to 1."""
+        sizes = Architecture(model).parameters_per_neuron()
+        inside = sum(count * sizes[p] for p, count in self.counts().items())
+        return inside / sum(parameter.numel() for parameter in model.parameters())
+
+    def digest(self):
+        """Hash of the set, for cache keys."""
+        return digest({p: mask.nonzero().tolist() for p, mask in self.masks.items()}, self.shapes)
+
+    def save(self, path):
+        """Write the masks to a safetensors file."""
+        with new_file(path) as temporary:
+            save_file({p: mask.to(torch.uint8) for p, mask in self.masks.items()}, temporary)
+
+    @classmethod
+    def load(cls, path):
+        """Read a file written by `save`."""
+        try:
+            with safe_open(path, "pt") as stored:
+                return cls({name: stored.get_tensor(name).bool() for name in stored.keys()})
+        except (OSError, SafetensorError) as error:
+            raise SafetyNeuronError(f"{path} is not a readable neuron file ({error}): write it again with NeuronSet.save") from None

@@ -1,0 +1,41 @@
+"""The organism: a small chat model that this project trains itself, on a generated language."""
+
+import json
+
+import torch
+import transformers
+
+from safetyneuron.cache import cache_folder, digest, locked, new_folder, source_digest
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.organism.train import Recipe, train_stage
+
+RECIPES = {"llama": Recipe()}
+STAGES = ("base", "chat")
+NAMES = tuple(f"organism/{family}-{stage}" for family in RECIPES for stage in STAGES)
+
+
+def organism_folder(name):
+    """Folder of a trained organism, training it (and its base) first if the cache does not hold it.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If there is no organism of that name.
+    """
+    if name not in NAMES:
+        raise SafetyNeuronError(f"no organism is called {name!r}: use one of {', '.join(NAMES)}")
+    family, stage = name.removeprefix("organism/").rsplit("-", 1)
+    recipe = RECIPES[family]
+    key = digest(source_digest(__path__[0]), repr(recipe), torch.__version__, transformers.__version__)
+    folder = cache_folder() / "organism" / f"{key}-{family}-{stage}"
+    with locked(folder):
+        if not folder.exists():
+            base = organism_folder(f"organism/{family}-base") if stage == "chat" else None
+            with new_folder(folder) as temporary:
+                train_stage(stage, recipe, temporary, base)
+    return folder
+
+
+def training_curve(name):
+    """Loss during the training of an organism: a list of {step, loss}."""
+    return json.loads((organism_folder(name) / "curve.json").read_text())

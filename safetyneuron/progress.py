@@ -1,0 +1,33 @@
+"""Progress as lines rather than a redrawn bar, so that it stays readable in logs and notebooks."""
+
+import io
+import sys
+import time
+
+SECONDS = 10
+
+
+def steps(items, label, show=True):
+    """Yield the items; every ten seconds print how many are done and about how long the rest takes."""
+    started = printed = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if show and now - printed >= SECONDS:
+            left = (now - started) / done * (len(items) - done)
+            print(f"{label}: {done} of {len(items)}, about {left:.0f} s left", flush=True)
+            printed = now
+        yield item
+
+
+class EveryTenSeconds(io.TextIOBase):
+    """A stream for bars that other libraries redraw: passes on their latest state, at most once in ten seconds."""
+
+    def __init__(self):
+        self.target, self.printed = sys.stderr, time.monotonic()
+
+    def write(self, text):
+        now = time.monotonic()
+        if text.strip() and now - self.printed >= SECONDS:
+            print(text.strip().splitlines()[-1], file=self.target, flush=True)
+            self.printed = now
+        return len(text)

@@ -1,0 +1,82 @@
+"""Every number the paper's tables report, with the cell it stands in (Zhao et al., ICLR 2025).
+
+`table(n)` gives one row per cell: group of rows, row, model, column, value. Averages are as printed, also where
+they are wrong: `SLIPS` lists those.
+"""
+
+import io
+
+import pandas as pd
+
+SECTIONS = {1: "§2.2", 2: "§3.1", 3: "§3.2", 4: "§4", 5: "appendix A.2"}
+
+_COLUMNS = {
+    1: (["Llama2-7B-Chat", "Llama3-8B-Instruction", "Mistral-7B-Instruct-v0.2"], ["Origin.", "Deact-R", "Deact-SN"]),
+    2: (["Vicuna-13B-v1.5", "Llama3-8B-Instruction", "Mistral-7B-Instruct-v0.2"], ["Origin.", "Circ-Break", "SN-Tune"]),
+    3: (["Llama2-7B-Base", "Llama3-8B-Base", "Mistral-7B-v0.1"], ["Origin.", "Circ-Break", "SN-Tune"]),
+    4: (["Llama2-7B-Chat", "Mistral-7B-Instruct-v0.2"], ["Before", "Origin.", "SN-Tune", "RSN-Tune"]),
+    5: (["Llama3-8B-Instruct"], ["10", "50", "100", "200", "400", "800"]),
+}
+
+_CELLS = {
+    1: """
+Harmful|Harm Behavior|0.0 2.0 97.0 30.0 31.0 78.0 36.0 39.0 86.0
+Harmful|Adv Behavior|0.0 3.0 83.0 7.0 13.0 96.0 30.0 30.0 87.0
+Harmful|MultiJail-En|12.7 12.9 81.6 20.0 21.6 74.3 44.1 46.8 86.4
+Harmful|Avg. Harmful|4.2 6.0 87.2 19.0 21.9 82.8 36.7 38.6 86.5
+Capability|MMLU|48.2 48.4 47.8 65.3 63.2 62.7 59.2 59.3 58.5
+Capability|GSM8K|24.8 22.7 21.9 75.9 73.6 72.4 43.6 43.6 42.1
+Capability|Avg. Capability|36.5 35.6 34.8 70.6 68.4 67.6 51.4 51.5 50.3
+""",
+    2: """
+Cost|Training Cost (min.)|- 43 4 - 24 2 - 23 2
+Cost|# Parameters (M)|0 34.1 0 0 27.5 0 0 27.5 0
+Capability|MMLU|53.4 52.8 55.7 65.2 65.6 67.3 58.6 56.3 59.5
+Capability|ARC-c|59.7 61.3 61.6 73.7 74.1 74.9 72.6 71.8 73.4
+Capability|GSM8K|33.4 35.0 34.8 63.2 64.3 69.6 43.7 42.5 44.1
+Capability|Avg. Capability|48.8 49.7 50.7 67.4 68.0 68.4 58.3 56.9 59.0
+Harmful|Direct|92.0 0.0 0.0 30.0 0.0 0.0 36.0 7.0 0.0
+Harmful|GCG|100.0 3.0 0.0 74.0 3.0 4.0 88.0 8.0 6.0
+Harmful|AutoDAN|93.0 2.0 3.0 82.0 0.0 0.0 91.0 3.0 4.0
+Harmful|PAIR|89.0 16.0 9.0 76.0 9.0 4.0 68.0 22.0 8.0
+Harmful|Avg. Harmful|93.5 5.3 3.0 65.5 3.0 2.0 70.8 10.0 4.5
+""",
+    3: """
+Cost|Training Cost (min.)|- 23 2 - 35 2 - 21 2
+Cost|# Parameters (M)|0 34.1 0 0 27.5 0 0 27.5 0
+Capability|MMLU|49.2 49.1 49.2 70.1 68.9 69.6 68.4 68.1 69.2
+Capability|ARC-c|27.6 26.8 29.3 70.7 72.0 71.8 74.8 73.4 74.7
+Capability|GSM8K|12.7 13.7 16.3 58.9 58.2 59.5 50.4 47.6 52.3
+Capability|Avg. Capability|29.8 29.9 31.6 66.6 66.4 67.0 62.0 63.0 65.4
+Harmful|Direct|97.0 84.0 0.0 100.0 87.0 0.0 100.0 78.0 6.0
+Harmful|GCG|100.0 92.0 7.0 100.0 95.0 14.0 100.0 82.0 13.0
+Harmful|AutoDAN|100.0 97.0 9.0 100.0 92.0 21.0 100.0 93.0 12.0
+Harmful|PAIR|98.0 89.0 5.0 100.0 96.0 19.0 100.0 97.0 24.0
+Harmful|Avg. Harmful|98.8 90.5 5.3 100.0 92.5 13.5 100.0 87.5 13.8
+""",
+    4: """
+Capability|GSM8K|16.8 26.5 27.2 26.2 43.7 63.4 61.8 63.2
+Harmful|Harmful|0.0 41.0 38.0 26.0 36.0 79.0 72.0 41.0
+""",
+    5: """
+Detection|Number of Safety Neurons|8912 4825 3594 2329 2322 2314
+""",
+}
+
+# (table, row, model, column) -> the value its own rows give.
+SLIPS = {
+    (2, "Avg. Capability", "Llama3-8B-Instruction", "SN-Tune"): 70.6,
+    (3, "Avg. Capability", "Mistral-7B-v0.1", "Origin."): 64.5,
+}
+
+
+def table(number):
+    """The cells of one table as a long data frame: group, row, model, column, value (NaN where a dash stands)."""
+    models, columns = _COLUMNS[number]
+    rows = []
+    for line in io.StringIO(_CELLS[number].strip()):
+        group, row, values = line.strip().split("|")
+        heads = [(model, column) for model in models for column in columns]
+        rows += [(group, row, *head, value) for head, value in zip(heads, values.split(), strict=True)]
+    cells = pd.DataFrame(rows, columns=["group", "row", "model", "column", "value"])
+    return cells.assign(value=pd.to_numeric(cells["value"].replace("-", None)))

@@ -1,0 +1,37 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no test waits for a network
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from safetyneuron import load_model
+from safetyneuron.organism.tokenizer import build_tokenizer
+
+def small_llama(heads=4, groups=4, head_width=10, seed=0, **options):
+    """A random Llama-type model with awkward sizes, in float64 so that closed forms can be compared closely."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=800, hidden_size=36, intermediate_size=28, num_hidden_layers=2, initializer_range=0.3)
+    sizes |= dict(num_attention_heads=heads, num_key_value_heads=groups, head_dim=head_width, max_position_embeddings=64)
+    return LlamaForCausalLM(LlamaConfig(**(sizes | options))).double().eval()
+
+
+@pytest.fixture
+def model():
+    return small_llama(groups=2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def chat():
+    return load_model("organism/llama-chat")
+
+
+@pytest.fixture(scope="session")
+def base():
+    return load_model("organism/llama-base")

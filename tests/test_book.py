@@ -1,0 +1,88 @@
+"""Every notebook in the smoke edition, built into the book; and the rules that keep notebooks readable."""
+
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The smoke edition of the book, built in a copy of the repository."""
+    copy = tmp_path_factory.mktemp("repository")
+    for name in ("book", "notebooks", "safetyneuron", "workflow", "_config.yml", "_toc.yml"):
+        source = ROOT / name
+        shutil.copytree(source, copy / name) if source.is_dir() else shutil.copy(source, copy / name)
+    snakemake = Path(sys.executable).with_name("snakemake")
+    command = [snakemake, "-s", "workflow/Snakefile", "--configfile", "workflow/editions/smoke.yaml", "--cores", "1", "--quiet", "rules"]
+    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return copy / "_build"
+
+
+@pytest.mark.book
+def test_every_chapter_is_in_the_site_with_its_outputs(site):
+    for source in NOTEBOOKS:
+        page = (site / "html" / "notebooks" / f"{source.stem}.html").read_text(encoding="utf-8")
+        assert "<table" in page or "_images/" in page
+        assert "{glue" not in page and "glue:text" not in page
+        assert "Traceback" not in page
+
+
+@pytest.mark.book
+def test_executed_notebooks_lie_at_the_path_of_their_source(site):
+    for source in NOTEBOOKS:
+        executed = nbformat.read(site / "stage" / "smoke" / "notebooks" / source.name, 4)
+        assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+
+
+@pytest.mark.book
+def test_table_1_shows_paper_and_measurement_with_intervals(site):
+    page = (site / "html" / "notebooks" / "02_verification.html").read_text(encoding="utf-8")
+    table = next(t for t in re.findall(r"<table.*?</table>", page, re.S) if "MultiJail-En" in t)
+    assert all(number in table for number in ("97.0", "83.0", "81.6", "47.8"))  # the paper's Deact-SN column
+    assert len(re.findall(r"\d+\.\d\s+\[\d+\.\d, \d+\.\d\]", table)) >= 40
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_arguments_not_programs(path):
+    book = json.loads(path.read_text(encoding="utf-8"))
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert book["metadata"]["kernelspec"]["name"] == "python3"
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    parameters = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(parameters) == 1
+    assert all(re.match(r"\w+ = .+  # .+", line) for line in parameters[0]["source"])
+    lengths = [len([line for line in cell["source"] if line.strip()]) for cell in code if cell not in parameters]
+    assert statistics.median(lengths) <= 5 and max(lengths) <= 6
+    assert max(len(line.rstrip()) for cell in code for line in cell["source"]) <= 88  # the width of a page
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_figure_has_alt_text(path):
+    book = nbformat.read(path, 4)
+    text = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
+    figures = re.findall(r'glue_figure\("([\w-]+)"', "\n".join(cell.source for cell in book.cells))
+    for name in figures:
+        block = re.search(rf"```{{glue:figure}} {name}\n(.*?)```", text, re.S)
+        assert block and ":alt:" in block[1], name
+
+
+def test_editions_name_only_notebooks_and_parameters_that_exist():
+    for path in (ROOT / "workflow" / "editions").glob("*.yaml"):
+        edition = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert edition["edition"] == path.stem
+        assert set(edition["notebooks"]) == {n.stem for n in NOTEBOOKS}
+        for name, given in edition["notebooks"].items():
+            source = "".join(line for c in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells if "parameters" in c.metadata.get("tags", []) for line in c.source)
+            assert all(re.search(rf"^{parameter} = ", source, re.M) for parameter in given)

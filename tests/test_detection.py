@@ -1,0 +1,139 @@
+import pytest
+import torch
+from conftest import small_llama
+
+from safetyneuron import ImportanceProfile, NeuronSet, SafetyNeuronError, load_prompts, measure_importance
+from safetyneuron.architecture import PROJECTIONS
+from safetyneuron.detection import ranks, select_fraction, select_without_foundation
+
+
+@pytest.fixture
+def prompts():
+    return load_prompts("organism/harmful")[:7] + load_prompts("organism/adversarial")[:4]
+
+
+def profile_of(model, tokenizer, prompts, **options):
+    return measure_importance(model, tokenizer, prompts, progress=False, **options)
+
+
+def assert_same(first, second, tolerance):
+    for kind in ("minimum", "mean"):
+        for p in PROJECTIONS:
+            torch.testing.assert_close(getattr(first, kind)[p], getattr(second, kind)[p], rtol=tolerance, atol=0, check_dtype=False)
+
+
+def test_result_does_not_depend_on_batching_or_order(model, tokenizer, prompts):
+    one = profile_of(model, tokenizer, prompts, batch_size=1)
+    assert_same(one, profile_of(model, tokenizer, prompts, batch_size=4), 1e-6)
+    assert_same(one, profile_of(model, tokenizer, prompts[::-1], batch_size=11), 1e-6)
+
+
+def test_minimum_and_mean_are_those_of_single_prompts(model, tokenizer, prompts):
+    whole = profile_of(model, tokenizer, prompts)
+    singles = [profile_of(model, tokenizer, [prompt]) for prompt in prompts]
+    for p in PROJECTIONS:
+        each = torch.stack([s.minimum[p] for s in singles])
+        torch.testing.assert_close(whole.minimum[p], each.amin(0), rtol=1e-6, atol=0)
+        torch.testing.assert_close(whole.mean[p].double(), each.mean(0), rtol=1e-6, atol=0)
+
+
+def test_threshold_selects_the_intersection_over_prompts(model, tokenizer, prompts):
+    whole = profile_of(model, tokenizer, prompts)
+    middle = whole.minimum["q"].flatten().sort().values
+    epsilon = middle[len(middle) // 2 - 1 : len(middle) // 2 + 1].mean().item()  # between two neurons
+    intersection = None
+    for prompt in prompts:
+        important = profile_of(model, tokenizer, [prompt], batch_size=1).select(threshold=epsilon)
+        intersection = important if intersection is None else intersection & important
+    assert whole.select(threshold=epsilon) == intersection
+    assert len(intersection) > 0
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.02, 0.5, 1])
+def test_fraction_selects_the_highest(model, tokenizer, prompts, fraction):
+    profile = profile_of(model, tokenizer, prompts)
+    chosen = profile.select(fraction=fraction)
+    assert len(chosen) == max(1, round(fraction * chosen.total))
+    inside = torch.cat([profile.minimum[p][chosen.masks[p]] for p in PROJECTIONS])
+    outside = torch.cat([profile.minimum[p][~chosen.masks[p]] for p in PROJECTIONS])
+    assert fraction == 1 or inside.min() >= outside.max()
+
+
+def test_per_layer_selects_as_many_everywhere(model, tokenizer, prompts):
+    chosen = profile_of(model, tokenizer, prompts).select(per_layer=3)
+    assert all((mask.sum(1) == 3).all() for mask in chosen.masks.values())
+
+
+def random_profile(model, seed):
+    shapes, generator = NeuronSet.empty(model).shapes, torch.Generator().manual_seed(seed)
+    scores = {p: torch.rand(shape, generator=generator) for p, shape in shapes.items()}
+    return ImportanceProfile(scores, scores, 1, "exact", "m", "t")
+
+
+def test_without_foundation_has_the_asked_size_at_the_smallest_share(model):
+    harmful, general = random_profile(model, 0), random_profile(model, 1)
+    chosen = select_without_foundation(harmful, general, 0.1)
+    assert len(chosen) == round(0.1 * chosen.total)
+    for count in range(1, chosen.total):  # brute force over shares
+        safe = select_fraction(harmful.minimum, count / chosen.total) - select_fraction(general.minimum, count / chosen.total)
+        if len(safe) >= len(chosen):
+            break
+    assert chosen == safe
+
+
+def test_without_foundation_refuses_more_than_differs(model):
+    profile = random_profile(model, 0)
+    with pytest.raises(SafetyNeuronError, match="choose a fraction below"):
+        select_without_foundation(profile, profile, 0.1)
+
+
+def test_ranks_invert_sorting(model):
+    scores = random_profile(model, 0).minimum
+    flat = torch.cat([scores[p].flatten() for p in PROJECTIONS])
+    assert torch.equal(flat[ranks(scores).argsort()], flat.sort(descending=True).values)
+
+
+def test_profile_survives_saving(model, tokenizer, prompts, tmp_path):
+    profile = profile_of(model, tokenizer, prompts)
+    profile.save(tmp_path / "profile.safetensors")
+    assert_same(profile, ImportanceProfile.load(tmp_path / "profile.safetensors"), 0)
+
+
+def test_tokenizer_without_a_template_gets_the_raw_text(model, tokenizer):
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    prompt = "how do i paint the door ?"
+    wrapped = f"<|user|> {prompt} <|end|> <|assistant|>"
+    assert_same(profile_of(model, bare, [wrapped]), profile_of(model, tokenizer, [prompt]), 0)
+
+
+def test_bad_requests_are_refused_in_one_line(model, tokenizer, prompts):
+    cases = [
+        (lambda: profile_of(model, tokenizer, []), "no prompts"),
+        (lambda: profile_of(model, tokenizer, ["the " * 100]), "shorten"),
+        (lambda: profile_of(model, tokenizer, prompts, rule="nonsense"), "unknown importance rule"),
+        (lambda: random_profile(model, 0).select(fraction=0), "must be in"),
+        (lambda: random_profile(model, 0).select(fraction=1.5), "must be in"),
+        (lambda: random_profile(model, 0).select(), "exactly one"),
+        (lambda: random_profile(model, 0).select(per_layer=0), "at least 1"),
+    ]
+    for call, words in cases:
+        with pytest.raises(SafetyNeuronError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_unsupported_architecture_is_named(tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from safetyneuron import UnsupportedArchitecture
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=800))
+    with pytest.raises(UnsupportedArchitecture, match="gpt2"):
+        measure_importance(gpt2, tokenizer, ["how do i paint the door ?"])
+    odd = small_llama()
+    odd.model.layers[1].mlp.up_proj = torch.nn.Identity()
+    with pytest.raises(UnsupportedArchitecture, match="mlp.up_proj"):
+        measure_importance(odd, tokenizer, ["how do i paint the door ?"])

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from conftest import small_llama
+
+from safetyneuron import NeuronSet, SafetyNeuronError, deactivate
+from safetyneuron.architecture import COLUMN_PROJECTIONS, Architecture
+
+
+def random_set(model, seed=0, share=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    return NeuronSet({p: torch.rand(s, generator=generator) < share for p, s in NeuronSet.empty(model).shapes.items()})
+
+
+def test_set_algebra_follows_python_sets(model):
+    a, b = random_set(model, 0), random_set(model, 1)
+    as_set = lambda n: {(p, *i) for p, m in n.masks.items() for i in map(tuple, m.nonzero().tolist())}
+    assert as_set(a & b) == as_set(a) & as_set(b)
+    assert as_set(a | b) == as_set(a) | as_set(b)
+    assert as_set(a - b) == as_set(a) - as_set(b)
+    assert as_set(a ^ b) == as_set(a) ^ as_set(b)
+    assert len(a) == len(as_set(a)) and a == a and a != b
+
+
+def test_random_like_matches_layer_and_projection_and_differs_by_seed(model):
+    chosen = random_set(model)
+    drawn = [NeuronSet.random_like(chosen, seed) for seed in (0, 1)]
+    for p, mask in chosen.masks.items():
+        assert torch.equal(drawn[0].masks[p].sum(1), mask.sum(1))
+    assert drawn[0] != drawn[1] and drawn[0] == NeuronSet.random_like(chosen, 0)
+
+
+def test_parameter_share_counts_rows_and_columns(model):
+    chosen = random_set(model)
+    total = sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1)
+        with deactivate(model, chosen):
+            zeroed = sum(int((p == 0).sum()) for p in model.parameters())
+    assert zeroed == round(chosen.parameter_share(model) * total)
+
+
+def test_saving_and_loading(model, tmp_path):
+    chosen = random_set(model)
+    chosen.save(tmp_path / "set.safetensors")
+    assert NeuronSet.load(tmp_path / "set.safetensors") == chosen
+    (tmp_path / "broken.safetensors").write_bytes(b"not a file of tensors")
+    with pytest.raises(SafetyNeuronError, match="not a readable neuron file"):
+        NeuronSet.load(tmp_path / "broken.safetensors")
+
+
+def snapshot(model):
+    return {name: p.clone() for name, p in model.named_parameters()}
+
+
+def assert_bit_identical(model, before):
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_deactivation_zeroes_exactly_the_set_and_restores_every_bit(biased):
+    model = small_llama(groups=2, attention_bias=biased, mlp_bias=biased)
+    chosen, before = random_set(model), snapshot(model)
+    ids = torch.arange(5, 12)[None]
+    logits = model(ids).logits
+    with deactivate(model, chosen):
+        assert not torch.equal(model(ids).logits, logits)
+        architecture = Architecture(model)
+        for projection, mask in chosen.masks.items():
+            for layer in range(2):
+                place = architecture.place(layer, projection)
+                assert torch.equal((place.weight == 0).all(1), mask[layer])
+                if biased and projection not in COLUMN_PROJECTIONS:
+                    assert (place.bias[mask[layer]] == 0).all()
+    assert_bit_identical(model, before)
+    assert torch.equal(model(ids).logits, logits)
+
+
+def test_deactivation_restores_when_the_body_raises(model):
+    before = snapshot(model)
+    with pytest.raises(ZeroDivisionError):
+        with deactivate(model, random_set(model)):
+            1 / 0
+    assert_bit_identical(model, before)
+
+
+def test_deactivation_can_be_nested(model):
+    before = snapshot(model)
+    with deactivate(model, random_set(model, 0)):
+        with deactivate(model, random_set(model, 1)):
+            pass
+    assert_bit_identical(model, before)
+
+
+def test_sets_of_another_shape_are_refused(model):
+    other = random_set(small_llama(heads=2, groups=2))
+    with pytest.raises(SafetyNeuronError, match="measure importance on this model"):
+        with deactivate(model, other):
+            pass
+    with pytest.raises(SafetyNeuronError, match="different shapes"):
+        other & random_set(model)
