@@ -6,17 +6,21 @@ CORES ?= 1
 
 SNAKEMAKE = .venv/bin/snakemake -s workflow/Snakefile --configfile workflow/editions/$(EDITION).yaml --cores $(CORES) --quiet all
 
-.PHONY: book test clean
+.PHONY: book announce test clean
 
-book: .venv/installed
-	@sed -n 's/^minutes: /Building the $(EDITION) edition: about /p' workflow/editions/$(EDITION).yaml
+book: announce .venv/installed
 	@$(SNAKEMAKE)
 	@echo "The book is in _build/html/index.html"
+
+announce:
+	@test -f workflow/editions/$(EDITION).yaml || { echo "there is no edition $(EDITION): use one of $(basename $(notdir $(wildcard workflow/editions/*.yaml)))"; exit 2; }
+	@sed -n 's/^minutes: /Building the $(EDITION) edition: about /p' workflow/editions/$(EDITION).yaml
 
 test: .venv/installed
 	.venv/bin/python -m pytest
 
 .venv/installed: requirements.txt pyproject.toml
+	@echo "Installing into .venv: about 2 minutes, once"
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r requirements.txt -e .
 	touch $@

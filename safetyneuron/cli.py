@@ -134,7 +134,13 @@ def run_notebook(notebook, given, output=None):
     with new_file(output) as temporary:
         try:
             execute_notebook(
-                str(notebook), str(temporary), given, kernel_name="python3", progress_bar=False, log_output=True
+                str(notebook),
+                str(temporary),
+                given,
+                kernel_name="python3",
+                progress_bar=False,
+                stdout_file=sys.stdout,  # what the cells print, as it comes
+                stderr_file=sys.stderr,
             )
         except PapermillExecutionError as error:
             raise SafetyNeuronError(f"{notebook} stopped with {error.ename}: {error.evalue}") from None
