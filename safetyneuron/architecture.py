@@ -26,9 +26,18 @@ _SEPARATE = {
     "down": "mlp.down_proj",
 }
 
-# model_type of the configuration -> module path of each projection, inside a decoder layer.
+_FUSED = _SEPARATE | dict.fromkeys("qkv", "self_attn.qkv_proj") | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
+
+# model_type of the configuration -> module path of each projection, inside a decoder layer. Projections that share a
+# module share its rows, in the order of PROJECTIONS. Each row is checked against brute force in the tests.
 FAMILIES = {
     "llama": _SEPARATE,
+    "mistral": _SEPARATE,
+    "qwen2": _SEPARATE,
+    "qwen3": _SEPARATE,
+    "gemma": _SEPARATE,
+    "gemma2": _SEPARATE,
+    "phi3": _FUSED,
 }
 
 

@@ -11,7 +11,7 @@ from safetyneuron.architecture import PROJECTIONS
 from safetyneuron.cache import digest, new_file
 from safetyneuron.data import encode_prompts, pad
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.importance import RULES, recording
+from safetyneuron.recording import RULES, recording
 from safetyneuron.models import fingerprint
 from safetyneuron.neurons import NeuronSet
 from safetyneuron.progress import steps
@@ -154,7 +154,7 @@ def measure_importance(model, tokenizer, prompts, rule="exact", batch_size=16, p
     prompts : list of str
         User requests.
     rule : str
-        A name in `importance.RULES`.
+        `exact`, `first_order`, `paper` or `released`.
     batch_size : int
         Prompts a forward pass; the result does not depend on it.
     progress : bool

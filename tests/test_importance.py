@@ -3,7 +3,7 @@ import torch
 from conftest import small_llama
 from oracle import brute_force
 
-from safetyneuron.importance import recording
+from safetyneuron.recording import recording
 
 SHAPES = {
     "one head per group": dict(heads=4, groups=4, head_width=10),

@@ -1,0 +1,77 @@
+"""Two other readings of importance: the paper's formulas as printed, and what its released code computes.
+
+Both measure q and k on attention probabilities and not on the sub-block's output, so their numbers have other units
+than those of the feed-forward block, and one threshold cannot serve both.
+"""
+
+import torch
+
+from safetyneuron.importance import CHUNK_BYTES, Attention, masked, position_norm, unrotate
+
+
+def paper_query(attention: Attention):
+    """Eq 12 and 14 as printed: ‖softmax((QKᵀ − Δ_j)/√d) − softmax(QKᵀ/√d)‖, Δ_j = Q[:, j] K[:, j]ᵀ; (B, H·d).
+
+    The formulas have no rotary embedding, so Q and K are taken before it; the causal mask is kept.
+    """
+    query, key = (unrotate(x, attention.cos, attention.sin) for x in (attention.query, attention.key))
+    return _probability_change(attention, query, key, attention.scaling).flatten(1).sqrt()
+
+
+def paper_key(attention: Attention):
+    """Eq 12 for K: "symmetrical", so the change that q's channel makes, over the heads of the group; (B, G·d)."""
+    per_head = paper_query(attention).unflatten(1, (attention.groups, attention.repeat, -1))
+    return per_head.norm(dim=2).flatten(1)
+
+
+def paper_value(attention: Attention):
+    """Eq 9 applied to W_V of Eq 10, which has no W_O: ‖(P V)[:, j]‖ over the heads of the group; (B, G·d)."""
+    norms = (attention.heads * attention.real[:, None, :, None]).norm(dim=2)
+    return norms.unflatten(1, (attention.groups, attention.repeat)).norm(dim=2).flatten(1)
+
+
+def released_query(attention: Attention):
+    """The released code's score of q: the *unscaled* product is taken from the *scaled* logits, after rotation, and the
+    squares are summed without a root; (B, H·d)."""
+    return _probability_change(attention, attention.query, attention.key, 1.0).flatten(1)
+
+
+def released_key(attention: Attention):
+    """The released code's score of k: that of q, whose index the tuner divides by four to find the row; (B, G·d)."""
+    return _divided_by_four(released_query(attention), attention.groups * attention.key.shape[-1])
+
+
+def released_value(attention: Attention):
+    """The released code's score of v: Σ over positions of |head output|, its index divided by four; (B, G·d)."""
+    sizes = (attention.heads.abs() * attention.real[:, None, :, None]).sum(2).flatten(1)
+    return _divided_by_four(sizes, attention.groups * attention.value.shape[-1])
+
+
+def released_feed_forward(up, real):
+    """The released code's score of up and down: Σ over positions of |W_up x|; up (B, n, F), returns (B, F)."""
+    return (up.abs() * real[..., None]).sum(1)
+
+
+def _divided_by_four(scores, width):
+    """Score of row i as the largest among the indices 4i … 4i + 3; rows never reached get zero."""
+    rows = torch.arange(scores.shape[1], device=scores.device) // 4
+    reached = rows < width
+    index = rows[reached].expand(scores.shape[0], -1)
+    return scores.new_zeros(scores.shape[0], width).scatter_reduce(1, index, scores[:, reached], "amax")
+
+
+def _probability_change(attention, query, key, factor):
+    """Σ over positions of the squared change of the probabilities when factor · q_j k_j is taken away: (B, H, d)."""
+    heads = []
+    for h in range(query.shape[1]):
+        q, k = query[:, h], key[:, h // attention.repeat]
+        logits = masked(q @ k.transpose(1, 2) * attention.scaling, attention.allowed[:, 0])
+        before, step = torch.softmax(logits, -1), max(1, CHUNK_BYTES // (logits.numel() * logits.element_size()))
+        heads.append(torch.cat([_change(logits, before, a, b, attention.real) for a, b in zip((q * factor).split(step, -1), k.split(step, -1))], 1))
+    return torch.stack(heads, 1)
+
+
+def _change(logits, before, q, k, real):
+    removed = q.transpose(1, 2)[..., None] * k.transpose(1, 2)[..., None, :]
+    change = torch.softmax(logits[:, None] - removed, -1) - before[:, None]
+    return (change.square().sum(-1) * real[:, None]).sum(-1)

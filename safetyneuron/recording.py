@@ -1,0 +1,169 @@
+"""One hooked forward pass that measures every neuron: the model's own numbers feed the closed forms."""
+
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from safetyneuron import importance, readings
+from safetyneuron.architecture import PROJECTIONS, Architecture
+from safetyneuron.first_order import first_order_key, first_order_query
+
+
+class Recorder:
+    """Collects the importance of every neuron during forward passes: one dict of (B, layers, channels) a batch.
+
+    Use `recording`, which installs the hooks and removes them.
+    """
+
+    def __init__(self, model, rule):
+        self.architecture = Architecture(model)
+        self.rule = rule
+        self.real = None
+        self._inputs = {}  # (layer, what) -> tensors a hook saw, until attention uses them
+        self._factors = {}
+        self._layers = {}
+
+    def start(self, real):
+        """Begin a batch whose real positions are `real` (B, n)."""
+        self.real, self._layers = real.bool(), {}
+
+    def finish(self):
+        """Importance per projection of the batch just run: (B, layers, channels), on the CPU."""
+        count = len(self.architecture.layers)
+        return {p: torch.stack([self._layers[i][p].cpu() for i in range(count)], 1) for p in PROJECTIONS}
+
+    def _keep(self, layer, **scores):
+        self._layers.setdefault(layer, {}).update(scores)
+
+    def _weight(self, layer, projection, like):
+        return self.architecture.place(layer, projection).weight.to(like.device, like.dtype)
+
+    def before_down(self, layer, module, inputs):
+        """Hook on the input of W_down."""
+        hidden = widen(inputs[0])
+        real = self.real.to(hidden.device)
+        if self.rule == "released":
+            up = readings.released_feed_forward(self._inputs.pop((layer, "up")), real)
+            self._keep(layer, gate=torch.zeros_like(up), up=up, down=up)
+            return
+        scores = importance.feed_forward(hidden, self._weight(layer, "down", hidden), real)
+        self._keep(layer, gate=scores, up=scores, down=scores)
+
+    def after_up(self, layer, module, inputs, result):
+        """Hook on the output of W_up, for the released rule."""
+        self._inputs[layer, "up"] = widen(result[..., self.architecture.place(layer, "up").channels])
+
+    def before_attention(self, layer, module, inputs, named):
+        """Hook that remembers the rotary embedding of one attention layer."""
+        self._inputs[layer, "rotation"] = [widen(x) for x in named["position_embeddings"]]
+
+    def before_norm(self, layer, name, module, inputs):
+        """Hook on the input of a query or key norm: how much zeroing each channel grows the others."""
+        self._inputs[layer, name] = norm_ratio(widen(inputs[0]), norm_epsilon(module)).transpose(1, 2)
+
+    def attend(self, module, query_states, key_states, value_states, attention_mask, scaling, dropout=0.0, softcap=None, **_):
+        """Attention with the model's own numbers, measured on the way (an attention interface function)."""
+        layer = module.layer_idx
+        wide = [widen(x) for x in (query_states, key_states, value_states)]
+        real = self.real.to(wide[0].device)
+        allowed = attention_mask[..., : key_states.shape[2]] >= 0
+        nothing = ~allowed.any(-1, keepdim=True)  # rows of padding: they look at themselves, and never count
+        allowed = allowed | (nothing & torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device))
+        heads = attention_output(*wide, allowed, scaling, softcap)
+        ratios = [self._inputs.pop((layer, name), None) for name in ("query", "key")]
+        rotation = self._inputs.pop((layer, "rotation"))
+        attention = importance.Attention(*wide, heads, allowed, real, scaling, *rotation, softcap, *ratios)
+        self._keep(layer, **self._attention_scores(layer, attention))
+        return heads.transpose(1, 2).contiguous().to(query_states.dtype), None
+
+    def _attention_scores(self, layer, attention):
+        if self.rule == "released":
+            scores = {p: getattr(readings, f"released_{name}")(attention) for p, name in NAMES.items()}
+            return scores | {"o": torch.zeros_like(scores["q"])}
+        w_o = self._weight(layer, "o", attention.heads)
+        result = {"o": importance.output(attention.heads, w_o, attention.real)}
+        if self.rule == "paper":
+            return result | {p: getattr(readings, f"paper_{name}")(attention) for p, name in NAMES.items()}
+        if layer not in self._factors:
+            self._factors[layer] = importance.factor_output(w_o, attention.groups, attention.repeat)
+        query, key = QUERY_KEY[self.rule]
+        result |= {"q": query(attention, self._factors[layer]), "k": key(attention, self._factors[layer])}
+        return result | {"v": importance.value(attention.heads, w_o, attention.real, attention.groups)}
+
+
+NAMES = {"q": "query", "k": "key", "v": "value"}
+QUERY_KEY = {
+    "exact": (importance.exact_query, importance.exact_key),
+    "first_order": (first_order_query, first_order_key),
+}
+# Names of the importance rules that `measure_importance` knows.
+RULES = (*QUERY_KEY, "paper", "released")
+
+
+def widen(x):
+    """Float32 or wider: norms of half-precision activations are accumulated in float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def attention_output(query, key, value, allowed, scaling, softcap=None):
+    """Heads' outputs before W_O: (B, H, n, d)."""
+    repeat = query.shape[1] // key.shape[1]
+    keys, values = (x.repeat_interleave(repeat, 1) for x in (key, value))
+    logits = importance.capped(query @ keys.transpose(-1, -2) * scaling, softcap)
+    return torch.softmax(importance.masked(logits, allowed), -1) @ values
+
+
+def norm_ratio(x, epsilon):
+    """By how much a root-mean-square norm of x (…, d) grows the rest of the vector when channel j is zero: (…, d)."""
+    mean = x.square().mean(-1, keepdim=True) + epsilon
+    return (mean / (mean - x.square() / x.shape[-1])).sqrt()
+
+
+def norm_epsilon(module):
+    """The epsilon of a root-mean-square norm, under either of its names."""
+    return getattr(module, "variance_epsilon", None) or module.eps
+
+
+@contextmanager
+def recording(model, rule="exact"):
+    """Measure every neuron while `model` runs; the hooks and the attention function are gone on exit.
+
+    Yields
+    ------
+    Recorder
+        Call `start(real)` before and `finish()` after each forward pass.
+
+    Raises
+    ------
+    UnsupportedArchitecture
+        If the model is not in the architecture table.
+    """
+    recorder = Recorder(model, rule)
+    previous = model.config._attn_implementation
+    AttentionInterface.register("safetyneuron", recorder.attend)
+    AttentionMaskInterface.register("safetyneuron", eager_mask)
+    handles = []
+    try:
+        model.set_attn_implementation("safetyneuron")
+        for layer in range(len(recorder.architecture.layers)):
+            handles += _hooks(recorder, layer)
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.set_attn_implementation(previous)
+
+
+def _hooks(recorder, layer):
+    """Install the hooks of one layer and return their handles."""
+    place, attention = recorder.architecture.place, recorder.architecture.attention(layer)
+    yield place(layer, "down").module.register_forward_pre_hook(partial(recorder.before_down, layer))
+    yield attention.register_forward_pre_hook(partial(recorder.before_attention, layer), with_kwargs=True)
+    if recorder.rule == "released":
+        yield place(layer, "up").module.register_forward_hook(partial(recorder.after_up, layer))
+    for name, norm in (("query", "q_norm"), ("key", "k_norm")):
+        if hasattr(attention, norm):
+            yield getattr(attention, norm).register_forward_pre_hook(partial(recorder.before_norm, layer, name))
