@@ -1,7 +1,8 @@
 """From importance to safety neurons: a running minimum and mean over prompts, and selection."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,9 @@ from safetyneuron.neurons import NeuronSet
 from safetyneuron.progress import steps
 
 
+CHECKPOINT_BATCHES = 20
+
+
 @dataclass
 class ImportanceProfile:
     """Importance of every neuron over a corpus.
@@ -26,20 +30,55 @@ class ImportanceProfile:
 
     Attributes
     ----------
-    minimum, mean : dict of str to torch.Tensor
-        (layers, channels) per projection `q k v o gate up down`, in units of the residual stream.
+    minimum, total : dict of str to torch.Tensor
+        Minimum and float64 sum over prompts, (layers, channels) per projection `q k v o gate up down`. The rules `exact`
+        and `first_order` are in units of the residual stream.
     count : int
         Prompts measured.
     rule, model, tokenizer : str
         The importance rule, and fingerprints of what was measured.
+    prefix : dict of int to dict
+        Minimum over the first so many prompts, for the sizes asked for.
     """
 
     minimum: dict
-    mean: dict
+    total: dict
     count: int
     rule: str
     model: str
     tokenizer: str
+    prefix: dict = field(default_factory=dict)
+
+    @property
+    def mean(self):
+        """Mean over prompts, like `minimum`."""
+        return {p: (total / self.count).float() for p, total in self.total.items()}
+
+    def add(self, scores, positions):
+        """Take in a batch: scores (B, layers, channels) per projection, positions in the corpus of its prompts."""
+        lowest = {p: x.amin(0) for p, x in scores.items()}
+        self.minimum = _lower(self.minimum, lowest)
+        self.total = {p: self.total.get(p, 0) + x.double().sum(0) for p, x in scores.items()}
+        self.count += len(positions)
+        for size, minimum in self.prefix.items():
+            inside = torch.tensor([position < size for position in positions])
+            if inside.any():
+                self.prefix[size] = _lower(minimum, {p: x[inside].amin(0) for p, x in scores.items()})
+
+    def merge(self, other):
+        """The profile of two corpora together, for shards measured apart; prefixes belong to one corpus and are dropped.
+
+        Raises
+        ------
+        SafetyNeuronError
+            If the two were made with another model, tokenizer or rule.
+        """
+        for what in ("model", "tokenizer", "rule"):
+            if getattr(self, what) != getattr(other, what):
+                raise SafetyNeuronError(f"the profiles were made with another {what}: measure both alike before merging")
+        total = {p: self.total[p] + other.total[p] for p in PROJECTIONS}
+        minimum = _lower(self.minimum, other.minimum)
+        return ImportanceProfile(minimum, total, self.count + other.count, self.rule, self.model, self.tokenizer)
 
     def select(self, threshold=None, fraction=None, per_layer=None):
         """The safety neurons: give exactly one of the three.
@@ -70,23 +109,37 @@ class ImportanceProfile:
             return select_fraction(self.minimum, fraction)
         return select_per_layer(self.minimum, per_layer)
 
-    def save(self, path):
+    def save(self, path, **facts):
         """Write the profile to a safetensors file."""
-        tensors = {f"{kind}.{p}": getattr(self, kind)[p].contiguous() for kind in ("minimum", "mean") for p in PROJECTIONS}
-        facts = {"count": self.count, "rule": self.rule, "model": self.model, "tokenizer": self.tokenizer}
+        groups = {"minimum": self.minimum, "total": self.total} | {f"prefix {n}": m for n, m in self.prefix.items()}
+        tensors = {f"{group}.{p}": x.contiguous() for group, values in groups.items() for p, x in values.items()}
+        facts |= {"count": self.count, "rule": self.rule, "model": self.model, "tokenizer": self.tokenizer, "sizes": list(self.prefix)}
         with new_file(path) as temporary:
             save_file(tensors, temporary, {"profile": json.dumps(facts)})
 
     @classmethod
     def load(cls, path):
         """Read a file written by `save`."""
+        return cls._read(path)[0]
+
+    @classmethod
+    def _read(cls, path):
+        """The profile in a file, and the facts stored beside it."""
         try:
             with safe_open(path, "pt") as stored:
                 facts = json.loads(stored.metadata()["profile"])
-                read = {kind: {p: stored.get_tensor(f"{kind}.{p}") for p in PROJECTIONS} for kind in ("minimum", "mean")}
-                return cls(**read, **facts)
+                names = set(stored.keys())
+                group = lambda g: {p: stored.get_tensor(f"{g}.{p}") for p in PROJECTIONS if f"{g}.{p}" in names}
+                prefix = {size: group(f"prefix {size}") for size in facts["sizes"]}
+                fields = [facts[name] for name in ("count", "rule", "model", "tokenizer")]
+                return cls(group("minimum"), group("total"), *fields, prefix), facts
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise SafetyNeuronError(f"{path} is not a readable importance profile ({error}): measure it again") from None
+            raise SafetyNeuronError(f"{path} is not a readable importance profile ({error}): remove it and measure again") from None
+
+
+def _lower(first, second):
+    """Elementwise minimum of two dicts of tensors; an empty one is neutral."""
+    return {p: torch.minimum(first[p], x) if p in first else x for p, x in second.items()}
 
 
 def select_fraction(scores, fraction):
@@ -143,7 +196,7 @@ def select_per_layer(scores, count):
     return NeuronSet(masks)
 
 
-def measure_importance(model, tokenizer, prompts, rule="exact", batch_size=16, progress=True):
+def measure_importance(model, tokenizer, prompts, rule="exact", batch_size=16, progress=True, sizes=(), checkpoint=None):
     """Importance of every neuron of `model` for every prompt, in one forward pass per batch.
 
     Parameters
@@ -159,6 +212,10 @@ def measure_importance(model, tokenizer, prompts, rule="exact", batch_size=16, p
         Prompts a forward pass; the result does not depend on it.
     progress : bool
         Whether to print a line every ten seconds.
+    sizes : sequence of int
+        Corpus sizes whose prefix minima to keep (Table 5).
+    checkpoint : path, optional
+        File to write every 20 batches; if it exists, the measurement goes on from it to the same result, bit for bit.
 
     Returns
     -------
@@ -167,7 +224,7 @@ def measure_importance(model, tokenizer, prompts, rule="exact", batch_size=16, p
     Raises
     ------
     SafetyNeuronError
-        If there are no prompts, one is longer than the context, or the rule is unknown.
+        If there are no prompts, one is longer than the context, the rule is unknown, or the checkpoint is another's.
     UnsupportedArchitecture
         If the model is not in the architecture table.
     """
@@ -175,17 +232,27 @@ def measure_importance(model, tokenizer, prompts, rule="exact", batch_size=16, p
         raise SafetyNeuronError(f"unknown importance rule {rule!r}: use one of {', '.join(RULES)}")
     encoded = encode_prompts(model, tokenizer, prompts)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    minimum, total = {}, {}
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    identity = (rule, fingerprint(model), digest(tokenizer.get_vocab(), tokenizer.chat_template))
+    profile, task = ImportanceProfile({}, {}, 0, *identity, {size: {} for size in sizes}), digest(identity, encoded, batch_size, list(sizes))
+    done = 0
+    if checkpoint and Path(checkpoint).exists():
+        profile, done = _resume(checkpoint, task)
     with torch.inference_mode(), recording(model, rule) as recorder:
-        for start in steps(range(0, len(order), batch_size), "importance", progress):
-            batch = pad([encoded[i] for i in order[start : start + batch_size]], tokenizer, model.device)
+        for index, positions in enumerate(steps(batches[done:], "importance", progress), done + 1):
+            batch = pad([encoded[i] for i in positions], tokenizer, model.device)
             recorder.start(batch["attention_mask"])
-            model.get_decoder()(**batch, use_cache=False)
-            for p, scores in recorder.finish().items():
-                lowest, summed = scores.amin(0), scores.double().sum(0)
-                minimum[p] = torch.minimum(minimum[p], lowest) if p in minimum else lowest
-                total[p] = total.get(p, 0) + summed
-    mean = {p: (summed / len(prompts)).float() for p, summed in total.items()}
-    return ImportanceProfile(
-        minimum, mean, len(prompts), rule, fingerprint(model), digest(tokenizer.get_vocab(), tokenizer.chat_template)
-    )
+            positions_read = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)  # counted from the first real token
+            model.get_decoder()(**batch, position_ids=positions_read, use_cache=False)
+            profile.add(recorder.finish(), positions)
+            if checkpoint and (index % CHECKPOINT_BATCHES == 0 or index == len(batches)):
+                profile.save(checkpoint, task=task, done=index)
+    return profile
+
+
+def _resume(checkpoint, task):
+    """The profile so far and the number of batches it holds."""
+    profile, facts = ImportanceProfile._read(checkpoint)
+    if facts.get("task") != task:
+        raise SafetyNeuronError(f"checkpoint {checkpoint} belongs to other prompts, another model or rule: remove it or name another file")
+    return profile, facts["done"]

@@ -8,66 +8,67 @@ group. Both cost accuracy and save a factor d: the squares over s of a sum of pr
 
 import torch
 
-from safetyneuron.importance import Attention, capped, key_removal, logits_of, masked, query_removal
+from safetyneuron.importance import capped, key_removal, logits_of, masked, query_removal
 
 
-def first_order_query(attention: Attention, w_o_factors):
-    """First-order importance of channel j of q, in the unit of `exact_query`: (B, H·d)."""
-    squares = []
-    for g in range(attention.groups):
-        for h in range(g * attention.repeat, (g + 1) * attention.repeat):
-            squares.append(_squares(attention, w_o_factors, g, [h], query_removal(attention, h)))
-    return torch.cat(squares, 1).sqrt()
+def first_order(attention, factors):
+    """First-order importance of every channel of q and of k, in the unit of `importance.exact`.
 
+    Parameters
+    ----------
+    attention : importance.Attention
+    factors : importance.OutputFactors
 
-def first_order_key(attention: Attention, w_o_factors):
-    """First-order importance of channel j of k, in the unit of `exact_key`: (B, G·d)."""
-    squares = []
-    for g in range(attention.groups):
-        heads = list(range(g * attention.repeat, (g + 1) * attention.repeat))
-        squares.append(_squares(attention, w_o_factors, g, heads, key_removal(attention, heads)))
-    return torch.cat(squares, 1).sqrt()
-
-
-def _squares(attention, w_o_factors, group, heads, removal):
-    """Σ over heads, queries t and keys s of dP_j(t, s)² c(t, s), for every channel j: (B, d)."""
-    logits = logits_of(attention, heads)
+    Returns
+    -------
+    (torch.Tensor, torch.Tensor)
+        q (B, H·d) and k (B, G·d).
+    """
+    logits = logits_of(attention)
     probabilities = torch.softmax(masked(capped(logits, attention.softcap), attention.allowed), -1)
-    weights = probabilities.square() * _spread(attention, w_o_factors, group, heads, probabilities)
-    weights = weights * attention.real[:, None, :, None]
-    terms = _terms(attention, removal, logits)
-    mean = sum(left * ((probabilities * x) @ right) for left, x, right in terms)
-    cross = sum(left * ((weights * x) @ right) for left, x, right in terms)
-    second = 0
+    values = attention.value.repeat_interleave(attention.repeat, 1) @ factors.single
+    weights = probabilities.square() * _spread(values, probabilities) * attention.real[:, None, :, None]
+    slope = None if attention.softcap is None else 1 - torch.tanh(logits / attention.softcap).square()
+    q, k = (_squares(_terms(r, logits, slope), probabilities, weights) for r in (query_removal(attention), key_removal(attention)))
+    return q.flatten(1).sqrt(), k.unflatten(1, (attention.groups, attention.repeat)).sum(2).flatten(1).sqrt()
+
+
+def _squares(terms, probabilities, weights):
+    """Σ over queries t and keys s of dP_j(t, s)² c(t, s), for every head and channel: (B, H, d)."""
+    mean = sum(left * (_times(probabilities, x) @ right) for left, x, right in terms)
+    cross = sum(left * (_times(weights, x) @ right) for left, x, right in terms)
+    total = mean.square() * weights.sum(-1, keepdim=True) - 2 * mean * cross
     for i, (left, x, right) in enumerate(terms):
-        for left_2, x_2, right_2 in terms[i:]:
-            product = left * left_2 * ((weights * x * x_2) @ (right * right_2))
-            second = second + (product if left_2 is left else 2 * product)
-    total = second - 2 * mean * cross + mean.square() * weights.sum(-1, keepdim=True)
-    return total.sum((1, 2)).clamp_min(0)
+        total += left.square() * (_times(weights, x, x) @ right.square())
+        for left_2, x_2, right_2 in terms[i + 1 :]:
+            total += 2 * left * left_2 * (_times(weights, x, x_2) @ (right * right_2))
+    return total.sum(2).clamp_min(0)
 
 
-def _spread(attention, w_o_factors, group, heads, probabilities):
-    """c(t, s): squared distance of each key's contribution from the head's output, (B, |h|, n, n)."""
-    first = group * attention.repeat
-    values = attention.value[:, group, None] @ w_o_factors[group][[h - first for h in heads]]
+def _times(weights, *factors):
+    """Product with the factors that are not None, which stands for one."""
+    for factor in factors:
+        weights = weights if factor is None else weights * factor
+    return weights
+
+
+def _spread(values, probabilities):
+    """c(t, s): squared distance of each key's contribution from the head's output, (B, H, n, n)."""
     out = probabilities @ values
     distance = values.square().sum(-1)[..., None, :] - 2 * out @ values.transpose(-1, -2) + out.square().sum(-1, keepdim=True)
     return distance.clamp_min(0)
 
 
-def _terms(attention, removal, logits):
-    """D_j(t, s) times the cap's slope as a sum of left_j(t) · x(t, s) · right_j(s).
+def _terms(removal, logits, slope):
+    """D_j(t, s) times the cap's slope as a sum of left_j(t) · x(t, s) · right_j(s), x None for one.
 
-    left (B, |h|, n, d), x (B, |h|, n, n) or 1, right (B, |h|, n, d).
+    left and right (B, H, n, d), x (B, H, n, n).
     """
-    slope = 1.0 if attention.softcap is None else 1 - torch.tanh(logits / attention.softcap).square()
-    lefts = [removal.left[..., i].transpose(2, 3) for i in (0, 1)]
-    rights = [removal.right[..., i, :].transpose(2, 3) for i in (0, 1)]
-    if removal.ratio is None:
-        return [(left, slope, right) for left, right in zip(lefts, rights)]
-    of_query = removal.ratio.shape[-1] == 1
-    ratio = (removal.ratio[..., 0] if of_query else removal.ratio[..., 0, :]).transpose(2, 3)
-    ones = torch.ones_like(ratio)
-    scaled = [(left * ratio, slope, right) if of_query else (left, slope, right * ratio) for left, right in zip(lefts, rights)]
-    return scaled + [(1 - ratio if of_query else ones, slope * logits, ones if of_query else 1 - ratio)]
+    terms = [(left, slope, right) for left, right in zip(removal.left, removal.right)]
+    ratio = removal.ratio
+    if ratio is None:
+        return terms
+    ones, grown = torch.ones_like(ratio), _times(logits, slope)
+    if removal.of_query:
+        return [(left * ratio, x, right) for left, x, right in terms] + [(1 - ratio, grown, ones)]
+    return [(left, x, right * ratio) for left, x, right in terms] + [(ones, grown, 1 - ratio)]

@@ -15,7 +15,7 @@ import torch
 
 # Working memory of one chunk of attention maps: small enough to stay in a core's cache, and the bound on memory.
 CHUNK_BYTES = 2 * 2**20
-ROW_BLOCK = 32  # query positions handled together; under a causal mask a block skips the keys it cannot see
+ROW_BLOCK = 16  # query positions handled together; under a causal mask a block skips the keys it cannot see
 
 
 @dataclass
@@ -54,24 +54,47 @@ class Attention:
 
 @dataclass
 class Removal:
-    """How zeroing channel j changes the logits of |h| heads: S becomes ratio · (S − left · right).
+    """How zeroing channel j changes the logits of |h| heads: S becomes ratio · (S − Σ left_j(t) right_j(s)).
 
-    left (B, |h|, d, n, 2) over query positions, right (B, |h|, d, 2, n) over key positions: rotary embedding spreads a
-    channel over two. ratio is None without a query or key norm, else (B, |h|, d, n, 1) or (B, |h|, d, 1, n).
+    The sum has two terms, because rotary embedding spreads a channel over two: left and right are pairs of
+    (B, |h|, n, d), over query and key positions. ratio (B, |h|, n, d) is None without a query or key norm; it belongs to
+    the query positions if `of_query`, else to the keys.
     """
 
-    left: torch.Tensor
-    right: torch.Tensor
+    left: tuple[torch.Tensor, torch.Tensor]
+    right: tuple[torch.Tensor, torch.Tensor]
     ratio: torch.Tensor | None
+    of_query: bool
 
 
-def feed_forward(hidden, w_down, real):
+@dataclass
+class OutputFactors:
+    """W_O in coordinates that keep all inner products but are narrower than D, so that norms are cheap.
+
+    single (H, d, min(D, d)) is for one head alone, joint (G, r, d, min(D, r·d)) for the heads of a group together.
+    """
+
+    single: torch.Tensor
+    joint: torch.Tensor
+
+    @classmethod
+    def of(cls, w_o, groups, repeat):
+        """Factor w_o (H·d, D) by orthogonal triangularisation."""
+
+        def factor(stacked):
+            return torch.linalg.qr(stacked.transpose(1, 2), mode="r").R.transpose(1, 2).contiguous()
+
+        joint = factor(w_o.view(groups, -1, w_o.shape[1]))
+        return cls(factor(w_o.view(groups * repeat, -1, w_o.shape[1])), joint.unflatten(1, (repeat, -1)))
+
+
+def feed_forward(hidden, w_down_norms, real):
     """Importance of channel k of gate, up and down, which share it: ‖h[:, k]‖ · ‖W_down[:, k]‖.
 
     Zeroing any of the three makes h_k zero, because the activation of zero is zero (Eq 8 without its mask).
-    hidden (B, n, F) is the input of W_down; returns (B, F).
+    hidden (B, n, F) is the input of W_down, w_down_norms (F,); returns (B, F).
     """
-    return position_norm(hidden, real) * w_down.norm(dim=1)
+    return position_norm(hidden, real) * w_down_norms
 
 
 def output(heads, w_o, real):
@@ -79,7 +102,7 @@ def output(heads, w_o, real):
 
     heads (B, H, n, d); returns (B, H·d).
     """
-    return position_norm(heads.transpose(1, 2).flatten(2), real) * w_o.norm(dim=1)
+    return (heads * real[:, None, :, None]).norm(dim=2).flatten(1) * w_o.norm(dim=1)
 
 
 def value(heads, w_o, real, groups):
@@ -96,31 +119,33 @@ def value(heads, w_o, real, groups):
     return (inner * outer).sum((2, 3)).clamp_min(0).sqrt().flatten(1)
 
 
-def exact_query(attention, w_o_factors):
-    """Importance of channel j of q, exactly: ‖(softmax(S − Δ_j) − softmax(S)) V_h W_O^h‖.
+def exact(attention, factors):
+    """Importance of every channel of q and of k, exactly: ‖Σ_h (softmax(S'_hj) − softmax(S_h)) V W_O^h‖.
 
-    Zeroing row j removes q_j(t) R_t e_j from the rotated query, so Δ_j(t, s) = q_j(t) (R_t e_j) · k'(s) · scaling
-    (Eq 11 and 12 with rotary embedding, carried to the sub-block's output). A query norm then rescales what is left
-    of the head. w_o_factors: see `factor_output`; returns (B, H·d).
+    Zeroing row j of q removes q_j(t) R_t e_j from the rotated query of its head, so S' = S − Δ_j with
+    Δ_j(t, s) = q_j(t) (R_t e_j) · k'(s) · scaling (Eq 11 and 12 with rotary embedding, carried to the sub-block's
+    output). For row j of k the roles are exchanged, Δ_j(t, s) = k_j(s) q'(t) · (R_s e_j) · scaling, and the heads of the
+    group add up before the norm. A query or key norm then rescales what is left of the head.
+
+    Parameters
+    ----------
+    attention : Attention
+    factors : OutputFactors
+
+    Returns
+    -------
+    (torch.Tensor, torch.Tensor)
+        q (B, H·d) and k (B, G·d).
     """
-    squares = [
-        _exact_squares(attention, w_o_factors, g, [h], query_removal(attention, h))
-        for g in range(attention.groups)
-        for h in range(g * attention.repeat, (g + 1) * attention.repeat)
-    ]
-    return torch.cat(squares, 1).sqrt()
-
-
-def exact_key(attention, w_o_factors):
-    """Importance of channel j of k, exactly: as for q with the roles exchanged, heads of a group added before the norm.
-
-    Δ_j(t, s) = k_j(s) q'(t) · (R_s e_j) · scaling for every head of the group. Returns (B, G·d).
-    """
-    squares = []
+    queries, keys, repeat = query_removal(attention), key_removal(attention), attention.repeat
+    q_squares, k_squares, blocks = [], [], visible_blocks(attention.allowed)
     for g in range(attention.groups):
-        heads = list(range(g * attention.repeat, (g + 1) * attention.repeat))
-        squares.append(_exact_squares(attention, w_o_factors, g, heads, key_removal(attention, heads)))
-    return torch.cat(squares, 1).sqrt()
+        for h in range(g * repeat, (g + 1) * repeat):
+            values = attention.value[:, g, None] @ factors.single[h]
+            q_squares.append(_exact_squares(attention, values, slice(h, h + 1), queries, blocks))
+        values = attention.value[:, g, None] @ factors.joint[g]
+        k_squares.append(_exact_squares(attention, values, slice(g * repeat, (g + 1) * repeat), keys, blocks))
+    return torch.cat(q_squares, 1).sqrt(), torch.cat(k_squares, 1).sqrt()
 
 
 def position_norm(x, real):
@@ -155,31 +180,26 @@ def _partners(attention):
     return torch.where(channels < width, (channels + width // 2) % width, channels)
 
 
-def query_removal(attention, head):
-    """What zeroing each row of q of one head does to its logits."""
-    group, partners = head // attention.repeat, _partners(attention)
-    channel, partner = _parts(attention.query[:, head, None], attention.cos, attention.sin)
-    other = attention.key[:, group, None]
-    left = torch.stack((channel, partner), -1).transpose(2, 3) * attention.scaling
-    right = torch.stack((other, other[..., partners]), -1).permute(0, 1, 3, 4, 2)
-    ratio = None if attention.query_ratio is None else attention.query_ratio[:, head, None].transpose(2, 3)[..., None]
-    return Removal(left.contiguous(), right.contiguous(), ratio)
+def query_removal(attention):
+    """What zeroing each row of q does to the logits of its head."""
+    parts = _parts(attention.query, attention.cos, attention.sin)
+    keys = attention.key.repeat_interleave(attention.repeat, 1)
+    left = tuple(part * attention.scaling for part in parts)
+    return Removal(left, (keys, keys[..., _partners(attention)]), attention.query_ratio, True)
 
 
-def key_removal(attention, heads):
-    """What zeroing each row of k of one group does to the logits of the group's heads."""
-    group, partners = heads[0] // attention.repeat, _partners(attention)
-    channel, partner = _parts(attention.key[:, group, None], attention.cos, attention.sin)
-    other = attention.query[:, heads]
-    left = torch.stack((other, other[..., partners]), -1).transpose(2, 3) * attention.scaling
-    right = torch.stack((channel, partner), -1).permute(0, 1, 3, 4, 2)
-    ratio = None if attention.key_ratio is None else attention.key_ratio[:, group, None].transpose(2, 3)[..., None, :]
-    return Removal(left.contiguous(), right.contiguous(), ratio)
+def key_removal(attention):
+    """What zeroing each row of k does to the logits of all heads of its group."""
+    parts = _parts(attention.key, attention.cos, attention.sin)
+    query = attention.query * attention.scaling
+    right = tuple(part.repeat_interleave(attention.repeat, 1) for part in parts)
+    ratio = None if attention.key_ratio is None else attention.key_ratio.repeat_interleave(attention.repeat, 1)
+    return Removal((query, query[..., _partners(attention)]), right, ratio, False)
 
 
-def logits_of(attention, heads):
-    """Scaled logits of some heads of one group, before any cap and mask: (B, |h|, n, n)."""
-    keys = attention.key[:, heads[0] // attention.repeat, None]
+def logits_of(attention, heads=slice(None)):
+    """Scaled logits of some heads, before any cap and mask: (B, |h|, n, n)."""
+    keys = attention.key.repeat_interleave(attention.repeat, 1)[:, heads]
     return attention.query[:, heads] @ keys.transpose(-1, -2) * attention.scaling
 
 
@@ -193,28 +213,44 @@ def masked(logits, allowed):
     return logits.masked_fill(~allowed, -torch.inf)
 
 
-def factor_output(w_o, groups, repeat):
-    """W_O of each group in an orthonormal basis of its heads: (G, r, d, min(D, r·d)), inner products unchanged.
+def _exact_squares(attention, values, heads, removal, blocks):
+    """Σ over real positions of ‖Σ_h (softmax(S'_hj) − softmax(S_h)) values_h‖² for every channel j: (B, d).
 
-    The norm of Σ_h x_h W_O^h is that of Σ_h x_h factor_h, which is r·d wide and not D.
+    values (B, |h|, n, w) are V W_O of the heads. Inside, heads stand next to the keys, so that one matrix product
+    sums over both.
     """
-    stacked = w_o.view(groups, -1, w_o.shape[1])
-    triangle = torch.linalg.qr(stacked.transpose(1, 2), mode="r").R
-    return triangle.transpose(1, 2).unflatten(1, (repeat, -1)).contiguous()
-
-
-def _exact_squares(attention, w_o_factors, group, heads, removal):
-    """Σ over real positions of ‖Σ_h (softmax(S'_hj) − softmax(S_h)) V W_O^h‖² for every channel j: (B, d)."""
-    first = group * attention.repeat
-    factors = w_o_factors[group][[h - first for h in heads]]
-    if len(heads) == 1:  # a single head needs only its own d directions
-        factors = torch.linalg.qr(factors[0].T, mode="r").R.T[None]
-    values = attention.value[:, group, None] @ factors
-    logits, squares = logits_of(attention, heads), 0
-    for rows, columns in visible_blocks(attention.allowed):
-        block = _Block(attention, logits, values, removal, rows, columns)
-        squares = squares + torch.cat([block.squares(chunk) for chunk in block.chunks()], 1)
+    logits, values, squares = logits_of(attention, heads).transpose(1, 2), narrowed(values), 0  # logits (B, n, |h|, n)
+    left = [x[:, heads].permute(0, 3, 2, 1).contiguous() for x in removal.left]  # (B, d, n, |h|)
+    right = [x[:, heads].permute(0, 3, 1, 2).contiguous() for x in removal.right]  # (B, d, |h|, n)
+    ratio = removal.ratio
+    if ratio is not None:
+        ratio = ratio[:, heads].permute(0, 3, 2, 1) if removal.of_query else ratio[:, heads].permute(0, 3, 1, 2)
+    for rows, columns in blocks:
+        block = _Block(attention, logits, values, rows, columns)
+        lefts, rights = [x[:, :, rows, :, None] for x in left], [x[:, :, None, :, columns] for x in right]
+        part = ratio
+        if ratio is not None:
+            part = ratio[:, :, rows, :, None] if removal.of_query else ratio[:, :, None, :, columns]
+        squares = squares + block.squares(lefts, rights, part)
     return squares
+
+
+def narrowed(values):
+    """The same inner products between keys in lower triangular form, when there are fewer keys than coordinates.
+
+    values (B, |h|, n, w) becomes (B, |h|, n, |h|·n) with zeros in |h|·(s + 1) and beyond for key s: a block of
+    queries that sees s keys then needs |h|·s coordinates. The factorisation runs in float64, with a jitter far below
+    its rounding, because keys may repeat.
+    """
+    batch, heads, n, width = values.shape
+    if heads * n > width:
+        return values
+    keys = values.transpose(1, 2).flatten(1, 2).double()  # (B, n·|h|, w), the heads of a key side by side
+    gram = keys @ keys.transpose(1, 2)
+    jitter = 1e-13 * gram.diagonal(dim1=1, dim2=2).sum(1) + torch.finfo(values.dtype).tiny
+    gram.diagonal(dim1=1, dim2=2).add_(jitter[:, None])
+    triangle = torch.linalg.cholesky(gram).to(values.dtype)
+    return triangle.unflatten(1, (n, heads)).transpose(1, 2)
 
 
 def visible_blocks(allowed):
@@ -229,36 +265,36 @@ def visible_blocks(allowed):
 
 
 class _Block:
-    """A block of query positions and the keys they see, for all channels of one group."""
+    """A block of query positions and the keys they see, in some heads that add up."""
 
-    def __init__(self, attention, logits, values, removal, rows, columns):
-        self.logits, self.values = logits[:, :, rows, columns], values[:, :, columns]
-        self.left, self.right = removal.left[..., rows, :], removal.right[..., columns]
-        self.ratio = removal.ratio
-        if self.ratio is not None:
-            self.ratio = self.ratio[..., rows, :] if self.ratio.shape[-1] == 1 else self.ratio[..., columns]
-        self.allowed, self.softcap = attention.allowed[:, :, rows, columns], attention.softcap
-        self.real = attention.real[:, None, rows, None].to(logits.dtype)
+    def __init__(self, attention, logits, values, rows, columns):
+        self.softcap, self.allowed = attention.softcap, attention.allowed[:, 0, rows, None, columns]
+        self.logits = logits[:, rows, :, columns]
+        triangular = values.shape[1] * values.shape[2] == values.shape[3]
+        width = values.shape[1] * columns.stop if triangular else values.shape[3]
+        self.values = values[:, :, columns, :width].flatten(1, 2).contiguous()
+        self.real = attention.real[:, None, rows, None]
+        self.padded = not bool(self.real.all())
         if self.softcap is None:
             self.logits = masked(self.logits, self.allowed)
-        self.before = torch.softmax(masked(capped(self.logits, self.softcap), self.allowed), -1)
+        self.before = torch.softmax(masked(capped(self.logits, self.softcap), self.allowed), -1)[:, None]
+        self.logits = self.logits[:, None].contiguous()
 
-    def chunks(self):
-        """Ranges of channels whose maps fit the working memory."""
-        width, size = self.left.shape[2], self.logits.numel() * self.logits.element_size()
-        step = max(1, CHUNK_BYTES // size)
-        return [slice(start, min(start + step, width)) for start in range(0, width, step)]
+    def squares(self, left, right, ratio):
+        """Squared change of the output for every channel: (B, d), in chunks that fit the working memory."""
+        step = max(1, CHUNK_BYTES // (self.logits.numel() * self.logits.element_size()))
+        chunks = [slice(start, start + step) for start in range(0, left[0].shape[1], step)]
+        return torch.cat([self._chunk(*([x[:, c] for x in pair] for pair in (left, right)), None if ratio is None else ratio[:, c]) for c in chunks], 1)
 
-    def squares(self, chunk):
-        """Squared change of the output per channel of the chunk: (B, |chunk|)."""
-        changed = self.left[:, :, chunk] @ self.right[:, :, chunk]
-        torch.sub(self.logits[:, :, None], changed, out=changed)
-        if self.ratio is not None:
-            changed = changed * self.ratio[:, :, chunk]
-        if self.softcap is not None or self.ratio is not None:
-            changed = masked(capped(changed, self.softcap), self.allowed[:, :, None])
-        maps = torch.softmax(changed, -1).sub_(self.before[:, :, None])
-        total = maps[:, 0].flatten(1, 2) @ self.values[:, 0]
-        for h in range(1, maps.shape[1]):
-            total.baddbmm_(maps[:, h].flatten(1, 2), self.values[:, h])
-        return total.unflatten(1, maps.shape[2:4]).mul_(self.real).square_().sum((2, 3))
+    def _chunk(self, left, right, ratio):
+        changed = torch.addcmul(self.logits, left[0], right[0], value=-1)  # (B, |chunk|, rows, |h|, keys)
+        changed.addcmul_(left[1], right[1], value=-1)
+        if ratio is not None:
+            changed *= ratio
+        if self.softcap is not None or ratio is not None:
+            changed = masked(capped(changed, self.softcap), self.allowed[:, None])
+        maps = torch.softmax(changed, -1).sub_(self.before)
+        total = (maps.flatten(3).flatten(1, 2) @ self.values).unflatten(1, maps.shape[1:3])
+        if self.padded:
+            total *= self.real
+        return total.flatten(2).norm(dim=2).square()

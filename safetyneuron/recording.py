@@ -9,7 +9,7 @@ from transformers.masking_utils import eager_mask
 
 from safetyneuron import importance, readings
 from safetyneuron.architecture import PROJECTIONS, Architecture
-from safetyneuron.first_order import first_order_key, first_order_query
+from safetyneuron.first_order import first_order
 
 
 class Recorder:
@@ -23,7 +23,7 @@ class Recorder:
         self.rule = rule
         self.real = None
         self._inputs = {}  # (layer, what) -> tensors a hook saw, until attention uses them
-        self._factors = {}
+        self._constants = {}  # (layer, what) -> what depends on the weights alone
         self._layers = {}
 
     def start(self, real):
@@ -49,7 +49,7 @@ class Recorder:
             up = readings.released_feed_forward(self._inputs.pop((layer, "up")), real)
             self._keep(layer, gate=torch.zeros_like(up), up=up, down=up)
             return
-        scores = importance.feed_forward(hidden, self._weight(layer, "down", hidden), real)
+        scores = importance.feed_forward(hidden, self._once(layer, "down", lambda: self._weight(layer, "down", hidden).norm(dim=1)), real)
         self._keep(layer, gate=scores, up=scores, down=scores)
 
     def after_up(self, layer, module, inputs, result):
@@ -87,17 +87,21 @@ class Recorder:
         result = {"o": importance.output(attention.heads, w_o, attention.real)}
         if self.rule == "paper":
             return result | {p: getattr(readings, f"paper_{name}")(attention) for p, name in NAMES.items()}
-        if layer not in self._factors:
-            self._factors[layer] = importance.factor_output(w_o, attention.groups, attention.repeat)
-        query, key = QUERY_KEY[self.rule]
-        result |= {"q": query(attention, self._factors[layer]), "k": key(attention, self._factors[layer])}
+        factors = self._once(layer, "o", lambda: importance.OutputFactors.of(w_o, attention.groups, attention.repeat))
+        result["q"], result["k"] = QUERY_KEY[self.rule](attention, factors)
         return result | {"v": importance.value(attention.heads, w_o, attention.real, attention.groups)}
+
+    def _once(self, layer, what, compute):
+        """What depends on the weights alone, computed for the first batch."""
+        if (layer, what) not in self._constants:
+            self._constants[layer, what] = compute()
+        return self._constants[layer, what]
 
 
 NAMES = {"q": "query", "k": "key", "v": "value"}
 QUERY_KEY = {
-    "exact": (importance.exact_query, importance.exact_key),
-    "first_order": (first_order_query, first_order_key),
+    "exact": importance.exact,
+    "first_order": first_order,
 }
 # Names of the importance rules that `measure_importance` knows.
 RULES = (*QUERY_KEY, "paper", "released")

@@ -4,17 +4,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from safetyneuron import load_model
 from safetyneuron.organism.tokenizer import build_tokenizer
 
-def small_llama(heads=4, groups=4, head_width=10, seed=0, **options):
-    """A random Llama-type model with awkward sizes, in float64 so that closed forms can be compared closely."""
+def small_model(family="llama", heads=4, groups=4, head_width=10, seed=0, **options):
+    """A random model of a family with awkward sizes, in float64 so that closed forms can be compared closely."""
     torch.manual_seed(seed)
     sizes = dict(vocab_size=800, hidden_size=36, intermediate_size=28, num_hidden_layers=2, initializer_range=0.3)
     sizes |= dict(num_attention_heads=heads, num_key_value_heads=groups, head_dim=head_width, max_position_embeddings=64)
-    return LlamaForCausalLM(LlamaConfig(**(sizes | options))).double().eval()
+    sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=4)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | options))).double().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+        elif "norm" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    return model
+
+
+def small_llama(**options):
+    return small_model("llama", **options)
 
 
 @pytest.fixture

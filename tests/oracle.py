@@ -1,6 +1,8 @@
 """Brute force: set one row or column to zero, run the block again, take the norm. No hooks, no closed forms."""
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from safetyneuron.architecture import PROJECTIONS, Architecture
 
@@ -19,8 +21,20 @@ def capture_inputs(model, batch):
     return seen
 
 
+def plain_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **_):
+    """Attention as defined, in the model's own precision (eager attention rounds its softmax to float32)."""
+    repeat = query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(repeat, 1).transpose(2, 3) * scaling
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    weights = torch.softmax(logits + attention_mask, -1)
+    return (weights @ value.repeat_interleave(repeat, 1)).transpose(1, 2).contiguous(), weights
+
+
 def brute_force(model, batch):
     """Importance of every neuron, projection name to (B, layers, channels)."""
+    AttentionInterface.register("oracle", plain_attention)
+    AttentionMaskInterface.register("oracle", eager_mask)
+    model.set_attn_implementation("oracle")
     architecture, seen = Architecture(model), capture_inputs(model, batch)
     real = batch["attention_mask"].bool()
     result = {}

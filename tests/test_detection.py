@@ -5,6 +5,7 @@ from conftest import small_llama
 from safetyneuron import ImportanceProfile, NeuronSet, SafetyNeuronError, load_prompts, measure_importance
 from safetyneuron.architecture import PROJECTIONS
 from safetyneuron.detection import ranks, select_fraction, select_without_foundation
+from safetyneuron.recording import Recorder
 
 
 @pytest.fixture
@@ -97,6 +98,55 @@ def test_profile_survives_saving(model, tokenizer, prompts, tmp_path):
     profile = profile_of(model, tokenizer, prompts)
     profile.save(tmp_path / "profile.safetensors")
     assert_same(profile, ImportanceProfile.load(tmp_path / "profile.safetensors"), 0)
+
+
+@pytest.mark.parametrize("rule", ["exact", "first_order", "paper", "released"])
+def test_prefix_minima_are_those_of_the_shorter_corpus(model, tokenizer, prompts, rule):
+    whole = profile_of(model, tokenizer, prompts, rule=rule, sizes=(2, 5, 11), batch_size=3)
+    for size, minimum in whole.prefix.items():
+        alone = profile_of(model, tokenizer, prompts[:size], rule=rule)
+        for p in PROJECTIONS:
+            torch.testing.assert_close(minimum[p], alone.minimum[p], rtol=1e-6, atol=1e-12)
+
+
+def test_a_killed_measurement_goes_on_to_the_same_bits(model, tokenizer, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("safetyneuron.detection.CHECKPOINT_BATCHES", 1)
+    straight = profile_of(model, tokenizer, prompts, batch_size=2, sizes=(4,))
+    finish, calls = Recorder.finish, []
+
+    def killed(recorder):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return finish(recorder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            profile_of(model, tokenizer, prompts, batch_size=2, sizes=(4,), checkpoint=tmp_path / "c.safetensors")
+    calls.clear()
+    monkeypatch.setattr(Recorder, "finish", lambda recorder: calls.append(1) or finish(recorder))
+    resumed = profile_of(model, tokenizer, prompts, batch_size=2, sizes=(4,), checkpoint=tmp_path / "c.safetensors")
+    assert len(calls) == 3  # of six batches
+    for p in PROJECTIONS:
+        assert torch.equal(resumed.minimum[p], straight.minimum[p]) and torch.equal(resumed.total[p], straight.total[p])
+        assert torch.equal(resumed.prefix[4][p], straight.prefix[4][p])
+    with pytest.raises(SafetyNeuronError, match="belongs to other prompts"):
+        profile_of(model, tokenizer, prompts[1:], batch_size=2, sizes=(4,), checkpoint=tmp_path / "c.safetensors")
+
+
+def test_shards_merge_to_the_whole(model, tokenizer, prompts):
+    whole = profile_of(model, tokenizer, prompts, batch_size=1)
+    parts = [profile_of(model, tokenizer, prompts[i::3], batch_size=1) for i in range(3)]
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    assert merged.count == whole.count
+    for p in PROJECTIONS:
+        assert torch.equal(merged.minimum[p], whole.minimum[p])
+        torch.testing.assert_close(merged.total[p], whole.total[p], rtol=1e-12, atol=0)
+    others = [profile_of(small_llama(groups=2, seed=5), tokenizer, prompts), profile_of(model, tokenizer, prompts, rule="paper")]
+    for other, what in zip(others, ("model", "rule")):
+        with pytest.raises(SafetyNeuronError, match=f"another {what}"):
+            whole.merge(other)
 
 
 def test_tokenizer_without_a_template_gets_the_raw_text(model, tokenizer):
