@@ -1,7 +1,7 @@
 import pytest
 import torch
 from conftest import small_model
-from oracle import brute_force, capture_inputs
+from safetyneuron.brute_force import brute_force, capture_inputs
 from scipy.stats import spearmanr
 from transformers import AttentionInterface
 

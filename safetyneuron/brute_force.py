@@ -1,0 +1,72 @@
+"""The definition of importance, executed literally: set one row or column to zero, run the block again, take the norm.
+
+No closed form and no measuring hook is involved, so this is what the tests and the appendix hold the rules against.
+It costs one run of a block per neuron: for small models only.
+"""
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from safetyneuron.architecture import FEED_FORWARD, PROJECTIONS, Architecture
+
+
+def capture_inputs(model, batch):
+    """What each attention and feed-forward module receives: list of (module, args, kwargs), two a layer."""
+    seen, handles = [], []
+
+    def keep(module, args, kwargs):
+        seen.append((module, args, kwargs))
+
+    for layer in Architecture(model).layers:
+        handles += [m.register_forward_pre_hook(keep, with_kwargs=True) for m in (layer.self_attn, layer.mlp)]
+    with torch.no_grad():
+        model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def plain_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **_):
+    """Attention as defined, in the model's own precision (eager attention rounds its softmax to float32)."""
+    repeat = query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(repeat, 1).transpose(2, 3) * scaling
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    weights = torch.softmax(logits + attention_mask, -1)
+    return (weights @ value.repeat_interleave(repeat, 1)).transpose(1, 2).contiguous(), weights
+
+
+def brute_force(model, batch):
+    """Importance of every neuron for every prompt of a batch, by zeroing one at a time (Zhao et al. 2025, Eq 1).
+
+    batch: `input_ids` and `attention_mask`, (B, n). Returns projection name to (B, layers, channels).
+    """
+    AttentionInterface.register("plain", plain_attention)
+    AttentionMaskInterface.register("plain", eager_mask)
+    previous = model.config._attn_implementation
+    model.set_attn_implementation("plain")
+    try:
+        architecture, seen = Architecture(model), capture_inputs(model, batch)
+        layers, real = range(len(architecture.layers)), batch["attention_mask"].bool()
+        places = {p: [(architecture.place(layer, p), seen[2 * layer + (p in FEED_FORWARD)]) for layer in layers] for p in PROJECTIONS}
+        return {p: torch.stack([_each_channel(place, *call, real) for place, call in pairs], 1) for p, pairs in places.items()}
+    finally:
+        model.set_attn_implementation(previous)
+
+
+@torch.no_grad()
+def _each_channel(place, module, args, kwargs, real):
+    def run():
+        out = module(*args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    before, norms = run(), []
+    for channel in range(place.size):
+        kept = [(t, t[channel].clone()) for t in (place.weight, place.bias) if t is not None]
+        for tensor, _ in kept:
+            tensor[channel] = 0
+        change = (run() - before) * real[..., None]
+        norms.append(change.flatten(1).norm(dim=1))
+        for tensor, original in kept:
+            tensor[channel] = original
+    return torch.stack(norms, 1)
