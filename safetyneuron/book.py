@@ -150,3 +150,16 @@ def bars_table(results, harmful_set, benign_set, tasks):
     keys |= {task.removeprefix("organism_"): ("accuracy", task) for task in tasks}
     rows = [(m, c, pooled(draws, key)) for m, key in keys.items() for c, draws in results.items()]
     return pd.DataFrame(rows, columns=["measure", "condition", "rate"])
+
+
+def costs_table(costs):
+    """Cost of each rule in plain forward passes. costs: rule to ratio."""
+    return pd.DataFrame({"forward passes": {rule: f"{ratio:.1f}" for rule, ratio in costs.items()}}).rename_axis("rule")
+
+
+def table_5(counts):
+    """Paper's Table 5 above the counts of `appendix.corpus_counts`."""
+    printed = reported.table(5).set_index("column")["value"]
+    paper = pd.DataFrame([{size: f"{printed.get(str(size), float('nan')):.0f}" for size in counts.columns}], index=["paper: Llama3-8B-Instruct"])
+    here = counts.map("{:.0f}".format).rename(index="here: {}".format)
+    return pd.concat([paper, here]).rename_axis("corpus size")

@@ -62,3 +62,33 @@ def condition_bars(table):
     axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     axes.grid(axis="x", visible=False)
     return axes
+
+
+def rules_scatter(table, projections=("q", "k", "v", "up")):
+    """Each rule against brute force, one row of panels per rule, one column per projection, on logarithmic axes."""
+    rules = [c for c in table.columns if c not in ("projection", "brute force")]
+    figure, panels = plt.subplots(len(rules), len(projections), figsize=(8, 1.9 * len(rules)), sharex="col")
+    for row, rule in zip(panels, rules):
+        for axes, projection in zip(row, projections):
+            points = table[table["projection"] == projection].iloc[::7]
+            axes.scatter(points["brute force"], points[rule], s=2, alpha=0.4, rasterized=True)
+            axes.set(xscale="log", yscale="log", title=f"{projection}: {rule}")
+            axes.title.set_fontsize(9)
+    figure.supxlabel("brute force")
+    figure.supylabel("rule")
+    figure.tight_layout()
+    return panels[0, 0]
+
+
+def corpus_curve(counts, reported):
+    """Number of safety neurons relative to that at the paper's 200 documents, against corpus size, log-log.
+
+    counts: data frame as from `appendix.corpus_counts`; reported: the paper's counts, size to number.
+    """
+    _, axes = plt.subplots()
+    for name, row in counts.iterrows():
+        axes.plot(row.index, row / row[200], marker="o", markersize=3, label=f"here, {name}")
+    axes.plot(list(reported), [n / reported[200] for n in reported.values()], "k--", marker="s", markersize=3, label="paper")
+    axes.set(xscale="log", yscale="log", xlabel="harmful prompts", ylabel="neurons, relative to 200 prompts")
+    axes.legend(fontsize=8)
+    return axes
