@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock
@@ -26,6 +27,11 @@ def source_digest(package):
     folder = Path(package)
     sources = sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".yaml"))
     return digest([[p.relative_to(folder).as_posix(), p.read_text(encoding="utf-8")] for p in sources])
+
+
+def library_versions():
+    """Versions of the libraries that can change a number, for cache keys."""
+    return {name: version(name) for name in ("torch", "transformers", "tokenizers", "lm_eval")}
 
 
 @contextmanager

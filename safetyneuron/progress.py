@@ -26,6 +26,7 @@ class EveryTenSeconds(io.TextIOBase):
         self.target, self.printed = sys.stderr, time.monotonic()
 
     def write(self, text):
+        """Take what a bar writes; print its last line if ten seconds have passed."""
         now = time.monotonic()
         if text.strip() and now - self.printed >= SECONDS:
             print(text.strip().splitlines()[-1], file=self.target, flush=True)

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetyneuron.cache import digest, remember, source_digest
+from safetyneuron.cache import digest, library_versions, remember, source_digest
 from safetyneuron.data import load_prompts
 from safetyneuron.deactivation import deactivate
 from safetyneuron.metrics.capability import capability
@@ -41,20 +41,21 @@ def evaluate(model, tokenizer, suite, without=None):
     dict of (str, str) to Rate
         Keys are (measure, set): measure is `asr`, `coherent`, `over_refusal` or `accuracy`.
     """
-    key = [fingerprint(model), digest(tokenizer.get_vocab()), asdict(suite), without.digest() if without else None]
-    key.append(source_digest(Path(__file__).parent.parent))
-    stored = remember("scores", key, lambda: _measure(model, tokenizer, suite, without))
+    prompts = {name: load_prompts(name)[: suite.prompts] for name in (*suite.harmful, suite.benign)}
+    key = [fingerprint(model), digest(tokenizer.get_vocab(), tokenizer.chat_template), asdict(suite), prompts]
+    key += [without.digest() if without else None, source_digest(Path(__file__).parent.parent), library_versions()]
+    stored = remember("scores", key, lambda: _measure(model, tokenizer, suite, prompts, without))
     return {(measure, name): Rate(hits, trials) for measure, name, hits, trials in stored}
 
 
-def _measure(model, tokenizer, suite, without):
+def _measure(model, tokenizer, suite, prompts, without):
     rows = []
     with deactivate(model, without) if without else nullcontext():
         for name in suite.harmful:
-            scores = compliance(model, tokenizer, load_prompts(name)[: suite.prompts], suite.answer_tokens)
+            scores = compliance(model, tokenizer, prompts[name], suite.answer_tokens)
             rows += [(measure, name, rate) for measure, rate in scores.items()]
-        benign = load_prompts(suite.benign)[: suite.prompts]
-        rows.append(("over_refusal", suite.benign, over_refusal_rate(model, tokenizer, benign, suite.answer_tokens)))
+        refused = over_refusal_rate(model, tokenizer, prompts[suite.benign], suite.answer_tokens)
+        rows.append(("over_refusal", suite.benign, refused))
         accuracies = capability(model, tokenizer, suite.tasks, limit=suite.questions)
         rows += [("accuracy", task, rate) for task, rate in accuracies.items()]
     return [(measure, name, rate.hits, rate.trials) for measure, name, rate in rows]

@@ -164,6 +164,7 @@ class ProgressLine(TrainerCallback):
         self.started = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **_):
+        """Print every fourth of the trainer's own log points."""
         if "loss" not in logs or state.global_step % 100:
             return
         left = (time.monotonic() - self.started) * (state.max_steps / state.global_step - 1)
