@@ -8,7 +8,7 @@ group. Both cost accuracy and save a factor d: the squares over s of a sum of pr
 
 import torch
 
-from safetyneuron.importance import capped, key_removal, logits_of, masked, query_removal
+from safetyneuron.importance import CHUNK_BYTES, capped, key_removal, logits_of, masked, query_removal
 
 
 def first_order(attention, factors):
@@ -24,9 +24,20 @@ def first_order(attention, factors):
     (torch.Tensor, torch.Tensor)
         q (B, H·d) and k (B, G·d).
     """
+    batch, _, n, _ = attention.query.shape
+    one_group = attention.repeat * batch * n * n * attention.query.element_size()
+    step = max(1, 2 * CHUNK_BYTES // one_group)
+    chunks = [slice(g, min(g + step, attention.groups)) for g in range(0, attention.groups, step)]
+    heads = [slice(c.start * attention.repeat, c.stop * attention.repeat) for c in chunks]
+    parts = [_first_order(attention.part(c), factors.single[h]) for c, h in zip(chunks, heads)]
+    return tuple(torch.cat(scores, 1) for scores in zip(*parts))
+
+
+def _first_order(attention, factors):
+    """The same for all heads of `attention` at once: its maps must fit in memory several times."""
     logits = logits_of(attention)
     probabilities = torch.softmax(masked(capped(logits, attention.softcap), attention.allowed), -1)
-    values = attention.value.repeat_interleave(attention.repeat, 1) @ factors.single
+    values = attention.value.repeat_interleave(attention.repeat, 1) @ factors
     weights = probabilities.square() * _spread(values, probabilities) * attention.real[:, None, :, None]
     slope = None if attention.softcap is None else 1 - torch.tanh(logits / attention.softcap).square()
     q, k = (_squares(_terms(r, logits, slope), probabilities, weights) for r in (query_removal(attention), key_removal(attention)))

@@ -9,7 +9,7 @@ Shape letters: B prompts, n positions, D hidden width, H heads, G key/value head
 of the feed-forward block. W_O and W_down are given channels first: (H·d, D) and (F, D).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,6 +50,14 @@ class Attention:
     def repeat(self):
         """Heads per group."""
         return self.query.shape[1] // self.key.shape[1]
+
+    def part(self, groups):
+        """The same layer with some of its groups only; `groups` is a slice."""
+        heads = slice(groups.start * self.repeat, groups.stop * self.repeat)
+        of_heads = {name: getattr(self, name) for name in ("query", "heads", "query_ratio")}
+        of_groups = {name: getattr(self, name) for name in ("key", "value", "key_ratio")}
+        cut = {name: x if x is None else x[:, heads] for name, x in of_heads.items()}
+        return replace(self, **cut, **{name: x if x is None else x[:, groups] for name, x in of_groups.items()})
 
 
 @dataclass

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -114,6 +115,8 @@ def widen(x):
 
 def attention_output(query, key, value, allowed, scaling, softcap=None):
     """Heads' outputs before W_O: (B, H, n, d)."""
+    if softcap is None:  # the fused kernel never holds the attention maps
+        return scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling, enable_gqa=True)
     repeat = query.shape[1] // key.shape[1]
     keys, values = (x.repeat_interleave(repeat, 1) for x in (key, value))
     logits = importance.capped(query @ keys.transpose(-1, -2) * scaling, softcap)

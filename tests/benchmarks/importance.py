@@ -4,12 +4,15 @@
 
 Model: Llama type, 512 wide, 8 layers, 8 heads in 4 groups, 1792 feed-forward channels, float32, 2 threads. `exact@64` is
 the rule `exact` on 32 prompts of 64 tokens in batches of 8. `naive@32` is zeroing one neuron at a time, extrapolated from 20 neurons.
-Peak memory at 512 tokens is that of a process of its own, above the loaded model.
+`exact_memory@512` is the peak memory above the loaded model for one batch of 2 prompts of 512 tokens, each measured in a process of its own.
 """
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
@@ -85,17 +88,40 @@ def naive_ratio(model, batch, sample=20):
     return ratio_to(lambda: forward(model, batch), one) * sum(empty.masks[p].numel() for p in PROJECTIONS)
 
 
+def peak_memory(rule):
+    """Bytes at the peak above the loaded model: of a plain forward pass (rule `plain`) or a measured one."""
+    model, batch = benchmark_model(), batch_of(512, prompts=2)
+    forward(model, batch_of(8, prompts=1))  # what the first pass allocates once and keeps
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forward(model, batch) if rule == "plain" else measured(model, batch, rule)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - loaded)
+
+
+def memory_ratio(rule):
+    """Peak memory of a rule over that of a plain forward pass."""
+    runs = [subprocess.run([sys.executable, __file__, "--memory", r], capture_output=True, text=True, check=True) for r in ("plain", rule)]
+    plain, other = (int(run.stdout.split()[-1]) for run in runs)
+    return other / plain
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--memory", metavar="RULE", help="only print the peak memory of one rule, in bytes")
     options = parser.parse_args()
     torch.set_num_threads(2)
+    if options.memory:
+        print(peak_memory(options.memory))
+        return
     model, ratios = benchmark_model(), {}
     for length in LENGTHS:
         batch = batch_of(length)
         for rule in RULES:
             ratios[f"{rule}@{length}"] = ratio_to(lambda: forward(model, batch), lambda: measured(model, batch, rule))
             print(f"{rule}@{length:<4} {ratios[f'{rule}@{length}']:.2f}", flush=True)
+    for rule in ("first_order", "exact"):
+        ratios[f"{rule}_memory@512"] = memory_ratio(rule)
+        print(f"{rule}_memory@512 {ratios[f'{rule}_memory@512']:.2f}", flush=True)
     ratios["naive@32"] = naive_ratio(model, batch_of(32))
     print(f"naive@32   {ratios['naive@32']:.0f}")
     if options.json:
