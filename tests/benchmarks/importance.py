@@ -9,11 +9,11 @@ the rule `exact` on 32 prompts of 64 tokens in batches of 8. `naive@32` is zeroi
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -92,9 +92,16 @@ def peak_memory(rule):
     """Bytes at the peak above the loaded model: of a plain forward pass (rule `plain`) or a measured one."""
     model, batch = benchmark_model(), batch_of(512, prompts=2)
     forward(model, batch_of(8, prompts=1))  # what the first pass allocates once and keeps
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    loaded = _status("VmRSS")
     forward(model, batch) if rule == "plain" else measured(model, batch, rule)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - loaded)
+    return _status("VmHWM") - loaded
+
+
+def _status(name):
+    """One line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def memory_ratio(rule):
