@@ -2,7 +2,7 @@
 
 The importance of a neuron for one prompt is the Frobenius norm, over the prompt's real positions, of the
 change in its sub-block's output (attention or feed-forward, before any post-norm) when the neuron's
-parameters, its bias with them, are set to zero (Zhao et al. 2025, Eq 1). `exact_*` and `first_order_*` share that
+parameters, its bias with them, are set to zero (Zhao et al. 2025, Eq 1). `exact` and `first_order.py` share that
 unit, a norm in the residual stream; `readings.py` holds the paper's and the released code's own units.
 
 Shape letters: B prompts, n positions, D hidden width, H heads, G key/value heads, r = H/G, d head width, F channels
@@ -207,7 +207,8 @@ def key_removal(attention):
 
 def logits_of(attention, heads=slice(None)):
     """Scaled logits of some heads, before any cap and mask: (B, |h|, n, n)."""
-    keys = attention.key.repeat_interleave(attention.repeat, 1)[:, heads]
+    groups = torch.arange(attention.query.shape[1], device=attention.key.device)[heads] // attention.repeat
+    keys = attention.key[:, groups]
     return attention.query[:, heads] @ keys.transpose(-1, -2) * attention.scaling
 
 

@@ -1,7 +1,6 @@
 """Load a model and its tokenizer by name: an organism, a Hugging Face id, or a local folder."""
 
 import hashlib
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,7 +48,6 @@ def load_model(name, device=None, dtype=None):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    model.safetyneuron_name = name if organism else Path(name).name
     return model.to(device).eval(), tokenizer
 
 

@@ -6,7 +6,7 @@ than those of the feed-forward block, and one threshold cannot serve both.
 
 import torch
 
-from safetyneuron.importance import CHUNK_BYTES, Attention, masked, position_norm, unrotate
+from safetyneuron.importance import CHUNK_BYTES, Attention, masked, unrotate
 
 
 def paper_query(attention: Attention):
