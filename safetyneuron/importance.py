@@ -9,6 +9,7 @@ Shape letters: B prompts, n positions, D hidden width, H heads, G key/value head
 of the feed-forward block. W_O and W_down are given channels first: (H·d, D) and (F, D).
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,6 +52,10 @@ class Attention:
         """Heads per group."""
         return self.query.shape[1] // self.key.shape[1]
 
+    def heads_of(self, group):
+        """The heads of a group, as a slice."""
+        return slice(group * self.repeat, (group + 1) * self.repeat)
+
     def part(self, groups):
         """The same layer with some of its groups only; `groups` is a slice."""
         heads = slice(groups.start * self.repeat, groups.stop * self.repeat)
@@ -74,14 +79,69 @@ class Removal:
     ratio: torch.Tensor | None
     of_query: bool
 
+    def _map(self, left, right):
+        """The same with a function for what varies over queries and one for what varies over keys."""
+        of_ratio = left if self.of_query else right
+        ratio = self.ratio if self.ratio is None else of_ratio(self.ratio)
+        return Removal(tuple(map(left, self.left)), tuple(map(right, self.right)), ratio, self.of_query)
+
+    def heads(self, heads):
+        """The part of some heads; `heads` is a slice."""
+        return self._map(lambda x: x[:, heads], lambda x: x[:, heads])
+
+    def apart(self):
+        """Every head on its own."""
+        return self._map(by_head, by_head)
+
+    def channels_first(self):
+        """Laid out for maps (B, d, n, |h|, n): left (B, d, n, |h|, 1) and right (B, d, 1, |h|, n)."""
+        return self._map(
+            lambda x: x.permute(0, 3, 2, 1).contiguous()[..., None], lambda x: x.permute(0, 3, 1, 2).contiguous()[:, :, None]
+        )
+
+    def block(self, rows, columns):
+        """The part of some queries and keys."""
+        return self._map(lambda x: x[:, :, rows], lambda x: x[..., columns])
+
+    def chunks(self, size):
+        """The parts of `size` channels each."""
+        for start in range(0, self.left[0].shape[1], size):
+            channels = lambda x: x[:, start : start + size]
+            yield self._map(channels, channels)
+
+    def apply(self, logits, out):
+        """Changed logits (B, d, n, |h|, n) from logits (B, 1, n, |h|, n), written to `out`."""
+        changed = torch.addcmul(logits, self.left[0], self.right[0], value=-1, out=out)
+        changed.addcmul_(self.left[1], self.right[1], value=-1)
+        return changed if self.ratio is None else changed.mul_(self.ratio)
+
+
+class Workspace:
+    """Memory that chunks share: asking for it anew each time costs more than what is computed in it."""
+
+    def __init__(self):
+        self._buffers = {}
+
+    def take(self, name, shape, like):
+        """An uninitialised tensor of the dtype and device of `like`; it overwrites the last one of that name."""
+        buffer, size = self._buffers.get(name), math.prod(shape)
+        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype or buffer.device != like.device:
+            buffer = self._buffers[name] = like.new_empty(size)
+        return buffer[:size].view(shape)
+
 
 @dataclass
 class OutputFactors:
-    """W_O in coordinates that keep all inner products but are narrower than D, so that norms are cheap.
+    """What the closed forms need of W_O; computed once, because it depends on the weights alone.
 
-    single (H, d, min(D, d)) is for one head alone, joint (G, r, d, min(D, r·d)) for the heads of a group together.
+    norms (H·d,) of the rows of W_O, inner (G, r, r, d) the inner products of the rows that one channel of v reaches.
+    single (H, d, min(D, d)) and joint (G, r, d, min(D, r·d)) are W_O in coordinates that keep all inner products but are
+    narrower than D, for one head alone and for the heads of a group together; lower triangular, so that the first head of a
+    group has zeros beyond d, the second beyond 2d.
     """
 
+    norms: torch.Tensor
+    inner: torch.Tensor
     single: torch.Tensor
     joint: torch.Tensor
 
@@ -92,8 +152,16 @@ class OutputFactors:
         def factor(stacked):
             return torch.linalg.qr(stacked.transpose(1, 2), mode="r").R.transpose(1, 2).contiguous()
 
-        joint = factor(w_o.view(groups, -1, w_o.shape[1]))
-        return cls(factor(w_o.view(groups * repeat, -1, w_o.shape[1])), joint.unflatten(1, (repeat, -1)))
+        joint = factor(w_o.view(groups, -1, w_o.shape[1])).unflatten(1, (repeat, -1))
+        inner = torch.einsum("ghjo,gijo->ghij", joint, joint)
+        return cls(w_o.norm(dim=1), inner, factor(joint.flatten(0, 1)), joint)
+
+    def part(self, groups):
+        """The same for some of the groups only; `groups` is a slice."""
+        repeat, width = self.joint.shape[1:3]
+        heads = slice(groups.start * repeat, groups.stop * repeat)
+        rows = slice(heads.start * width, heads.stop * width)
+        return OutputFactors(self.norms[rows], self.inner[groups], self.single[heads], self.joint[groups])
 
 
 def feed_forward(hidden, w_down_norms, real):
@@ -105,29 +173,27 @@ def feed_forward(hidden, w_down_norms, real):
     return position_norm(hidden, real) * w_down_norms
 
 
-def output(heads, w_o, real):
+def output(heads, factors, real):
     """Importance of channel c of o: ‖z[:, c]‖ · ‖W_O[:, c]‖ with z the heads side by side.
 
     heads (B, H, n, d); returns (B, H·d).
     """
-    return (heads * real[:, None, :, None]).norm(dim=2).flatten(1) * w_o.norm(dim=1)
+    return position_norm(heads, real[:, None]).flatten(1) * factors.norms
 
 
-def value(heads, w_o, real, groups):
+def value(heads, factors, real):
     """Importance of channel j of v: the heads of a group add up before the norm.
 
     √ Σ over heads h, h' of the group of ⟨z_h[:, j], z_h'[:, j]⟩ ⟨W_O[:, hj], W_O[:, h'j]⟩.
     heads (B, H, n, d); returns (B, G·d).
     """
-    batch, _, n, width = heads.shape
-    grouped = (heads * real[:, None, :, None]).view(batch, groups, -1, n, width)
-    weights = w_o.view(groups, -1, width, w_o.shape[1])
-    inner = torch.einsum("bghnj,bginj->bghij", grouped, grouped)
-    outer = torch.einsum("ghjo,gijo->ghij", weights, weights)
-    return (inner * outer).sum((2, 3)).clamp_min(0).sqrt().flatten(1)
+    grouped = (heads * real[:, None, :, None]).unflatten(1, factors.inner.shape[:2])
+    pairs = [(h, i) for h in range(grouped.shape[2]) for i in range(grouped.shape[2])]
+    products = (((grouped[:, :, h] * grouped[:, :, i]).sum(2)) * factors.inner[:, h, i] for h, i in pairs)
+    return sum(products).clamp_min(0).sqrt().flatten(1)
 
 
-def exact(attention, factors):
+def exact(attention, factors, workspace):
     """Importance of every channel of q and of k, exactly: ‖Σ_h (softmax(S'_hj) − softmax(S_h)) V W_O^h‖.
 
     Zeroing row j of q removes q_j(t) R_t e_j from the rotated query of its head, so S' = S − Δ_j with
@@ -139,26 +205,28 @@ def exact(attention, factors):
     ----------
     attention : Attention
     factors : OutputFactors
+    workspace : Workspace
+        One for all layers.
 
     Returns
     -------
     (torch.Tensor, torch.Tensor)
         q (B, H·d) and k (B, G·d).
     """
-    queries, keys, repeat = query_removal(attention), key_removal(attention), attention.repeat
-    q_squares, k_squares, blocks = [], [], visible_blocks(attention.allowed)
+    queries, keys, blocks = query_removal(attention), key_removal(attention), visible_blocks(attention.allowed)
+    q, k = [], []
     for g in range(attention.groups):
-        for h in range(g * repeat, (g + 1) * repeat):
-            values = attention.value[:, g, None] @ factors.single[h]
-            q_squares.append(_exact_squares(attention, values, slice(h, h + 1), queries, blocks))
-        values = attention.value[:, g, None] @ factors.joint[g]
-        k_squares.append(_exact_squares(attention, values, slice(g * repeat, (g + 1) * repeat), keys, blocks))
-    return torch.cat(q_squares, 1).sqrt(), torch.cat(k_squares, 1).sqrt()
+        heads, part, weights = attention.heads_of(g), attention.part(slice(g, g + 1)), factors.part(slice(g, g + 1))
+        maps = _Maps.of(part, workspace)
+        squares = maps.apart().squares(by_head(part.value @ weights.single), queries.heads(heads).apart(), blocks)
+        q.append(squares.unflatten(0, (-1, attention.repeat)).flatten(1))
+        k.append(maps.squares(part.value @ weights.joint[0], keys.heads(heads), blocks))
+    return torch.cat(q, 1).sqrt(), torch.cat(k, 1).sqrt()
 
 
 def position_norm(x, real):
-    """Norm of every channel over the real positions: (B, n, C) to (B, C)."""
-    return (x * real[..., None]).norm(dim=1)
+    """Norm of every channel over the real positions: x (…, n, C) and real (…, n) to (…, C)."""
+    return (real.to(x.dtype)[..., None, :] @ x.square())[..., 0, :].sqrt()
 
 
 def unrotate(x, cos, sin):
@@ -205,11 +273,10 @@ def key_removal(attention):
     return Removal((query, query[..., _partners(attention)]), right, ratio, False)
 
 
-def logits_of(attention, heads=slice(None)):
-    """Scaled logits of some heads, before any cap and mask: (B, |h|, n, n)."""
-    groups = torch.arange(attention.query.shape[1], device=attention.key.device)[heads] // attention.repeat
-    keys = attention.key[:, groups]
-    return attention.query[:, heads] @ keys.transpose(-1, -2) * attention.scaling
+def logits_of(attention):
+    """Scaled logits before any cap and mask: (B, H, n, n)."""
+    keys = attention.key.repeat_interleave(attention.repeat, 1)
+    return attention.query @ keys.transpose(-1, -2) * attention.scaling
 
 
 def capped(logits, softcap):
@@ -220,46 +287,6 @@ def capped(logits, softcap):
 def masked(logits, allowed):
     """Logits with minus infinity where a position may not look; `allowed` must leave every row something."""
     return logits.masked_fill(~allowed, -torch.inf)
-
-
-def _exact_squares(attention, values, heads, removal, blocks):
-    """Σ over real positions of ‖Σ_h (softmax(S'_hj) − softmax(S_h)) values_h‖² for every channel j: (B, d).
-
-    values (B, |h|, n, w) are V W_O of the heads. Inside, heads stand next to the keys, so that one matrix product
-    sums over both.
-    """
-    logits, values, squares = logits_of(attention, heads).transpose(1, 2), narrowed(values), 0  # logits (B, n, |h|, n)
-    left = [x[:, heads].permute(0, 3, 2, 1).contiguous() for x in removal.left]  # (B, d, n, |h|)
-    right = [x[:, heads].permute(0, 3, 1, 2).contiguous() for x in removal.right]  # (B, d, |h|, n)
-    ratio = removal.ratio
-    if ratio is not None:
-        ratio = ratio[:, heads].permute(0, 3, 2, 1) if removal.of_query else ratio[:, heads].permute(0, 3, 1, 2)
-    for rows, columns in blocks:
-        block = _Block(attention, logits, values, rows, columns)
-        lefts, rights = [x[:, :, rows, :, None] for x in left], [x[:, :, None, :, columns] for x in right]
-        part = ratio
-        if ratio is not None:
-            part = ratio[:, :, rows, :, None] if removal.of_query else ratio[:, :, None, :, columns]
-        squares = squares + block.squares(lefts, rights, part)
-    return squares
-
-
-def narrowed(values):
-    """The same inner products between keys in lower triangular form, when there are fewer keys than coordinates.
-
-    values (B, |h|, n, w) becomes (B, |h|, n, |h|·n) with zeros in |h|·(s + 1) and beyond for key s: a block of
-    queries that sees s keys then needs |h|·s coordinates. The factorisation runs in float64, with a jitter far below
-    its rounding, because keys may repeat.
-    """
-    batch, heads, n, width = values.shape
-    if heads * n > width:
-        return values
-    keys = values.transpose(1, 2).flatten(1, 2).double()  # (B, n·|h|, w), the heads of a key side by side
-    gram = keys @ keys.transpose(1, 2)
-    jitter = 1e-13 * gram.diagonal(dim1=1, dim2=2).sum(1) + torch.finfo(values.dtype).tiny
-    gram.diagonal(dim1=1, dim2=2).add_(jitter[:, None])
-    triangle = torch.linalg.cholesky(gram).to(values.dtype)
-    return triangle.unflatten(1, (n, heads)).transpose(1, 2)
 
 
 def visible_blocks(allowed):
@@ -273,37 +300,101 @@ def visible_blocks(allowed):
     return blocks
 
 
-class _Block:
-    """A block of query positions and the keys they see, in some heads that add up."""
+@dataclass
+class _Maps:
+    """Attention maps of heads whose outputs add up: logits and before (B, |h|, n, n), before being the probabilities."""
 
-    def __init__(self, attention, logits, values, rows, columns):
-        self.softcap, self.allowed = attention.softcap, attention.allowed[:, 0, rows, None, columns]
-        self.logits = logits[:, rows, :, columns]
-        triangular = values.shape[1] * values.shape[2] == values.shape[3]
-        width = values.shape[1] * columns.stop if triangular else values.shape[3]
-        self.values = values[:, :, columns, :width].flatten(1, 2).contiguous()
-        self.real = attention.real[:, None, rows, None]
-        self.padded = not bool(self.real.all())
-        if self.softcap is None:
-            self.logits = masked(self.logits, self.allowed)
-        self.before = torch.softmax(masked(capped(self.logits, self.softcap), self.allowed), -1)[:, None]
-        self.logits = self.logits[:, None].contiguous()
+    logits: torch.Tensor
+    before: torch.Tensor
+    allowed: torch.Tensor
+    real: torch.Tensor
+    softcap: float | None
+    workspace: Workspace
 
-    def squares(self, left, right, ratio):
-        """Squared change of the output for every channel: (B, d), in chunks that fit the working memory."""
-        step = max(1, CHUNK_BYTES // (self.logits.numel() * self.logits.element_size()))
-        chunks = [slice(start, start + step) for start in range(0, left[0].shape[1], step)]
-        return torch.cat([self._chunk(*([x[:, c] for x in pair] for pair in (left, right)), None if ratio is None else ratio[:, c]) for c in chunks], 1)
+    @classmethod
+    def of(cls, attention, workspace):
+        """The maps of all heads of a layer."""
+        logits, allowed = logits_of(attention), attention.allowed
+        before = torch.softmax(masked(capped(logits, attention.softcap), allowed), -1)
+        return cls(logits, before, allowed, attention.real, attention.softcap, workspace)
 
-    def _chunk(self, left, right, ratio):
-        changed = torch.addcmul(self.logits, left[0], right[0], value=-1)  # (B, |chunk|, rows, |h|, keys)
-        changed.addcmul_(left[1], right[1], value=-1)
-        if ratio is not None:
-            changed *= ratio
-        if self.softcap is not None or ratio is not None:
-            changed = masked(capped(changed, self.softcap), self.allowed[:, None])
-        maps = torch.softmax(changed, -1).sub_(self.before)
-        total = (maps.flatten(3).flatten(1, 2) @ self.values).unflatten(1, maps.shape[1:3])
-        if self.padded:
-            total *= self.real
-        return total.flatten(2).norm(dim=2).square()
+    @property
+    def padded(self):
+        """Whether some position does not count."""
+        return not bool(self.real.all())
+
+    def apart(self):
+        """The same maps with every head on its own: B becomes B·|h|."""
+        heads = self.logits.shape[1]
+        allowed, real = (x.repeat_interleave(heads, 0) for x in (self.allowed, self.real))
+        return _Maps(by_head(self.logits), by_head(self.before), allowed, real, self.softcap, self.workspace)
+
+    def squares(self, values, removal, blocks):
+        """Σ over real positions of ‖Σ_h (softmax(S'_hj) − softmax(S_h)) values_h‖² for every channel j: (B, d).
+
+        values (B, |h|, n, w) are V W_O of the heads. Inside, heads stand next to the keys, so that one matrix product
+        sums over both. Zeros are left out: the h-th head of a group has none but h·d coordinates (`OutputFactors`), and
+        where `narrowed` values at least halve the work, s keys have only |h|·s.
+        """
+        heads, n, width = values.shape[1:]
+        step = None if 2 * heads * n <= width else removal.left[0].shape[-1]
+        values, removal = narrowed(values) if step is None else values, removal.channels_first()
+        return sum(_block_squares(self, _stairs(values, columns, step), removal, rows, columns) for rows, columns in blocks)
+
+
+def by_head(x):
+    """Heads as further members of the batch: (B, |h|, …) to (B·|h|, 1, …)."""
+    return x.flatten(0, 1)[:, None]
+
+
+def narrowed(values):
+    """The same inner products between keys in lower triangular form.
+
+    values (B, |h|, n, w) becomes (B, |h|, n, |h|·n) with zeros in |h|·(s + 1) and beyond for key s. The factorisation
+    runs in float64, with a jitter far below its rounding, because keys may repeat.
+    """
+    batch, heads, n, width = values.shape
+    keys = values.transpose(1, 2).flatten(1, 2).double()  # (B, n·|h|, w), the heads of a key side by side
+    gram = keys @ keys.transpose(1, 2)
+    jitter = 1e-13 * gram.diagonal(dim1=1, dim2=2).sum(1) + torch.finfo(values.dtype).tiny
+    gram.diagonal(dim1=1, dim2=2).add_(jitter[:, None])
+    triangle = torch.linalg.cholesky(gram).to(values.dtype)
+    return triangle.unflatten(1, (n, heads)).transpose(1, 2)
+
+
+def _stairs(values, columns, step):
+    """The values of some keys without their zeros: pairs of the first head that counts and (B, |heads|·keys, coordinates).
+
+    A head has `step` more coordinates than the head before it; `step` is None for narrowed values.
+    """
+    if step is None:
+        return [(0, values[:, :, columns, : values.shape[1] * columns.stop].flatten(1, 2).contiguous())]
+    starts = range(0, values.shape[3], step)
+    return [(h, values[:, h:, columns, start : start + step].flatten(1, 2).contiguous()) for h, start in enumerate(starts)]
+
+
+def _block_squares(maps, values, removal, rows, columns):
+    """`_Maps.squares` for a block of queries and the keys they see, in chunks of channels that fit the working memory."""
+    logits, before = (x[:, :, rows, columns].transpose(1, 2)[:, None].contiguous() for x in (maps.logits, maps.before))
+    allowed, real = maps.allowed[:, :, rows, None, columns], maps.real[:, None, rows, None]
+    removal = removal.block(rows, columns)
+    limited = maps.softcap is not None or removal.ratio is not None
+    logits, squares, take = logits if limited else masked(logits, allowed), [], maps.workspace.take
+    for part in removal.chunks(max(1, CHUNK_BYTES // (logits.numel() * logits.element_size()))):
+        shape = (len(logits), part.left[0].shape[1], *logits.shape[2:])  # (B, |chunk|, rows, |h|, keys)
+        changed = part.apply(logits, take("changed", shape, logits))
+        if limited:
+            changed = masked(capped(changed, maps.softcap), allowed)
+        change = torch.softmax(changed, -1, out=take("change", shape, logits)).sub_(before)
+        if maps.padded:
+            change *= real[..., None]
+        squares.append(sum(_squared_norm(change[..., h:, :], x, maps.workspace) for h, x in values))
+    return torch.cat(squares, 1)
+
+
+def _squared_norm(change, values, workspace):
+    """Squared norm over queries and coordinates: change (B, C, n, |h|, keys), values (B, |h|·keys, w), result (B, C)."""
+    batch, channels, n = change.shape[:3]
+    total = workspace.take("total", (batch, channels * n, values.shape[2]), values)
+    torch.bmm(change.flatten(3).flatten(1, 2), values, out=total)
+    return total.view(batch, channels, -1).norm(dim=2).square()

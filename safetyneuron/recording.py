@@ -26,6 +26,7 @@ class Recorder:
         self._inputs = {}  # (layer, what) -> tensors a hook saw, until attention uses them
         self._constants = {}  # (layer, what) -> what depends on the weights alone
         self._layers = {}
+        self._workspace = importance.Workspace()
 
     def start(self, real):
         """Begin a batch whose real positions are `real` (B, n)."""
@@ -84,13 +85,17 @@ class Recorder:
         if self.rule == "released":
             scores = {p: getattr(readings, f"released_{name}")(attention) for p, name in NAMES.items()}
             return scores | {"o": torch.zeros_like(scores["q"])}
-        w_o = self._weight(layer, "o", attention.heads)
-        result = {"o": importance.output(attention.heads, w_o, attention.real)}
+        factors = self._once(layer, "o", lambda: self._output_factors(layer, attention))
+        result = {"o": importance.output(attention.heads, factors, attention.real)}
         if self.rule == "paper":
             return result | {p: getattr(readings, f"paper_{name}")(attention) for p, name in NAMES.items()}
-        factors = self._once(layer, "o", lambda: importance.OutputFactors.of(w_o, attention.groups, attention.repeat))
-        result["q"], result["k"] = QUERY_KEY[self.rule](attention, factors)
-        return result | {"v": importance.value(attention.heads, w_o, attention.real, attention.groups)}
+        exact = partial(importance.exact, workspace=self._workspace)
+        result["q"], result["k"] = (exact if self.rule == "exact" else first_order)(attention, factors)
+        return result | {"v": importance.value(attention.heads, factors, attention.real)}
+
+    def _output_factors(self, layer, attention):
+        w_o = self._weight(layer, "o", attention.heads)
+        return importance.OutputFactors.of(w_o, attention.groups, attention.repeat)
 
     def _once(self, layer, what, compute):
         """What depends on the weights alone, computed for the first batch."""
@@ -100,12 +105,8 @@ class Recorder:
 
 
 NAMES = {"q": "query", "k": "key", "v": "value"}
-QUERY_KEY = {
-    "exact": importance.exact,
-    "first_order": first_order,
-}
 # Names of the importance rules that `measure_importance` knows.
-RULES = (*QUERY_KEY, "paper", "released")
+RULES = ("exact", "first_order", "paper", "released")
 
 
 def widen(x):
