@@ -7,6 +7,7 @@ from safetyneuron.errors import SafetyNeuronError, UnsupportedArchitecture
 from safetyneuron.metrics import Rate, attack_success_rate, capability
 from safetyneuron.models import load_model
 from safetyneuron.neurons import NeuronSet
+from safetyneuron.screening import screen
 
 __all__ = [
     "ImportanceProfile",
@@ -20,5 +21,6 @@ __all__ = [
     "load_model",
     "load_prompts",
     "measure_importance",
+    "screen",
 ]
 __version__ = "0.1.0"

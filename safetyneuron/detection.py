@@ -73,12 +73,16 @@ class ImportanceProfile:
         SafetyNeuronError
             If the two were made with another model, tokenizer or rule.
         """
-        for what in ("model", "tokenizer", "rule"):
-            if getattr(self, what) != getattr(other, what):
-                raise SafetyNeuronError(f"the profiles were made with another {what}: measure both alike before merging")
+        self.check_like(other)
         total = {p: self.total[p] + other.total[p] for p in PROJECTIONS}
         minimum = _lower(self.minimum, other.minimum)
         return ImportanceProfile(minimum, total, self.count + other.count, self.rule, self.model, self.tokenizer)
+
+    def check_like(self, other):
+        """Refuse a profile of another model, tokenizer or rule: their numbers cannot be compared."""
+        for what in ("model", "tokenizer", "rule"):
+            if getattr(self, what) != getattr(other, what):
+                raise SafetyNeuronError(f"the profiles were made with another {what}: measure both alike")
 
     def select(self, threshold=None, fraction=None, per_layer=None):
         """The safety neurons: give exactly one of the three.
@@ -168,7 +172,13 @@ def select_without_foundation(profile, general, fraction):
         Measured on harmful prompts and on general ones.
     fraction : float
         Size of the result, as a share of all neurons, in (0, 1].
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the profiles are of different models, tokenizers or rules, or too few neurons differ.
     """
+    profile.check_like(general)
     safe, foundation = ranks(profile.minimum), ranks(general.minimum)
     target = len(select_fraction(profile.minimum, fraction))
     both = torch.bincount(torch.maximum(safe, foundation), minlength=len(safe)).cumsum(0)
@@ -231,23 +241,35 @@ def measure_importance(model, tokenizer, prompts, rule="exact", batch_size=16, p
     if rule not in RULES:
         raise SafetyNeuronError(f"unknown importance rule {rule!r}: use one of {', '.join(RULES)}")
     encoded = encode_prompts(model, tokenizer, prompts)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = by_length(encoded, batch_size)
     identity = (rule, fingerprint(model), digest(tokenizer.get_vocab(), tokenizer.chat_template))
     profile, task = ImportanceProfile({}, {}, 0, *identity, {size: {} for size in sizes}), digest(identity, encoded, batch_size, list(sizes))
-    done = 0
+    done, total = 0, len(batches)
     if checkpoint and Path(checkpoint).exists():
         profile, done = _resume(checkpoint, task)
     with torch.inference_mode(), recording(model, rule) as recorder:
-        for index, positions in enumerate(steps(batches[done:], "importance", progress), done + 1):
-            batch = pad([encoded[i] for i in positions], tokenizer, model.device)
-            recorder.start(batch["attention_mask"])
-            positions_read = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)  # counted from the first real token
-            model.get_decoder()(**batch, position_ids=positions_read, use_cache=False)
-            profile.add(recorder.finish(), positions)
-            if checkpoint and (index % CHECKPOINT_BATCHES == 0 or index == len(batches)):
+        batches = steps(batches[done:], "importance", progress)
+        for index, (positions, scores) in enumerate(scored(model, tokenizer, encoded, batches, recorder), done + 1):
+            profile.add(scores, positions)
+            if checkpoint and (index % CHECKPOINT_BATCHES == 0 or index == total):
                 profile.save(checkpoint, task=task, done=index)
     return profile
+
+
+def by_length(encoded, batch_size):
+    """Positions of the prompts in batches of similar length."""
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def scored(model, tokenizer, encoded, batches, recorder):
+    """Run the batches and yield each with its scores: (positions, dict of (B, layers, channels))."""
+    for positions in batches:
+        batch = pad([encoded[i] for i in positions], tokenizer, model.device)
+        recorder.start(batch["attention_mask"])
+        positions_read = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)  # counted from the first real token
+        model.get_decoder()(**batch, position_ids=positions_read, use_cache=False)
+        yield positions, recorder.finish()
 
 
 def _resume(checkpoint, task):

@@ -24,17 +24,23 @@ def first_order(attention, factors):
     (torch.Tensor, torch.Tensor)
         q (B, H·d) and k (B, G·d).
     """
+    parts = [_by_groups(part, factors) for part in attention.by_prompts()]
+    return tuple(torch.cat(scores) for scores in zip(*parts))
+
+
+def _by_groups(attention, factors):
+    """The same for as many groups at a time as fit in memory."""
     batch, _, n, _ = attention.query.shape
     one_group = attention.repeat * batch * n * n * attention.query.element_size()
     step = max(1, 2 * CHUNK_BYTES // one_group)
     chunks = [slice(g, min(g + step, attention.groups)) for g in range(0, attention.groups, step)]
     heads = [slice(c.start * attention.repeat, c.stop * attention.repeat) for c in chunks]
-    parts = [_first_order(attention.part(c), factors.single[h]) for c, h in zip(chunks, heads)]
-    return tuple(torch.cat(scores, 1) for scores in zip(*parts))
+    scores = [_first_order(attention.part(c), factors.single[h]) for c, h in zip(chunks, heads)]
+    return tuple(torch.cat(of_chunks, 1) for of_chunks in zip(*scores))
 
 
 def _first_order(attention, factors):
-    """The same for all heads of `attention` at once: its maps must fit in memory several times."""
+    """The same for all heads at once: their maps must fit in memory several times."""
     logits = logits_of(attention)
     probabilities = torch.softmax(masked(capped(logits, attention.softcap), attention.allowed), -1)
     values = attention.value.repeat_interleave(attention.repeat, 1) @ factors

@@ -52,9 +52,13 @@ class Attention:
         """Heads per group."""
         return self.query.shape[1] // self.key.shape[1]
 
-    def heads_of(self, group):
-        """The heads of a group, as a slice."""
-        return slice(group * self.repeat, (group + 1) * self.repeat)
+    def by_prompts(self):
+        """The layer in parts of so many prompts that one group's maps fit in the working memory."""
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor) and len(x) > 1}
+        batch, heads, n, _ = self.query.shape
+        step = max(1, CHUNK_BYTES // (heads // self.groups * n * n * self.query.element_size()))
+        for start in range(0, batch, step):
+            yield replace(self, **{name: x[start : start + step] for name, x in tensors.items()})
 
     def part(self, groups):
         """The same layer with some of its groups only; `groups` is a slice."""
@@ -85,9 +89,9 @@ class Removal:
         ratio = self.ratio if self.ratio is None else of_ratio(self.ratio)
         return Removal(tuple(map(left, self.left)), tuple(map(right, self.right)), ratio, self.of_query)
 
-    def heads(self, heads):
-        """The part of some heads; `heads` is a slice."""
-        return self._map(lambda x: x[:, heads], lambda x: x[:, heads])
+    def only(self, channels):
+        """The part of some channels; `channels` (d,) is a mask."""
+        return self if channels.all() else self._map(lambda x: x[..., channels], lambda x: x[..., channels])
 
     def apart(self):
         """Every head on its own."""
@@ -193,7 +197,7 @@ def value(heads, factors, real):
     return sum(products).clamp_min(0).sqrt().flatten(1)
 
 
-def exact(attention, factors, workspace):
+def exact(attention, factors, workspace, wanted=None):
     """Importance of every channel of q and of k, exactly: ‖Σ_h (softmax(S'_hj) − softmax(S_h)) V W_O^h‖.
 
     Zeroing row j of q removes q_j(t) R_t e_j from the rotated query of its head, so S' = S − Δ_j with
@@ -207,21 +211,34 @@ def exact(attention, factors, workspace):
     factors : OutputFactors
     workspace : Workspace
         One for all layers.
+    wanted : (torch.Tensor, torch.Tensor), optional
+        Masks of the channels to measure, q (G, d), shared by the heads of a group, and k (G, d); all without it.
 
     Returns
     -------
     (torch.Tensor, torch.Tensor)
-        q (B, H·d) and k (B, G·d).
+        q (B, H·d) and k (B, G·d), infinite where not wanted.
     """
-    queries, keys, blocks = query_removal(attention), key_removal(attention), visible_blocks(attention.allowed)
-    q, k = [], []
-    for g in range(attention.groups):
-        heads, part, weights = attention.heads_of(g), attention.part(slice(g, g + 1)), factors.part(slice(g, g + 1))
+    parts = [_exact(part, factors, workspace, wanted) for part in attention.by_prompts()]
+    return tuple(torch.cat(scores) for scores in zip(*parts))
+
+
+def _exact(attention, factors, workspace, wanted):
+    every = torch.ones_like(attention.key[0, :, 0], dtype=torch.bool)  # (G, d)
+    wanted_q, wanted_k = (every, every) if wanted is None else wanted
+    blocks = visible_blocks(attention.allowed)
+    q = torch.full_like(attention.query[:, :, 0], torch.inf).unflatten(1, (attention.groups, -1))  # (B, G, r, d)
+    k = torch.full_like(attention.key[:, :, 0], torch.inf)
+    for g in (wanted_q | wanted_k).any(1).nonzero().flatten().tolist():
+        part, weights = attention.part(slice(g, g + 1)), factors.part(slice(g, g + 1))
         maps = _Maps.of(part, workspace)
-        squares = maps.apart().squares(by_head(part.value @ weights.single), queries.heads(heads).apart(), blocks)
-        q.append(squares.unflatten(0, (-1, attention.repeat)).flatten(1))
-        k.append(maps.squares(part.value @ weights.joint[0], keys.heads(heads), blocks))
-    return torch.cat(q, 1).sqrt(), torch.cat(k, 1).sqrt()
+        if wanted_q[g].any():
+            removal, values = query_removal(part).only(wanted_q[g]).apart(), by_head(part.value @ weights.single)
+            q[:, g, :, wanted_q[g]] = maps.apart().squares(values, removal, blocks).unflatten(0, (-1, attention.repeat))
+        if wanted_k[g].any():
+            removal, values = key_removal(part).only(wanted_k[g]), part.value @ weights.joint[0]
+            k[:, g, wanted_k[g]] = maps.squares(values, removal, blocks)
+    return q.flatten(1).sqrt(), k.flatten(1).sqrt()
 
 
 def position_norm(x, real):
@@ -309,6 +326,7 @@ class _Maps:
     allowed: torch.Tensor
     real: torch.Tensor
     softcap: float | None
+    head_width: int
     workspace: Workspace
 
     @classmethod
@@ -316,7 +334,7 @@ class _Maps:
         """The maps of all heads of a layer."""
         logits, allowed = logits_of(attention), attention.allowed
         before = torch.softmax(masked(capped(logits, attention.softcap), allowed), -1)
-        return cls(logits, before, allowed, attention.real, attention.softcap, workspace)
+        return cls(logits, before, allowed, attention.real, attention.softcap, attention.query.shape[-1], workspace)
 
     @property
     def padded(self):
@@ -327,7 +345,7 @@ class _Maps:
         """The same maps with every head on its own: B becomes B·|h|."""
         heads = self.logits.shape[1]
         allowed, real = (x.repeat_interleave(heads, 0) for x in (self.allowed, self.real))
-        return _Maps(by_head(self.logits), by_head(self.before), allowed, real, self.softcap, self.workspace)
+        return replace(self, logits=by_head(self.logits), before=by_head(self.before), allowed=allowed, real=real)
 
     def squares(self, values, removal, blocks):
         """Σ over real positions of ‖Σ_h (softmax(S'_hj) − softmax(S_h)) values_h‖² for every channel j: (B, d).
@@ -337,7 +355,7 @@ class _Maps:
         where `narrowed` values at least halve the work, s keys have only |h|·s.
         """
         heads, n, width = values.shape[1:]
-        step = None if 2 * heads * n <= width else removal.left[0].shape[-1]
+        step = None if 2 * heads * n <= width else self.head_width
         values, removal = narrowed(values) if step is None else values, removal.channels_first()
         return sum(_block_squares(self, _stairs(values, columns, step), removal, rows, columns) for rows, columns in blocks)
 

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from safetyneuron import importance, readings
-from safetyneuron.architecture import PROJECTIONS, Architecture
+from safetyneuron.architecture import Architecture
 from safetyneuron.first_order import first_order
 
 
@@ -20,6 +20,7 @@ class Recorder:
     """
 
     def __init__(self, model, rule):
+        self.wanted = None  # masks (layers, G, d) of q and k to measure by `exact` as well, as projections `exact q` and `exact k`
         self.architecture = Architecture(model)
         self.rule = rule
         self.real = None
@@ -35,7 +36,7 @@ class Recorder:
     def finish(self):
         """Importance per projection of the batch just run: (B, layers, channels), on the CPU."""
         count = len(self.architecture.layers)
-        return {p: torch.stack([self._layers[i][p].cpu() for i in range(count)], 1) for p in PROJECTIONS}
+        return {name: torch.stack([self._layers[i][name].cpu() for i in range(count)], 1) for name in self._layers[0]}
 
     def _keep(self, layer, **scores):
         self._layers.setdefault(layer, {}).update(scores)
@@ -89,8 +90,13 @@ class Recorder:
         result = {"o": importance.output(attention.heads, factors, attention.real)}
         if self.rule == "paper":
             return result | {p: getattr(readings, f"paper_{name}")(attention) for p, name in NAMES.items()}
-        exact = partial(importance.exact, workspace=self._workspace)
-        result["q"], result["k"] = (exact if self.rule == "exact" else first_order)(attention, factors)
+        if self.rule == "first_order":
+            result["q"], result["k"] = first_order(attention, factors)
+        if self.rule == "exact":
+            result["q"], result["k"] = importance.exact(attention, factors, self._workspace)
+        if self.wanted is not None:
+            wanted = [mask[layer].to(attention.query.device) for mask in self.wanted]
+            result["exact q"], result["exact k"] = importance.exact(attention, factors, self._workspace, wanted)
         return result | {"v": importance.value(attention.heads, factors, attention.real)}
 
     def _output_factors(self, layer, attention):

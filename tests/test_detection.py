@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import small_llama
+from conftest import small_llama, small_model
 
-from safetyneuron import ImportanceProfile, NeuronSet, SafetyNeuronError, load_prompts, measure_importance
+from safetyneuron import ImportanceProfile, NeuronSet, SafetyNeuronError, load_prompts, measure_importance, screen, screening
 from safetyneuron.architecture import PROJECTIONS
 from safetyneuron.detection import ranks, select_fraction, select_without_foundation
 from safetyneuron.recording import Recorder
@@ -58,6 +58,38 @@ def test_fraction_selects_the_highest(model, tokenizer, prompts, fraction):
     inside = torch.cat([profile.minimum[p][chosen.masks[p]] for p in PROJECTIONS])
     outside = torch.cat([profile.minimum[p][~chosen.masks[p]] for p in PROJECTIONS])
     assert fraction == 1 or inside.min() >= outside.max()
+
+
+@pytest.mark.parametrize("family, options", [("llama", {"groups": 2}), ("qwen3", {"groups": 2}), ("mistral", {"groups": 1, "sliding_window": 3})])
+@pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3])
+def test_screening_selects_what_exact_selects(family, options, fraction, tokenizer, prompts):
+    model = small_model(family, **options)
+    expected = profile_of(model, tokenizer, prompts).select(fraction=fraction)
+    assert screen(model, tokenizer, prompts, fraction, batch_size=4) == expected
+
+
+def test_screening_measures_what_its_first_guess_left_out(model, tokenizer, prompts, monkeypatch):
+    guesses, really = [], screening._near
+
+    def near(scores, first, ratio, fraction):
+        rows = really(scores, first, ratio, fraction)
+        guesses.append({p: mask & False for p, mask in rows.items()} if not guesses else rows)
+        return guesses[-1]
+
+    monkeypatch.setattr(screening, "_near", near)
+    expected = profile_of(model, tokenizer, prompts).select(fraction=0.2)
+    assert screen(model, tokenizer, prompts, 0.2) == expected
+    assert expected.masks["q"].any() and len(guesses) > 2
+
+
+@pytest.mark.organism
+def test_screening_measures_few_rows_exactly(chat, monkeypatch):
+    seen, lowest = [], screening._lowest
+    monkeypatch.setattr(screening, "_lowest", lambda *a: seen.append(a[-1]) or lowest(*a))
+    prompts = load_prompts("organism/harmful")[:48]
+    assert screen(*chat, prompts, 0.05) == profile_of(*chat, prompts).select(fraction=0.05)
+    share = sum(rows.float().mean() for passed in seen[1:] for rows in passed.values()) / 2
+    assert 0 < share < 0.3 and len(seen) <= 3
 
 
 def test_per_layer_selects_as_many_everywhere(model, tokenizer, prompts):
@@ -147,6 +179,8 @@ def test_shards_merge_to_the_whole(model, tokenizer, prompts):
     for other, what in zip(others, ("model", "rule")):
         with pytest.raises(SafetyNeuronError, match=f"another {what}"):
             whole.merge(other)
+        with pytest.raises(SafetyNeuronError, match=f"another {what}"):
+            select_without_foundation(whole, other, 0.1)
 
 
 def test_tokenizer_without_a_template_gets_the_raw_text(model, tokenizer):

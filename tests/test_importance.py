@@ -12,6 +12,7 @@ MODELS = {
     "two heads per group": dict(heads=4, groups=2, head_width=12),
     "three groups of three, wide heads": dict(heads=9, groups=3, head_width=14),
     "one group for all, narrow heads": dict(heads=4, groups=1, head_width=6),
+    "as many keys as coordinates": dict(heads=4, groups=1, head_width=10),
     "fewer positions than head channels": dict(heads=2, groups=1, head_width=32),
     "biases": dict(heads=4, groups=2, head_width=10, attention_bias=True, mlp_bias=True),
     "mistral, window shorter than the prompt": dict(family="mistral", heads=4, groups=2, sliding_window=3),

@@ -4,11 +4,12 @@
 
 Model: Llama type, 512 wide, 8 layers, 8 heads in 4 groups, 1792 feed-forward channels, float32, 2 threads. `exact@64` is
 the rule `exact` on 32 prompts of 64 tokens in batches of 8. `naive@32` is zeroing one neuron at a time, extrapolated from 20 neurons.
-`exact_memory@512` is the peak memory above the loaded model for one batch of 2 prompts of 512 tokens, each measured in a process of its own.
+`screen@64` is `screen` for a 1 % selection from 32 prompts of 64 tokens, scouting and encoding included. `exact_memory@512` is the peak memory above the loaded model for one batch of 2 prompts of 512 tokens, each measured in a process of its own.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from safetyneuron.architecture import PROJECTIONS
 from safetyneuron.neurons import NeuronSet
+from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.recording import RULES, recording
+from safetyneuron.screening import screen
 
 PROMPTS, BATCH, REPEATS, LENGTHS = 32, 8, 5, (32, 64, 128)
 
@@ -88,6 +91,16 @@ def naive_ratio(model, batch, sample=20):
     return ratio_to(lambda: forward(model, batch), one) * sum(empty.masks[p].numel() for p in PROJECTIONS)
 
 
+def screen_ratio(model, length):
+    """Cost of `screen`, on prompts of random words of the organism's language."""
+    tokenizer, generator = build_tokenizer(), torch.Generator().manual_seed(length)
+    words = sorted(word for word in tokenizer.get_vocab() if word.isalpha())
+    around = len(tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True)["input_ids"])
+    drawn = torch.randint(len(words), (PROMPTS, length - around), generator=generator)
+    prompts = [" ".join(words[i] for i in row) for row in drawn]
+    return ratio_to(lambda: forward(model, batch_of(length)), lambda: screen(model, tokenizer, prompts, 0.01, BATCH))
+
+
 def peak_memory(rule):
     """Bytes at the peak above the loaded model: of a plain forward pass (rule `plain`) or a measured one."""
     model, batch = benchmark_model(), batch_of(512, prompts=2)
@@ -105,8 +118,13 @@ def _status(name):
 
 
 def memory_ratio(rule):
-    """Peak memory of a rule over that of a plain forward pass."""
-    runs = [subprocess.run([sys.executable, __file__, "--memory", r], capture_output=True, text=True, check=True) for r in ("plain", rule)]
+    """Peak memory of a rule over that of a plain forward pass.
+
+    A fixed threshold makes the C library return freed tensors at once: its heap's holes, which vary by half from run
+    to run, would be counted otherwise.
+    """
+    options = dict(capture_output=True, text=True, check=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**19)})
+    runs = [subprocess.run([sys.executable, __file__, "--memory", r], **options) for r in ("plain", rule)]
     plain, other = (int(run.stdout.split()[-1]) for run in runs)
     return other / plain
 
@@ -126,6 +144,8 @@ def main():
         for rule in RULES:
             ratios[f"{rule}@{length}"] = ratio_to(lambda: forward(model, batch), lambda: measured(model, batch, rule))
             print(f"{rule}@{length:<4} {ratios[f'{rule}@{length}']:.2f}", flush=True)
+    ratios["screen@64"] = screen_ratio(model, 64)
+    print(f"screen@64  {ratios['screen@64']:.2f}", flush=True)
     for rule in ("first_order", "exact"):
         ratios[f"{rule}_memory@512"] = memory_ratio(rule)
         print(f"{rule}_memory@512 {ratios[f'{rule}_memory@512']:.2f}", flush=True)
