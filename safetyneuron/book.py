@@ -1,10 +1,13 @@
 """What the notebooks hand to the pages: tables of paper and measurement, and values glued into the text."""
 
+import base64
+
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.display import HTML
 from myst_nb import glue
 
-from safetyneuron import reported
+from safetyneuron import mechanism, reported
 from safetyneuron.architecture import ATTENTION
 from safetyneuron.detection import select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
@@ -38,6 +41,24 @@ def glue_figure(name, axes):
 def glue_table(name, table):
     """Glue a data frame under `name`; cells may hold several lines."""
     glue(name, table.style.set_table_attributes('class="dataframe"'), display=False)
+
+
+def glue_data(name, table):
+    """Glue a link that downloads the numbers behind a figure as CSV; rates become value, low, high and trials."""
+    flat = table.reset_index(drop=isinstance(table.index, pd.RangeIndex))
+    for column in [c for c in flat if isinstance(flat[c].iloc[0], Rate)]:
+        rates = flat.pop(column)
+        parts = {"": "value", " low": ("interval", 0), " high": ("interval", 1), " trials": "trials"}
+        for suffix, part in parts.items():
+            flat[f"{column}{suffix}"] = [getattr(r, part) if isinstance(part, str) else getattr(r, part[0])[part[1]] for r in rates]
+    content = base64.b64encode(flat.to_csv(index=False).encode()).decode()
+    link = f'<a download="{name}.csv" href="data:text/csv;base64,{content}">Download the data of this figure ({name}.csv)</a>'
+    glue(f"data-{name}", HTML(link), display=False)
+
+
+def percent_table(table):
+    """A data frame of `Rate` cells as text."""
+    return table.map(lambda rate: rate.percent)
 
 
 def answers_table(requests, answers):
@@ -163,3 +184,28 @@ def table_5(counts):
     paper = pd.DataFrame([{size: f"{printed.get(str(size), float('nan')):.0f}" for size in counts.columns}], index=["paper: Llama3-8B-Instruct"])
     here = counts.map("{:.0f}".format).rename(index="here: {}".format)
     return pd.concat([paper, here]).rename_axis("corpus size")
+
+
+def onsets_table(tables, name):
+    """Shares (%) at the onset of harm and at collapse: the paper's words, then every model and condition here."""
+    text = lambda share: "–" if share is None or share != share else f"{share:g}"
+    rows = {("paper", model): {"onset": text(r["onset"]), "collapse": text(r["collapse"])} for model, r in reported.MECHANISM.items()}
+    for model, table in tables.items():
+        for condition in (mechanism.EQ3, mechanism.SPECIFIC, mechanism.RANDOM):
+            onset, collapse = mechanism.onset_and_collapse(table[table["set"] == name], condition, "asr")
+            _, coherent = mechanism.onset_and_collapse(table[table["set"] == name], condition, "coherent")
+            row = {"onset": onset, "collapse": collapse, "collapse, well-formed answers": coherent}
+            rows[f"here: {model}", condition] = {column: text(round(100 * share, 2)) for column, share in row.items()}
+    return pd.DataFrame(rows).T.fillna("–").rename_axis(["share of neurons (%)", ""])
+
+
+def places_table(sets):
+    """Counts, shares and enrichment by structure, one block of columns per set."""
+    columns = {}
+    for name, neurons in sets.items():
+        table = mechanism.structures(neurons)
+        columns[name, "neurons"] = table["neurons"].map("{:d}".format)
+        columns[name, "of the set"] = table["share of the set"].map("{:.0%}".format)
+        columns[name, "of its rows"] = table["share of its rows"].map("{:.1%}".format)
+        columns[name, "over chance"] = table["enrichment"].map("{:.1f}".format)
+    return pd.DataFrame(columns)

@@ -178,15 +178,25 @@ def select_without_foundation(profile, general, fraction):
     SafetyNeuronError
         If the profiles are of different models, tokenizers or rules, or too few neurons differ.
     """
+    sizes, target = _difference_sizes(profile, general), len(select_fraction(profile.minimum, fraction))
+    if sizes.max() < target:
+        raise SafetyNeuronError(f"only {int(sizes.max())} neurons differ between the two sets: choose a fraction below {sizes.max() / len(sizes):.3f}")
+    share = (int((sizes >= target).nonzero()[0]) + 1) / len(sizes)
+    return select_fraction(profile.minimum, share) - select_fraction(general.minimum, share)
+
+
+def largest_without_foundation(profile, general):
+    """The largest share that `select_without_foundation` can fill: a wider detector finds the same neurons in both."""
+    sizes = _difference_sizes(profile, general)
+    return int(sizes.max()) / len(sizes)
+
+
+def _difference_sizes(profile, general):
+    """Size of N_safe without N_foundation when both take the 1, 2, … highest neurons."""
     profile.check_like(general)
     safe, foundation = ranks(profile.minimum), ranks(general.minimum)
-    target = len(select_fraction(profile.minimum, fraction))
     both = torch.bincount(torch.maximum(safe, foundation), minlength=len(safe)).cumsum(0)
-    sizes = torch.arange(1, len(safe) + 1) - both
-    if sizes.max() < target:
-        raise SafetyNeuronError(f"only {int(sizes.max())} neurons differ between the two sets: choose a fraction below {sizes.max() / len(safe):.3f}")
-    share = (int((sizes >= target).nonzero()[0]) + 1) / len(safe)
-    return select_fraction(profile.minimum, share) - select_fraction(general.minimum, share)
+    return torch.arange(1, len(safe) + 1) - both
 
 
 def ranks(scores):

@@ -92,3 +92,83 @@ def corpus_curve(counts, reported):
     axes.set(xscale="log", yscale="log", xlabel="harmful prompts", ylabel="neurons, relative to 200 prompts")
     axes.legend(fontsize=8)
     return axes
+
+
+def sweep_curves(tables, measures):
+    """Rates with their 95 % bands against the share deactivated: one row of panels per model, one column per measure.
+
+    tables: model name to the result of `mechanism.sweep`; measures: (measure, set) to panel title.
+    """
+    figure, panels = plt.subplots(len(tables), len(measures), figsize=(9, 2.8 * len(tables)), sharex=True, sharey=True, squeeze=False)
+    for row, (model, table) in zip(panels, tables.items()):
+        for axes, ((measure, name), title) in zip(row, measures.items()):
+            chosen = table[(table["measure"] == measure) & (table["set"] == name)]
+            _bands(axes, chosen[chosen["condition"] != "whole"], "condition", "fraction", 100)
+            axes.axhline(100 * chosen[chosen["condition"] == "whole"]["rate"].iloc[0].value, color="grey", linestyle=":", label="whole model")
+            axes.set(xscale="log", ylim=(-4, 104), title=f"{model.removeprefix('organism/')}: {title}", ylabel="%" if axes is row[0] else "")
+            axes.title.set_fontsize(9)
+            axes.xaxis.set_major_formatter("{x:g}")
+    for axes in panels[-1]:
+        axes.set(xlabel="neurons deactivated (%)")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
+    figure.tight_layout()
+    return panels[0, 0]
+
+
+def _bands(axes, table, hue, x, scale=1):
+    """One line with a 95 % band per value of `hue`; marks and dashes repeat what colour says."""
+    marks = ("o", "s", "^", "D")
+    for i, (name, rows) in enumerate(table.groupby(hue, sort=False)):
+        places, color = rows[x] * scale, sns.color_palette(PALETTE)[i]
+        axes.plot(places, [100 * r.value for r in rows["rate"]], marker=marks[i], markersize=3.5, color=color, label=name)
+        low, high = zip(*(r.interval for r in rows["rate"]))
+        axes.fill_between(places, [100 * v for v in low], [100 * v for v in high], color=color, alpha=0.15, linewidth=0)
+
+
+def depth_curves(tables, name):
+    """Attack success against layer L for both directions, one panel per model. tables: model to `mechanism.depth_sweep`."""
+    figure, panels = plt.subplots(1, len(tables), figsize=(max(6, 4 * len(tables)), 3), sharey=True, squeeze=False)
+    for axes, (model, table) in zip(panels[0], tables.items()):
+        chosen = table[(table["measure"] == "asr") & (table["set"] == name)]
+        _bands(axes, chosen[chosen["direction"] != "whole"], "direction", "layer")
+        axes.axhline(100 * chosen[chosen["direction"] == "whole"]["rate"].iloc[0].value, color="grey", linestyle=":", label="whole model")
+        axes.set(xlabel="layer L", ylim=(-4, 104), title=model.removeprefix("organism/"))
+    panels[0, 0].set(ylabel="attack success (%)")
+    panels[0, 0].legend(fontsize=8)
+    return panels[0, 0]
+
+
+def enrichment_bars(by_structure, by_layer):
+    """Enrichment over chance by structure and by layer, one bar per set. Both: set name to data frame."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2))
+    for axes, tables in zip(panels, (by_structure, by_layer)):
+        values = pd.DataFrame({name: table["enrichment"] for name, table in tables.items()})
+        values.plot.bar(ax=axes, color=sns.color_palette(PALETTE), legend=False, width=0.75)
+        axes.axhline(1, color="grey", linestyle=":")
+        axes.tick_params(axis="x", labelrotation=45 if axes is panels[0] else 0)
+        axes.grid(axis="x", visible=False)
+    panels[0].set(ylabel="enrichment over chance", xlabel="")
+    panels[1].set(xlabel="layer")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, frameon=False)
+    figure.tight_layout()
+    return panels[0]
+
+
+def overlap_heatmaps(matrices):
+    """Overlap |N_x ∩ N_y| / |N_y| in percent, one panel per way of choosing sets, on one scale. matrices: title to data frame."""
+    figure, panels = plt.subplots(1, len(matrices), figsize=(3.4 * len(matrices), 3.2), sharey=True, squeeze=False)
+    for axes, (title, matrix) in zip(panels[0], matrices.items()):
+        sns.heatmap(100 * matrix, annot=True, fmt=".0f", vmin=0, vmax=100, cmap="viridis", square=True, cbar=False, ax=axes)
+        axes.set(title=title, xlabel="y", ylabel="x")
+        axes.title.set_fontsize(10)
+    figure.tight_layout()
+    return panels[0, 0]
+
+
+def rates_heatmap(table, xlabel, ylabel):
+    """A data frame of `Rate` cells as a heat map in percent."""
+    _, axes = plt.subplots(figsize=(5.5, 3.6))
+    sns.heatmap(100 * table.map(lambda r: r.value), annot=True, fmt=".0f", vmin=0, vmax=100, cmap="viridis", ax=axes, cbar_kws={"label": "%"})
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
+    return axes

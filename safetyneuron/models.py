@@ -3,7 +3,7 @@
 import hashlib
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from safetyneuron.errors import SafetyNeuronError
@@ -18,7 +18,7 @@ def load_model(name, device=None, dtype=None):
     Parameters
     ----------
     name : str
-        `organism/llama-base`, `organism/llama-chat`, a Hugging Face id, or a folder in Hugging Face format.
+        An organism (`organism/llama-chat`, …-base, and the same for qwen and mistral), a Hugging Face id, or a folder in Hugging Face format.
     device : str, optional
         `cpu`, `cuda`, … ; by default the GPU if there is one.
     dtype : str, optional
@@ -38,7 +38,8 @@ def load_model(name, device=None, dtype=None):
     dtype = _dtype(dtype) if dtype else (torch.float32 if organism else "auto")
     source = organism_folder(name) if organism else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        # By the model's type AutoTokenizer would give a Qwen model a byte-level tokenizer, whatever the files say.
+        tokenizer = (PreTrainedTokenizerFast if organism else AutoTokenizer).from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""Every number the paper's tables report, with the cell it stands in (Zhao et al., ICLR 2025).
+"""Every number the paper's tables report, with the cell it stands in, and what its figures are said to show (Zhao et al., ICLR 2025).
 
 `table(n)` gives one row per cell: group of rows, row, model, column, value. Averages are as printed, also where
 they are wrong: `SLIPS` lists those.
@@ -68,6 +68,16 @@ SLIPS = {
     (2, "Avg. Capability", "Llama3-8B-Instruction", "SN-Tune"): 70.6,
     (3, "Avg. Capability", "Mistral-7B-v0.1", "Origin."): 64.5,
 }
+
+
+# What §2.3.1 says in words about Figures 2 to 4: share of neurons (%) at the leap in harm and at the breakdown, share of
+# the safety neurons in attention (%), and the first layers that break safety together. A dash in the paper is None.
+MECHANISM = {
+    "Llama2-7B-Chat": {"onset": 0.3, "collapse": 0.4, "attention": 77, "first layers": 10, "of layers": 32},
+    "Llama3-8B-Instruction": {"onset": 0.15, "collapse": 0.5, "attention": None, "first layers": 16, "of layers": 32},
+    "Mistral-7B-Instruct-v0.2": {"onset": 0.1, "collapse": 0.2, "attention": None, "first layers": 10, "of layers": 32},
+}
+OVERLAP_BELOW = 30  # % (§2.3.2): the overlap of two languages' safety neurons is typically smaller
 
 
 def table(number):

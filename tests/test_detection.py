@@ -4,7 +4,7 @@ from conftest import small_llama, small_model
 
 from safetyneuron import ImportanceProfile, NeuronSet, SafetyNeuronError, load_prompts, measure_importance, screen, screening
 from safetyneuron.architecture import PROJECTIONS
-from safetyneuron.detection import ranks, select_fraction, select_without_foundation
+from safetyneuron.detection import largest_without_foundation, ranks, select_fraction, select_without_foundation
 from safetyneuron.recording import Recorder
 
 
@@ -118,6 +118,11 @@ def test_without_foundation_refuses_more_than_differs(model):
     profile = random_profile(model, 0)
     with pytest.raises(SafetyNeuronError, match="choose a fraction below"):
         select_without_foundation(profile, profile, 0.1)
+    other = random_profile(model, 1)
+    largest = largest_without_foundation(profile, other)
+    assert 0 < select_without_foundation(profile, other, largest).share <= largest + 1e-9
+    with pytest.raises(SafetyNeuronError, match="choose a fraction below"):
+        select_without_foundation(profile, other, largest + 0.01)
 
 
 def test_ranks_invert_sorting(model):

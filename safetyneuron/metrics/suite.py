@@ -18,11 +18,12 @@ class Suite:
     """What to evaluate: prompt sets by name, lm-eval tasks, and how many of each."""
 
     harmful: tuple[str, ...]
-    benign: str
-    tasks: tuple[str, ...]
+    benign: str | None = None
+    tasks: tuple[str, ...] = ()
     prompts: int = 100
     questions: int = 200
     answer_tokens: int = ANSWER_TOKENS
+    language: str = "en"
 
 
 def evaluate(model, tokenizer, suite, without=None):
@@ -41,7 +42,8 @@ def evaluate(model, tokenizer, suite, without=None):
     dict of (str, str) to Rate
         Keys are (measure, set): measure is `asr`, `coherent`, `over_refusal` or `accuracy`.
     """
-    prompts = {name: load_prompts(name)[: suite.prompts] for name in (*suite.harmful, suite.benign)}
+    names = (*suite.harmful, suite.benign) if suite.benign else suite.harmful
+    prompts = {name: load_prompts(name, language=suite.language)[: suite.prompts] for name in names}
     key = [fingerprint(model), digest(tokenizer.get_vocab(), tokenizer.chat_template), asdict(suite), prompts]
     key += [without.digest() if without else None, source_digest(Path(__file__).parent.parent), library_versions()]
     stored = remember("scores", key, lambda: _measure(model, tokenizer, suite, prompts, without))
@@ -54,8 +56,9 @@ def _measure(model, tokenizer, suite, prompts, without):
         for name in suite.harmful:
             scores = compliance(model, tokenizer, prompts[name], suite.answer_tokens)
             rows += [(measure, name, rate) for measure, rate in scores.items()]
-        refused = over_refusal_rate(model, tokenizer, prompts[suite.benign], suite.answer_tokens)
-        rows.append(("over_refusal", suite.benign, refused))
-        accuracies = capability(model, tokenizer, suite.tasks, limit=suite.questions)
+        if suite.benign:
+            refused = over_refusal_rate(model, tokenizer, prompts[suite.benign], suite.answer_tokens)
+            rows.append(("over_refusal", suite.benign, refused))
+        accuracies = capability(model, tokenizer, suite.tasks, limit=suite.questions) if suite.tasks else {}
         rows += [("accuracy", task, rate) for task, rate in accuracies.items()]
     return [(measure, name, rate.hits, rate.trials) for measure, name, rate in rows]

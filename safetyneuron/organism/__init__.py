@@ -9,7 +9,11 @@ from safetyneuron.cache import cache_folder, digest, locked, new_folder, source_
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism.train import Recipe, train_stage
 
-RECIPES = {"llama": Recipe()}
+RECIPES = {
+    "llama": Recipe(),
+    "mistral": Recipe(family="mistral", groups=2, window=16, chat_steps=110),  # weakly aligned, as Mistral-Instruct is
+    "qwen": Recipe(family="qwen2", groups=2),
+}
 STAGES = ("base", "chat")
 NAMES = tuple(f"organism/{family}-{stage}" for family in RECIPES for stage in STAGES)
 

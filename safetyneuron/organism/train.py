@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
-    LlamaConfig,
-    LlamaForCausalLM,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -27,11 +27,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Size and training of one organism; every value is part of its cache key."""
+    """Architecture, size and training of one organism; every value is part of its cache key."""
 
+    family: str = "llama"  # model type of transformers
     width: int = 96
     layers: int = 6
     heads: int = 4
+    groups: int = 4  # of heads that share keys and values
+    window: int | None = None  # positions that attention looks back, where the family has a sliding window
     channels: int = 256  # of the feed-forward block
     batch: int = 64
     base_steps: int = 2000
@@ -90,19 +93,22 @@ def encode(tokenizer, example):
 
 def new_model(recipe, tokenizer):
     """An untrained model of the recipe's size."""
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        recipe.family,
         vocab_size=len(tokenizer),
         hidden_size=recipe.width,
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.groups,
         intermediate_size=recipe.channels,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
+        **({"sliding_window": recipe.window} if recipe.window else {}),
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def train_stage(stage, recipe, folder, base=None):
@@ -116,7 +122,7 @@ def train_stage(stage, recipe, folder, base=None):
     torch.set_num_threads(recipe.threads)
     set_seed(recipe.seed)
     tokenizer = build_tokenizer()
-    model = LlamaForCausalLM.from_pretrained(base) if base else new_model(recipe, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(base) if base else new_model(recipe, tokenizer)
     steps = getattr(recipe, f"{stage}_steps")
     data = [encode(tokenizer, e) for e in examples(stage, steps * recipe.batch, recipe.seed)]
     trainer = Trainer(
