@@ -188,7 +188,7 @@ def table_5(counts):
 
 def onsets_table(tables, name):
     """Shares (%) at the onset of harm and at collapse: the paper's words, then every model and condition here."""
-    text = lambda share: "–" if share is None or share != share else f"{share:g}"
+    text = lambda share: "–" if share != share else f"{share:g}"
     rows = {("paper", model): {"onset": text(r["onset"]), "collapse": text(r["collapse"])} for model, r in reported.MECHANISM.items()}
     for model, table in tables.items():
         for condition in (mechanism.EQ3, mechanism.SPECIFIC, mechanism.RANDOM):

@@ -57,13 +57,13 @@ class ImportanceProfile:
     def add(self, scores, positions):
         """Take in a batch: scores (B, layers, channels) per projection, positions in the corpus of its prompts."""
         lowest = {p: x.amin(0) for p, x in scores.items()}
-        self.minimum = _lower(self.minimum, lowest)
+        self.minimum = lower(self.minimum, lowest)
         self.total = {p: self.total.get(p, 0) + x.double().sum(0) for p, x in scores.items()}
         self.count += len(positions)
         for size, minimum in self.prefix.items():
             inside = torch.tensor([position < size for position in positions])
             if inside.any():
-                self.prefix[size] = _lower(minimum, {p: x[inside].amin(0) for p, x in scores.items()})
+                self.prefix[size] = lower(minimum, {p: x[inside].amin(0) for p, x in scores.items()})
 
     def merge(self, other):
         """The profile of two corpora together, for shards measured apart; prefixes belong to one corpus and are dropped.
@@ -75,7 +75,7 @@ class ImportanceProfile:
         """
         self.check_like(other)
         total = {p: self.total[p] + other.total[p] for p in PROJECTIONS}
-        minimum = _lower(self.minimum, other.minimum)
+        minimum = lower(self.minimum, other.minimum)
         return ImportanceProfile(minimum, total, self.count + other.count, self.rule, self.model, self.tokenizer)
 
     def check_like(self, other):
@@ -141,7 +141,7 @@ class ImportanceProfile:
             raise SafetyNeuronError(f"{path} is not a readable importance profile ({error}): remove it and measure again") from None
 
 
-def _lower(first, second):
+def lower(first, second):
     """Elementwise minimum of two dicts of tensors; an empty one is neutral."""
     return {p: torch.minimum(first[p], x) if p in first else x for p, x in second.items()}
 

@@ -116,7 +116,7 @@ def sweep_curves(tables, measures):
 
 
 def _bands(axes, table, hue, x, scale=1):
-    """One line with a 95 % band per value of `hue`; marks and dashes repeat what colour says."""
+    """One line with a 95 % band per value of `hue`; marks repeat what colour says."""
     marks = ("o", "s", "^", "D")
     for i, (name, rows) in enumerate(table.groupby(hue, sort=False)):
         places, color = rows[x] * scale, sns.color_palette(PALETTE)[i]

@@ -70,12 +70,11 @@ SLIPS = {
 }
 
 
-# What §2.3.1 says in words about Figures 2 to 4: share of neurons (%) at the leap in harm and at the breakdown, share of
-# the safety neurons in attention (%), and the first layers that break safety together. A dash in the paper is None.
+# What §2.3.1 says in words about Figure 2: share of neurons (%) at the leap in harm and at the breakdown.
 MECHANISM = {
-    "Llama2-7B-Chat": {"onset": 0.3, "collapse": 0.4, "attention": 77, "first layers": 10, "of layers": 32},
-    "Llama3-8B-Instruction": {"onset": 0.15, "collapse": 0.5, "attention": None, "first layers": 16, "of layers": 32},
-    "Mistral-7B-Instruct-v0.2": {"onset": 0.1, "collapse": 0.2, "attention": None, "first layers": 10, "of layers": 32},
+    "Llama2-7B-Chat": {"onset": 0.3, "collapse": 0.4},
+    "Llama3-8B-Instruction": {"onset": 0.15, "collapse": 0.5},
+    "Mistral-7B-Instruct-v0.2": {"onset": 0.1, "collapse": 0.2},
 }
 OVERLAP_BELOW = 30  # % (§2.3.2): the overlap of two languages' safety neurons is typically smaller
 

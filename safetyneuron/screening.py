@@ -6,7 +6,7 @@ import torch
 
 from safetyneuron.architecture import PROJECTIONS
 from safetyneuron.data import encode_prompts
-from safetyneuron.detection import by_length, scored, select_fraction
+from safetyneuron.detection import by_length, lower, scored, select_fraction
 from safetyneuron.recording import recording
 
 MARGIN = 4.0  # rows that may be selected if exact importance is so many times first order are measured in the first pass
@@ -70,7 +70,7 @@ def _lowest(model, tokenizer, encoded, recorder, batches, wanted):
     """Minimum over prompts of the first-order scores, and under `exact q` and `exact k` of the exact ones of the rows wanted."""
     recorder.wanted, lowest = wanted and _by_group(wanted, model.config), {}
     for _, scores in scored(model, tokenizer, encoded, batches, recorder):
-        lowest = {p: torch.minimum(lowest.get(p, x.amin(0)), x.amin(0)) for p, x in scores.items()}
+        lowest = lower(lowest, {p: x.amin(0) for p, x in scores.items()})
     return lowest
 
 
