@@ -56,6 +56,11 @@ def glue_data(name, table):
     glue(f"data-{name}", HTML(link), display=False)
 
 
+def by_model(tables):
+    """Tables of several models as one. tables: model to data frame."""
+    return pd.concat(tables, names=["model", "row"]).droplevel("row")
+
+
 def percent_table(table):
     """A data frame of `Rate` cells as text."""
     return table.map(lambda rate: rate.percent)
@@ -116,9 +121,8 @@ def verify(model, tokenizer, suite, sets, draws):
 
 
 def pooled(draws, key):
-    """Mean rate over draws that share their prompts, at one draw's number of trials (draws add no new prompts)."""
-    rates = [draw[key] for draw in draws]
-    return Rate(round(sum(r.hits for r in rates) / len(rates)), rates[0].trials)
+    """`Rate.mean` of one measure over several results of `evaluate`."""
+    return Rate.mean([draw[key] for draw in draws])
 
 
 def cell(draws, key):
@@ -199,13 +203,12 @@ def onsets_table(tables, name):
     return pd.DataFrame(rows).T.fillna("–").rename_axis(["share of neurons (%)", ""])
 
 
-def places_table(sets):
-    """Counts, shares and enrichment by structure, one block of columns per set."""
-    columns = {}
-    for name, neurons in sets.items():
-        table = mechanism.structures(neurons)
-        columns[name, "neurons"] = table["neurons"].map("{:d}".format)
-        columns[name, "of the set"] = table["share of the set"].map("{:.0%}".format)
-        columns[name, "of its rows"] = table["share of its rows"].map("{:.1%}".format)
-        columns[name, "over chance"] = table["enrichment"].map("{:.1f}".format)
-    return pd.DataFrame(columns)
+def places_table(places):
+    """Counts, shares and enrichment by structure: one block of rows per model, of columns per way of choosing.
+
+    places: `mechanism.places` by `structures`.
+    """
+    formats = {"neurons": "{:d}", "share of the set": "{:.0%}", "share of its rows": "{:.1%}", "enrichment": "{:.1f}"}
+    text = pd.DataFrame({column: places[column].map(form.format) for column, form in formats.items()})
+    table = text.unstack("condition", sort=False).swaplevel(axis=1)
+    return table[[(condition, column) for condition in table.columns.unique(0) for column in formats]]

@@ -139,19 +139,24 @@ def depth_curves(tables, name):
 
 
 def enrichment_bars(by_structure, by_layer):
-    """Enrichment over chance by structure and by layer, one bar per set. Both: set name to data frame."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2))
-    for axes, tables in zip(panels, (by_structure, by_layer)):
-        values = pd.DataFrame({name: table["enrichment"] for name, table in tables.items()})
-        values.plot.bar(ax=axes, color=sns.color_palette(PALETTE), legend=False, width=0.75)
-        axes.axhline(1, color="grey", linestyle=":")
-        axes.tick_params(axis="x", labelrotation=45 if axes is panels[0] else 0)
-        axes.grid(axis="x", visible=False)
-    panels[0].set(ylabel="enrichment over chance", xlabel="")
-    panels[1].set(xlabel="layer")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, frameon=False)
+    """Enrichment over chance by structure and by layer, one bar per set, one row of panels per model.
+
+    Both: results of `mechanism.places`.
+    """
+    models = by_structure.index.unique("model")
+    figure, panels = plt.subplots(len(models), 2, figsize=(9, 3.2 * len(models)), squeeze=False)
+    for row, model in zip(panels, models):
+        for axes, table in zip(row, (by_structure, by_layer)):
+            table["enrichment"].xs(model).unstack("condition", sort=False).plot.bar(ax=axes, color=sns.color_palette(PALETTE), legend=False, width=0.75)
+            axes.axhline(1, color="grey", linestyle=":")
+            axes.tick_params(axis="x", labelrotation=45 if axes is row[0] else 0)
+            axes.grid(axis="x", visible=False)
+            axes.set_title(model.removeprefix("organism/"), fontsize=9)
+        row[0].set(ylabel="enrichment over chance", xlabel="")
+        row[1].set(xlabel="layer")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, frameon=False)
     figure.tight_layout()
-    return panels[0]
+    return panels[0, 0]
 
 
 def overlap_heatmaps(matrices):

@@ -5,6 +5,7 @@ import torch
 
 from safetyneuron.architecture import ATTENTION, PROJECTIONS
 from safetyneuron.detection import largest_without_foundation, select_without_foundation
+from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.neurons import NeuronSet
 
@@ -12,7 +13,7 @@ BROKEN = 0.8  # the safety mechanism counts as broken at this attack success rat
 EQ3, SPECIFIC, RANDOM = "Eq 3", "Eq 3 without foundation", "random, matched to the second"
 
 
-def sweep(model, tokenizer, suite, harmful, general, fractions):
+def sweep(model, tokenizer, suite, harmful, general, fractions, draws):
     """Rates against the share of neurons deactivated, from one importance pass (Figure 2).
 
     Parameters
@@ -21,6 +22,8 @@ def sweep(model, tokenizer, suite, harmful, general, fractions):
         Measured on harmful and on general prompts.
     fractions : sequence of float
         Shares of all neurons.
+    draws : int
+        Random sets per share, whose mean is taken.
 
     Returns
     -------
@@ -31,12 +34,13 @@ def sweep(model, tokenizer, suite, harmful, general, fractions):
     rows = [("whole", 0.0, *key, rate) for key, rate in evaluate(model, tokenizer, suite).items()]
     largest = largest_without_foundation(harmful, general)
     for fraction in fractions:
-        sets = {EQ3: harmful.select(fraction=fraction)}
+        sets = {EQ3: [harmful.select(fraction=fraction)]}
         if fraction <= largest:
-            sets[SPECIFIC] = select_without_foundation(harmful, general, fraction)
-            sets[RANDOM] = NeuronSet.random_like(sets[SPECIFIC], 0)
-        for condition, neurons in sets.items():
-            rows += [(condition, fraction, *key, rate) for key, rate in evaluate(model, tokenizer, suite, without=neurons).items()]
+            specific = select_without_foundation(harmful, general, fraction)
+            sets |= {SPECIFIC: [specific], RANDOM: [NeuronSet.random_like(specific, seed) for seed in range(draws)]}
+        for condition, drawn in sets.items():
+            results = [evaluate(model, tokenizer, suite, without=neurons) for neurons in drawn]
+            rows += [(condition, fraction, *key, Rate.mean([r[key] for r in results])) for key in results[0]]
     return pd.DataFrame(rows, columns=["condition", "fraction", "measure", "set", "rate"])
 
 
@@ -78,6 +82,17 @@ def layers(neurons):
     width = sum(mask.shape[1] for mask in neurons.masks.values())
     rows = {i: {"neurons": n, "share of its rows": n / width, "enrichment": n / width / neurons.share} for i, n in enumerate(counts, 1)}
     return pd.DataFrame(rows).T.rename_axis("layer").astype({"neurons": int})
+
+
+def places(sets, count):
+    """`structures` or `layers` of every set as one table. sets: model to way of choosing to NeuronSet.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index model, condition, and structure or layer.
+    """
+    return pd.concat({(m, c): count(neurons) for m, chosen in sets.items() for c, neurons in chosen.items()}, names=["model", "condition"])
 
 
 def within(neurons, first, last):

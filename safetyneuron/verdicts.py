@@ -74,16 +74,15 @@ def _share(fraction):
     return "at no share tried" if fraction != fraction else f"at {fraction:.2%} of the neurons"
 
 
-def glue_places(sets, by_structure, by_layer):
-    """Glue where the neurons lie: `sets`, and the tables of `mechanism.structures` and `mechanism.layers`, by name."""
+def glue_places(by_structure, by_layer):
+    """Glue where the neurons lie: results of `mechanism.places` by `structures` and by `layers`."""
     parts = []
-    for name in sets:
-        attention = by_structure[name].loc["attention"]
-        count = len(by_layer[name])
-        half = by_layer[name]["neurons"].iloc[: count // 2].sum() / len(sets[name])
+    for (model, name), counts in by_layer["neurons"].groupby(level=["model", "condition"], sort=False):
+        attention = by_structure.loc[model, name, "attention"]
+        half = counts.iloc[: len(counts) // 2].sum() / counts.sum()
         seen = "seen" if attention["share of the set"] > 0.5 else "not seen"
         parts.append(
-            f"{name}: attention holds {attention['share of the set']:.0%} of the set, {attention['enrichment']:.1f} times what chance gives, so a"
+            f"{model}, {name}: attention holds {attention['share of the set']:.0%} of the set, {attention['enrichment']:.1f} times what chance gives, so a"
             f" majority in attention is {seen}; the first half of the layers holds {half:.0%}"
         )
     glue_text(verdict_places=". ".join(parts) + ".")

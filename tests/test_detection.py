@@ -5,6 +5,7 @@ from conftest import small_llama, small_model
 from safetyneuron import ImportanceProfile, NeuronSet, SafetyNeuronError, load_prompts, measure_importance, screen, screening
 from safetyneuron.architecture import PROJECTIONS
 from safetyneuron.detection import largest_without_foundation, ranks, select_fraction, select_without_foundation
+from safetyneuron.models import fingerprint
 from safetyneuron.recording import Recorder
 
 
@@ -226,3 +227,10 @@ def test_unsupported_architecture_is_named(tokenizer):
     odd.model.layers[1].mlp.up_proj = torch.nn.Identity()
     with pytest.raises(UnsupportedArchitecture, match="mlp.up_proj"):
         measure_importance(odd, tokenizer, ["how do i paint the door ?"])
+
+
+def test_one_changed_weight_changes_the_fingerprint(model):
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-12
+    assert fingerprint(model) != before

@@ -71,3 +71,13 @@ def test_downloaded_data_are_the_numbers(monkeypatch):
     read = pd.read_csv(io.BytesIO(base64.b64decode(encoded)))
     assert list(read["rate"]) == [0.05, 0.08] and list(read["rate trials"]) == [100, 100]
     assert read["rate low"][1] == pytest.approx(Rate(8, 100).interval[0])
+
+
+def test_places_of_several_models_keep_their_numbers(neurons):
+    other = NeuronSet.random_like(neurons, 1)
+    sets = {"a": {mechanism.EQ3: neurons, mechanism.SPECIFIC: other}, "b": {mechanism.EQ3: other, mechanism.SPECIFIC: neurons}}
+    places = mechanism.places(sets, mechanism.structures)
+    assert places.loc[("a", mechanism.EQ3)].equals(mechanism.structures(neurons))
+    table = book.places_table(places)
+    assert table.loc[("b", "q"), (mechanism.SPECIFIC, "neurons")] == str(neurons.counts()["q"])
+    assert list(table.columns.unique(0)) == [mechanism.EQ3, mechanism.SPECIFIC] and list(table.loc["a"].index[:2]) == ["q", "k"]

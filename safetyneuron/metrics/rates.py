@@ -40,6 +40,11 @@ class Rate:
         low, high = self.interval
         return f"{100 * self.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
+    @classmethod
+    def mean(cls, rates):
+        """Mean over repetitions that share their prompts, at one repetition's number of trials (they add no new prompts)."""
+        return cls(round(sum(rate.hits for rate in rates) / len(rates)), rates[0].trials)
+
     def __add__(self, other):
         """Pool two samples."""
         return Rate(self.hits + other.hits, self.trials + other.trials)
