@@ -10,7 +10,8 @@ from safetyneuron.architecture import PROJECTIONS
 from safetyneuron.brute_force import brute_force
 from safetyneuron.data import encode_prompts, pad
 from safetyneuron.detection import select_fraction
-from safetyneuron.recording import RULES, recording
+from safetyneuron.differences import OneByOne, effects
+from safetyneuron.recording import RULES, Recorder, recording
 
 
 def one_batch(model, tokenizer, prompts):
@@ -18,9 +19,9 @@ def one_batch(model, tokenizer, prompts):
     return pad(encode_prompts(model, tokenizer, prompts), tokenizer, model.device)
 
 
-def run_rule(model, batch, rule):
+def run_rule(model, batch, rule, kind=Recorder):
     """Importance of every neuron for every prompt of a batch by one rule: projection to (B, layers, channels)."""
-    with torch.inference_mode(), recording(model, rule) as recorder:
+    with torch.inference_mode(), recording(model, rule, kind) as recorder:
         recorder.start(batch["attention_mask"])
         model.get_decoder()(**batch, use_cache=False)
         return recorder.finish()
@@ -38,6 +39,12 @@ def compare_rules(model, tokenizer, prompts):
         columns = {name: values[projection].flatten().double().cpu().numpy() for name, values in scores.items()}
         tables.append(pd.DataFrame(columns).assign(projection=projection))
     return pd.concat(tables, ignore_index=True)
+
+
+def released_differences(model, tokenizer, prompts, table):
+    """`differences.effects` on prompts whose `compare_rules` is `table`."""
+    scores = run_rule(model, one_batch(model, tokenizer, prompts), "released", OneByOne)
+    return effects(scores, table)
 
 
 def rank_agreement(table):

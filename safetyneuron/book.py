@@ -182,6 +182,13 @@ def costs_table(costs):
     return pd.DataFrame({"forward passes": {rule: f"{ratio:.1f}" for rule, ratio in costs.items()}}).rename_axis("rule")
 
 
+def glue_effects(effects):
+    """Glue what each difference does, as `effect_PROJECTION_NAME`. effects: `differences.effects`."""
+    for (projection, name), row in effects.iterrows():
+        text = f"{projection}: ρ {row['printed']:.2f} → {row['changed']:.2f}, {row['kept']:.0%} of the highest tenth stay"
+        glue_text(**{f"effect_{projection}_{name}": text})
+
+
 def table_5(counts):
     """Paper's Table 5 above the counts of `appendix.corpus_counts`."""
     printed = reported.table(5).set_index("column")["value"]

@@ -1,12 +1,14 @@
 """Prompts: by name or from a file, and as token ids."""
 
 import csv
+import io
 import json
 import random
 from pathlib import Path
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import language as lang
+from safetyneuron.organism.language import LANGUAGES
 
 # Name of an organism set -> (intent, wordings) of its requests.
 ORGANISM_SETS = {
@@ -48,43 +50,49 @@ def load_prompts(name_or_path, split="test", language="en"):
     path = Path(name_or_path)
     if not path.is_file():
         raise SafetyNeuronError(f"no prompt set or file {name_or_path!r}: use a file or one of {', '.join(ORGANISM_SETS)}")
-    prompts = [text.strip() for text in _read(path) if text and text.strip()]
+    texts = _text(path).splitlines() if path.suffix == ".txt" else [_prompt_column(path, row) for row in read_rows(path)]
+    prompts = [text.strip() for text in texts if text and text.strip()]
     if not prompts:
         raise SafetyNeuronError(f"prompt file {name_or_path} is empty: write one prompt a line")
     return prompts
 
 
 def _organism_prompts(name, split, language):
-    if language not in lang.LANGUAGES:
-        raise SafetyNeuronError(f"unknown language {language!r}: use one of {', '.join(lang.LANGUAGES)}")
+    if language not in LANGUAGES:
+        raise SafetyNeuronError(f"unknown language {language!r}: use one of {', '.join(LANGUAGES)}")
     if split not in ("train", "test"):
         raise SafetyNeuronError(f"unknown split {split!r}: use 'train' or 'test'")
     intent, wordings = ORGANISM_SETS[name]
-    prompts = _shuffled([p for wording in wordings for p in lang.requests(intent, split, language, wording)])
+    prompts = shuffled([p for wording in wordings for p in lang.requests(intent, split, language, wording)])
     if name == "organism/general":
-        tasks = [_shuffled([e.prompt for e in task(split)]) for task in (lang.facts, lang.comparisons, lang.arithmetic)]
+        tasks = [shuffled([e.prompt for e in task(split)]) for task in (lang.facts, lang.comparisons, lang.arithmetic)]
         prompts = [prompt for together in zip(prompts, *tasks) for prompt in together]
     return prompts
 
 
-def _shuffled(items):
+def shuffled(items):
+    """The items in an order that is always the same."""
     return random.Random(0).sample(items, len(items))
 
 
-def _read(path):
+def _text(path):
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".txt":
-            return text.splitlines()
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SafetyNeuronError(f"file {path} cannot be read ({error}): save it as UTF-8") from None
+
+
+def read_rows(path):
+    """Rows of a .csv or .jsonl file."""
+    text = _text(path)
+    try:
         if path.suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            raise SafetyNeuronError(f"prompt file {path} must end in .txt, .csv or .jsonl")
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise SafetyNeuronError(f"prompt file {path} cannot be read ({error}): save it as UTF-8") from None
-    return [_prompt_column(path, row) for row in rows]
+            return list(csv.DictReader(io.StringIO(text), strict=True))
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (json.JSONDecodeError, csv.Error) as error:
+        raise SafetyNeuronError(f"file {path} cannot be read ({error}): repair that place") from None
+    raise SafetyNeuronError(f"prompt file {path} must end in .txt, .csv or .jsonl")
 
 
 def _prompt_column(path, row):

@@ -4,6 +4,8 @@ import io
 import sys
 import time
 
+from transformers import TrainerCallback
+
 SECONDS = 10
 
 
@@ -32,3 +34,18 @@ class EveryTenSeconds(io.TextIOBase):
             print(text.strip().splitlines()[-1], file=self.target, flush=True)
             self.printed = now
         return len(text)
+
+
+class TrainingLine(TrainerCallback):
+    """One line every ten seconds of training: updates done, loss, seconds left."""
+
+    def on_train_begin(self, args, state, control, **_):
+        self.started = self.printed = time.monotonic()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        """Print one of the trainer's own log points."""
+        now = time.monotonic()
+        if "loss" in logs and now - self.printed >= SECONDS:
+            left = (now - self.started) * (state.max_steps / state.global_step - 1)
+            print(f"training: update {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}, about {left:.0f} s left", flush=True)
+            self.printed = now

@@ -14,8 +14,7 @@ def paper_query(attention: Attention):
 
     The formulas have no rotary embedding, so Q and K are taken before it; the causal mask is kept.
     """
-    query, key = (unrotate(x, attention.cos, attention.sin) for x in (attention.query, attention.key))
-    return _probability_change(attention, query, key, attention.scaling).flatten(1).sqrt()
+    return probability_change(attention, *unrotated(attention), attention.scaling).flatten(1).sqrt()
 
 
 def paper_key(attention: Attention):
@@ -26,25 +25,34 @@ def paper_key(attention: Attention):
 
 def paper_value(attention: Attention):
     """Eq 9 applied to W_V of Eq 10, which has no W_O: ‖(P V)[:, j]‖ over the heads of the group; (B, G·d)."""
-    norms = (attention.heads * attention.real[:, None, :, None]).norm(dim=2)
-    return norms.unflatten(1, (attention.groups, attention.repeat)).norm(dim=2).flatten(1)
+    return head_norms(attention).unflatten(1, (attention.groups, attention.repeat)).norm(dim=2).flatten(1)
+
+
+def head_norms(attention):
+    """Norm over real positions of every channel of every head's output: (B, H, d)."""
+    return (attention.heads * attention.real[:, None, :, None]).norm(dim=2)
+
+
+def unrotated(attention):
+    """Queries and keys before rotary embedding."""
+    return [unrotate(x, attention.cos, attention.sin) for x in (attention.query, attention.key)]
 
 
 def released_query(attention: Attention):
     """The released code's score of q: the *unscaled* product is taken from the *scaled* logits, after rotation, and the
     squares are summed without a root; (B, H·d)."""
-    return _probability_change(attention, attention.query, attention.key, 1.0).flatten(1)
+    return probability_change(attention, attention.query, attention.key, 1.0).flatten(1)
 
 
 def released_key(attention: Attention):
     """The released code's score of k: that of q, whose index the tuner divides by four to find the row; (B, G·d)."""
-    return _divided_by_four(released_query(attention), attention.groups * attention.key.shape[-1])
+    return divided_by_four(released_query(attention), attention.groups * attention.key.shape[-1])
 
 
 def released_value(attention: Attention):
     """The released code's score of v: Σ over positions of |head output|, its index divided by four; (B, G·d)."""
     sizes = (attention.heads.abs() * attention.real[:, None, :, None]).sum(2).flatten(1)
-    return _divided_by_four(sizes, attention.groups * attention.value.shape[-1])
+    return divided_by_four(sizes, attention.groups * attention.value.shape[-1])
 
 
 def released_feed_forward(up, real):
@@ -52,7 +60,7 @@ def released_feed_forward(up, real):
     return (up.abs() * real[..., None]).sum(1)
 
 
-def _divided_by_four(scores, width):
+def divided_by_four(scores, width):
     """Score of row i as the largest among the indices 4i … 4i + 3; rows never reached get zero."""
     rows = torch.arange(scores.shape[1], device=scores.device) // 4
     reached = rows < width
@@ -60,7 +68,7 @@ def _divided_by_four(scores, width):
     return scores.new_zeros(scores.shape[0], width).scatter_reduce(1, index, scores[:, reached], "amax")
 
 
-def _probability_change(attention, query, key, factor):
+def probability_change(attention, query, key, factor):
     """Σ over positions of the squared change of the probabilities when factor · q_j k_j is taken away: (B, H, d)."""
     heads = []
     for h in range(query.shape[1]):

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from safetyneuron import importance, readings
-from safetyneuron.architecture import Architecture
+from safetyneuron.architecture import FEED_FORWARD, Architecture
 from safetyneuron.first_order import first_order
 
 
@@ -38,7 +38,7 @@ class Recorder:
         count = len(self.architecture.layers)
         return {name: torch.stack([self._layers[i][name].cpu() for i in range(count)], 1) for name in self._layers[0]}
 
-    def _keep(self, layer, **scores):
+    def _keep(self, layer, scores):
         self._layers.setdefault(layer, {}).update(scores)
 
     def _weight(self, layer, projection, like):
@@ -50,10 +50,10 @@ class Recorder:
         real = self.real.to(hidden.device)
         if self.rule == "released":
             up = readings.released_feed_forward(self._inputs.pop((layer, "up")), real)
-            self._keep(layer, gate=torch.zeros_like(up), up=up, down=up)
+            self._keep(layer, {"gate": torch.zeros_like(up), "up": up, "down": up})
             return
         scores = importance.feed_forward(hidden, self._once(layer, "down", lambda: self._weight(layer, "down", hidden).norm(dim=1)), real)
-        self._keep(layer, gate=scores, up=scores, down=scores)
+        self._keep(layer, dict.fromkeys(FEED_FORWARD, scores))
 
     def after_up(self, layer, module, inputs, result):
         """Hook on the output of W_up, for the released rule."""
@@ -79,7 +79,7 @@ class Recorder:
         ratios = [self._inputs.pop((layer, name), None) for name in ("query", "key")]
         rotation = self._inputs.pop((layer, "rotation"))
         attention = importance.Attention(*wide, heads, allowed, real, scaling, *rotation, softcap, *ratios)
-        self._keep(layer, **self._attention_scores(layer, attention))
+        self._keep(layer, self._attention_scores(layer, attention))
         return heads.transpose(1, 2).contiguous().to(query_states.dtype), None
 
     def _attention_scores(self, layer, attention):
@@ -142,8 +142,10 @@ def norm_epsilon(module):
 
 
 @contextmanager
-def recording(model, rule="exact"):
+def recording(model, rule="exact", kind=Recorder):
     """Measure every neuron while `model` runs; the hooks and the attention function are gone on exit.
+
+    kind: the class of recorder, for other scores than those of the rules.
 
     Yields
     ------
@@ -155,7 +157,7 @@ def recording(model, rule="exact"):
     UnsupportedArchitecture
         If the model is not in the architecture table.
     """
-    recorder = Recorder(model, rule)
+    recorder = kind(model, rule)
     previous = model.config._attn_implementation
     AttentionInterface.register("safetyneuron", recorder.attend)
     AttentionMaskInterface.register("safetyneuron", eager_mask)

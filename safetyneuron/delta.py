@@ -1,0 +1,144 @@
+"""What SN-Tune leaves behind: the change of the trained rows and columns, small enough to mail and easy to take back."""
+
+import json
+import weakref
+from contextlib import contextmanager
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from safetyneuron.architecture import Architecture
+from safetyneuron.cache import new_file
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.models import fingerprint
+from safetyneuron.neurons import NeuronSet
+
+
+class NeuronDelta:
+    """Changes to the neurons of one model; the model itself stays as it was until `merge`.
+
+    >>> delta = sn_tune(model, tokenizer, documents, neurons)
+    >>> with delta.merged(model):
+    ...     attack_success_rate(model, tokenizer, prompts)
+
+    Attributes
+    ----------
+    neurons : NeuronSet
+    values : dict of (str, int) to torch.Tensor
+        Projection and layer to (neurons, width of a row or column), float32 or wider, in the order of the channels.
+    model : str
+        Fingerprint of the model it was trained on.
+    facts : dict
+        What the training did: documents, updates, learning_rate, parameters, seconds, curve.
+    """
+
+    def __init__(self, neurons, values, model, facts):
+        self.neurons, self.values, self.model, self.facts = neurons, values, model, facts
+        self._merged = None  # (weak reference to the model, original rows)
+
+    def __repr__(self):
+        return f"NeuronDelta({len(self.neurons)} neurons, {self.parameters} parameters, ‖ΔW‖ = {self.norm:.3g})"
+
+    @property
+    def parameters(self):
+        """Number of trained parameters."""
+        return sum(value.numel() for value in self.values.values())
+
+    @property
+    def norm(self):
+        """‖ΔW‖, the Frobenius norm of the whole change: 0 means that no update happened."""
+        return sum(float(value.double().square().sum()) for value in self.values.values()) ** 0.5
+
+    def norms(self):
+        """‖ΔW‖ per projection."""
+        squares = {}
+        for (projection, _), value in self.values.items():
+            squares[projection] = squares.get(projection, 0.0) + float(value.double().square().sum())
+        return {projection: square**0.5 for projection, square in squares.items()}
+
+    def merge(self, model):
+        """Add the change to the weights of `model`, which must be the one it was trained on.
+
+        A model in half precision rounds the sum, and a change far smaller than the weight vanishes: load it in float32
+        to keep all of it.
+
+        Raises
+        ------
+        SafetyNeuronError
+            If the delta is merged already, or the model is another.
+        """
+        if self._merged and self._merged[0]() is not None:
+            raise SafetyNeuronError("this delta is merged already: unmerge it first")
+        if fingerprint(model) != self.model:
+            raise SafetyNeuronError("this delta was trained on another model, or on other weights or another dtype of it: load the model it was trained on")
+        originals = []
+        with torch.no_grad():
+            for weight, channels, value in self._rows(model):
+                originals.append(weight[channels].clone())
+                weight[channels] = _sum(originals[-1], value)
+        self._merged = (weakref.ref(model), originals)
+
+    def unmerge(self, model):
+        """Put the original rows and columns back, bit for bit in every dtype.
+
+        Raises
+        ------
+        SafetyNeuronError
+            If this delta is not merged into this model, or its rows have changed since.
+        """
+        if not self._merged or self._merged[0]() is not model:
+            raise SafetyNeuronError("this delta is not merged into this model: only the object that merged it can take it back")
+        rows, originals = list(self._rows(model)), self._merged[1]
+        if not all(weight[channels].equal(_sum(original, value)) for (weight, channels, value), original in zip(rows, originals)):
+            raise SafetyNeuronError("the rows of this delta have changed since it was merged: load the original model again")
+        with torch.no_grad():
+            for (weight, channels, _), original in zip(rows, originals):
+                weight[channels] = original
+        self._merged = None
+
+    @contextmanager
+    def merged(self, model):
+        """The tuned model for the length of a `with` block."""
+        self.merge(model)
+        try:
+            yield model
+        finally:
+            self.unmerge(model)
+
+    def _rows(self, model):
+        """Weight (channels first), channels and change of every projection and layer with trained neurons."""
+        architecture = Architecture(model)
+        for (projection, layer), value in self.values.items():
+            weight = architecture.place(layer, projection).weight.detach()
+            yield weight, self.neurons.masks[projection][layer].nonzero().flatten().to(weight.device), value.to(weight.device)
+
+    def save(self, path):
+        """Write a safetensors file with the trained rows, their channels, and the model's fingerprint."""
+        tensors = {}
+        for (projection, layer), value in self.values.items():
+            tensors[f"{projection}.{layer}.change"] = value.cpu().contiguous()
+            tensors[f"{projection}.{layer}.channels"] = self.neurons.masks[projection][layer].nonzero().flatten().int()
+        facts = {"model": self.model, "shapes": self.neurons.shapes, "facts": self.facts}
+        with new_file(path) as temporary:
+            save_file(tensors, temporary, {"delta": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path):
+        """Read a file written by `save`."""
+        try:
+            with safe_open(path, "pt") as stored:
+                facts = json.loads(stored.metadata()["delta"])
+                masks = {p: torch.zeros(*shape, dtype=torch.bool) for p, shape in facts["shapes"].items()}
+                values = {}
+                for projection, layer in [name.split(".")[:2] for name in stored.keys() if name.endswith(".change")]:
+                    masks[projection][int(layer), stored.get_tensor(f"{projection}.{layer}.channels").long()] = True
+                    values[projection, int(layer)] = stored.get_tensor(f"{projection}.{layer}.change")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise SafetyNeuronError(f"{path} is not a readable neuron delta ({error}): write it again with NeuronDelta.save") from None
+        return cls(NeuronSet(masks), values, facts["model"], facts["facts"])
+
+
+def _sum(original, value):
+    """Changed rows in the dtype of the weights; the sum is taken in that of the change."""
+    return (original.to(value.dtype) + value).to(original.dtype)

@@ -1,0 +1,108 @@
+"""What each difference between the paper's formulas and its released code does to the scores, one at a time.
+
+Every entry of `SCORES` starts from the paper's reading (`readings.py`) and changes one thing.
+"""
+
+from dataclasses import replace
+from itertools import islice
+
+import pandas as pd
+import torch
+
+from safetyneuron.detection import select_per_layer
+from safetyneuron.neurons import NeuronSet
+from safetyneuron.readings import divided_by_four, head_norms, paper_key, paper_query, paper_value, probability_change, unrotated
+from safetyneuron.recording import Recorder, widen
+
+PRINTED = "as printed"
+TOP = 0.1  # share of the neurons whose survival is counted
+
+
+def _everywhere(attention):
+    """The layer without its causal mask: every position looks at every real one."""
+    return replace(attention, allowed=attention.real[:, None, None].expand_as(attention.allowed))
+
+
+def _key_width(attention):
+    return attention.groups * attention.key.shape[-1]
+
+
+# (projection, name) -> scores (B, channels) from what an attention layer did.
+SCORES = {
+    ("q", PRINTED): paper_query,
+    ("q", "scale"): lambda a: probability_change(a, *unrotated(a), 1.0).flatten(1),
+    ("q", "rotation"): lambda a: probability_change(a, a.query, a.key, a.scaling).flatten(1),
+    ("q", "root"): lambda a: paper_query(a).square(),
+    ("q", "mask"): lambda a: paper_query(_everywhere(a)),
+    ("k", PRINTED): paper_key,
+    ("k", "index"): lambda a: divided_by_four(paper_query(a), _key_width(a)),
+    ("v", PRINTED): paper_value,
+    ("v", "sum"): lambda a: (a.heads.abs() * a.real[:, None, :, None]).sum(2).unflatten(1, (a.groups, a.repeat)).sum(2).flatten(1),
+    ("v", "index"): lambda a: divided_by_four(head_norms(a).flatten(1), _key_width(a)),
+}
+# The same from (input of W_down, output of W_up, row norms of W_down), positions weighted by 1 or 0.
+FEED_FORWARD_SCORES = {
+    ("up", PRINTED): lambda hidden, up, norms: hidden.norm(dim=1) * norms,
+    ("up", "gate"): lambda hidden, up, norms: up.norm(dim=1) * norms,
+    ("up", "down"): lambda hidden, up, norms: hidden.norm(dim=1),
+    ("up", "sum"): lambda hidden, up, norms: hidden.abs().sum(1) * norms,
+}
+
+
+class OneByOne(Recorder):
+    """A recorder whose result has a (B, layers, channels) tensor per entry of the two tables."""
+
+    def _attention_scores(self, layer, attention):
+        return {key: score(attention) for key, score in SCORES.items()}
+
+    def before_down(self, layer, module, inputs):
+        """Hook on the input of W_down."""
+        real = self.real.to(inputs[0].device)[..., None]
+        hidden, up = (x * real for x in (widen(inputs[0]), self._inputs.pop((layer, "up"))))
+        norms = self._weight(layer, "down", hidden).norm(dim=1)
+        self._keep(layer, {key: score(hidden, up, norms) for key, score in FEED_FORWARD_SCORES.items()})
+
+
+def effects(scores, table):
+    """How far each difference moves the ranks of the neurons of its projection.
+
+    Parameters
+    ----------
+    scores : dict of (str, str) to torch.Tensor
+        As `OneByOne` records them.
+    table : pandas.DataFrame
+        `appendix.compare_rules` of the same batch.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index (projection, difference); columns printed and changed (Spearman correlation with brute force) and kept
+        (share of the highest tenth by the printed formula that is still there).
+    """
+    rows = {}
+    for (projection, name), values in scores.items():
+        if name != PRINTED:
+            truth = table[table["projection"] == projection]["brute force"].reset_index(drop=True)
+            printed, changed = (pd.Series(x.flatten().double().cpu().numpy()) for x in (scores[projection, PRINTED], values))
+            best, count = (set(x.nlargest(round(TOP * len(x))).index) for x in (printed, changed)), round(TOP * len(truth))
+            correlations = [x.corr(truth, "spearman") for x in (printed, changed)]
+            rows[projection, name] = [*correlations, len(set.intersection(*best)) / count]
+    return pd.DataFrame(rows, index=["printed", "changed", "kept"]).T
+
+
+def per_layer_kept(profile, fraction):
+    """Share of the neurons above a global ε that a selection per layer and matrix, of the same size, keeps."""
+    chosen = profile.select(fraction=fraction)
+    count = round(len(chosen) / sum(len(mask) for mask in chosen.masks.values()))
+    return len(chosen & select_per_layer(profile.minimum, max(1, count))) / len(chosen)
+
+
+def first_of_set_kept(profile, fraction):
+    """Share of the highest neurons kept when half of a set twice as large is taken in the order of a Python set."""
+    chosen, wider = profile.select(fraction=fraction), profile.select(fraction=2 * fraction)
+    masks = {p: torch.zeros_like(mask) for p, mask in wider.masks.items()}
+    for projection, mask in wider.masks.items():
+        for layer, row in enumerate(mask):
+            indices = set(row.nonzero().flatten().tolist())
+            masks[projection][layer, list(islice(indices, int(chosen.masks[projection][layer].sum())))] = True
+    return len(chosen & NeuronSet(masks)) / len(chosen)

@@ -1,0 +1,70 @@
+"""Documents to train on: a user request and the answer to learn, by name or from a file, and as token ids."""
+
+from pathlib import Path
+
+from safetyneuron.data import LANGUAGES, encode_prompts, read_rows, shuffled
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.organism import language as lang
+
+# Name of an organism set -> its examples, from split and language.
+ORGANISM_DOCUMENTS = {
+    "organism/refusals": lambda split, language: lang.refused(split, language),
+    "organism/helpful": lambda split, language: lang.helped("benign", split, language),
+    "organism/arithmetic": lambda split, language: lang.arithmetic(split),
+}
+
+
+def load_documents(name_or_path, split="train", language="en"):
+    """Documents as dicts with `prompt` and `completion`, in a fixed shuffled order; a file keeps its own.
+
+    Parameters
+    ----------
+    name_or_path : str
+        `organism/refusals` (harmful requests and how to refuse them), `organism/helpful` (benign requests, answered),
+        `organism/arithmetic` (word problems, solved); or a .jsonl or .csv file with columns `prompt` and `completion`.
+    split : str
+        `train` or `test`, for organism sets.
+    language : str
+        `en`, `it`, `zh`, `th` or `vi`, for organism sets other than arithmetic, which is English.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the set, language or file is unknown or unreadable, or a document lacks a side.
+    """
+    if name_or_path in ORGANISM_DOCUMENTS:
+        if language not in LANGUAGES:
+            raise SafetyNeuronError(f"unknown language {language!r}: use one of {', '.join(LANGUAGES)}")
+        examples = shuffled(ORGANISM_DOCUMENTS[name_or_path](split, language))
+        return [{"prompt": e.prompt, "completion": e.answer} for e in examples]
+    path = Path(name_or_path)
+    if not path.is_file() or path.suffix not in (".jsonl", ".csv"):
+        raise SafetyNeuronError(f"no document set or .jsonl or .csv file {name_or_path!r}: use a file or one of {', '.join(ORGANISM_DOCUMENTS)}")
+    documents = read_rows(path)
+    check_documents(documents)
+    return [{side: document[side] for side in ("prompt", "completion")} for document in documents]
+
+
+def check_documents(documents):
+    """Refuse an empty list, and documents that do not have both sides."""
+    if not documents:
+        raise SafetyNeuronError("there are no documents to train on: give at least one")
+    for number, document in enumerate(documents, 1):
+        sides = [document.get(side) for side in ("prompt", "completion")] if isinstance(document, dict) else [None]
+        if not all(isinstance(side, str) and side.strip() for side in sides):
+            raise SafetyNeuronError(f"document {number} is one-sided: it needs text under both 'prompt' and 'completion'")
+
+
+def encode_documents(model, tokenizer, documents):
+    """Token ids and labels of each document; the loss is taken on the completion and its end only.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If there are no documents, one is one-sided, or longer than the context.
+    """
+    check_documents(documents)
+    end = [tokenizer.eos_token_id]
+    answers = [tokenizer(d["completion"], add_special_tokens=False)["input_ids"] + end for d in documents]
+    prompts = encode_prompts(model, tokenizer, [d["prompt"] for d in documents], room=max(map(len, answers)))
+    return [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in zip(prompts, answers)]

@@ -1,0 +1,258 @@
+"""SN-Tune: train only chosen rows and columns (Zhao et al. 2025, §3), and the fine-tuning it is compared with (§4)."""
+
+import copy
+import json
+import math
+import tempfile
+import time
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_utils import get_last_checkpoint
+
+from safetyneuron.architecture import COLUMN_PROJECTIONS, Architecture
+from safetyneuron.cache import digest
+from safetyneuron.deactivation import check_shapes
+from safetyneuron.delta import NeuronDelta
+from safetyneuron.documents import encode_documents
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.models import fingerprint
+from safetyneuron.progress import TrainingLine
+
+SCHEDULE = "linear"
+
+
+class TunedNeurons(nn.Module):
+    """The chosen rows and columns as the only parameters; the frozen model runs inside but is not part of it.
+
+    So the trainer's gradients, optimiser state and checkpoints have the size of the chosen neurons. Use `added` to run it.
+    """
+
+    def __init__(self, model, neurons):
+        super().__init__()
+        self.inside = (model,)  # in a tuple, so that it is no submodule
+        if hasattr(model, "hf_device_map"):  # the trainer then leaves every part where it is
+            self.hf_device_map = model.hf_device_map
+        self.places = {}
+        architecture = Architecture(model)
+        for projection, mask in neurons.masks.items():
+            for layer in mask.any(1).nonzero().flatten().tolist():
+                self._add(architecture.place(layer, projection), projection, layer, mask[layer].nonzero().flatten())
+
+    def _add(self, place, projection, layer, channels):
+        weight = place.weight
+        if weight.is_meta:
+            raise SafetyNeuronError(f"the weights of layer {layer} are offloaded: load the model onto devices that hold all of it")
+        wide = torch.promote_types(weight.dtype, torch.float32)  # an update of 1e-6 is lost in half precision
+        value = nn.Parameter(torch.zeros(len(channels), weight.shape[1], dtype=wide, device=weight.device))
+        self.register_parameter(f"{projection}_{layer}", value)
+        self.places[projection, layer] = (place, channels.to(weight.device), value)
+
+    def forward(self, input_ids, attention_mask, labels, **options):
+        start = max(0, int((labels >= 0).any(0).nonzero()[0]) - 1)  # the first position whose next token counts
+        options |= {"logits_to_keep": labels.shape[1] - start, "use_cache": False}
+        return self.inside[0](input_ids=input_ids, attention_mask=attention_mask, labels=labels[:, start:], **options)
+
+    @contextmanager
+    def added(self):
+        """The neurons' changes take part in the frozen model for the length of a `with` block."""
+        parameters = list(self.inside[0].parameters())
+        wanted, handles = [p.requires_grad for p in parameters], []
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            for (projection, _), (place, channels, value) in self.places.items():
+                add = _add_columns if projection in COLUMN_PROJECTIONS else _add_rows
+                handles.append(place.module.register_forward_hook(partial(add, channels + place.start, value)))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, flag in zip(parameters, wanted):
+                parameter.requires_grad_(flag)
+
+    def values(self):
+        """The changes by projection and layer, on the CPU."""
+        return {key: value.detach().cpu().clone() for key, (_, _, value) in self.places.items()}
+
+
+def _add_rows(channels, value, module, inputs, result):
+    """Hook: the rows' share of a projection's result, in place, since its backward pass does not need the result."""
+    return result.index_add_(-1, channels, inputs[0] @ value.to(inputs[0].dtype).T)
+
+
+def _add_columns(channels, value, module, inputs, result):
+    """Hook: the same for columns, which read some of the input's channels."""
+    return result.add_(inputs[0].index_select(-1, channels) @ value.to(inputs[0].dtype))
+
+
+def sn_tune(
+    model, tokenizer, documents, neurons, epochs=1, learning_rate=1e-6, batch_size=8, accumulation=1, warmup_steps=0, seed=0, folder=None
+):
+    """Train only `neurons` on `documents`; `model` is left as it was, to the last bit.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Any dtype, also spread over devices.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    documents : list of dict
+        `prompt` and `completion`, as from `load_documents`; the loss is taken on the completion.
+    neurons : NeuronSet
+        The rows and columns to train; biases stay.
+    epochs, learning_rate : int, float
+        The paper's values by default. AdamW without weight decay, linear decay of the rate, gradients clipped at 1.
+    batch_size, accumulation : int
+        Documents in a forward pass, and passes in an update.
+    warmup_steps : int
+        Updates during which the rate rises from 0.
+    seed : int
+        Order of the documents.
+    folder : path, optional
+        Where to write a checkpoint every 20 updates; if it holds one of the same training, it goes on from there to the
+        same result.
+
+    Returns
+    -------
+    NeuronDelta
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the set is empty or of another model's shape, a document is empty or one-sided, the learning rate is not
+        positive, the schedule makes no effective update, or the folder holds another training.
+    """
+    check_shapes(Architecture(model), neurons)
+    if not len(neurons):
+        raise SafetyNeuronError("the neuron set is empty: select at least one neuron to tune")
+    updates = check_schedule(len(documents), epochs, learning_rate, batch_size, accumulation, warmup_steps)
+    data = encode_documents(model, tokenizer, documents)
+    schedule = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "accumulation": accumulation}
+    schedule |= {"warmup_steps": warmup_steps, "seed": seed}
+    before = fingerprint(model)
+    tuned, started = TunedNeurons(model, neurons), time.monotonic()
+    with tuned.added():
+        curve = train(tuned, tokenizer, data, folder, [before, neurons.digest()], **schedule)
+    facts = schedule | {"documents": len(documents), "effective_updates": updates, "seconds": time.monotonic() - started, "curve": curve}
+    return NeuronDelta(neurons, tuned.values(), before, facts)
+
+
+def fine_tune(model, tokenizer, documents, lora_rank=None, epochs=1, learning_rate=1e-4, batch_size=8, seed=0):
+    """A copy of `model` trained on `documents` in all its weights, or through LoRA on every projection.
+
+    This is the downstream fine-tuning of §4, not a defence.
+
+    Parameters
+    ----------
+    lora_rank : int, optional
+        Rank of the adapters (scaled by α = 2 rank, merged afterwards); all weights train without it.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+
+    Raises
+    ------
+    SafetyNeuronError
+        As `sn_tune`.
+    """
+    check_schedule(len(documents), epochs, learning_rate, batch_size, 1, 0)
+    data, tuned = encode_documents(model, tokenizer, documents), copy.deepcopy(model)
+    if lora_rank:
+        tuned = with_lora(tuned, lora_rank, seed)
+    train(tuned, tokenizer, data, None, [], epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, accumulation=1, warmup_steps=0, seed=seed)
+    return (tuned.merge_and_unload() if lora_rank else tuned).eval()
+
+
+def with_lora(model, rank, seed=0):
+    """The model with a LoRA adapter of that rank on every projection (peft)."""
+    from peft import LoraConfig, get_peft_model  # here, because importing it takes seconds
+
+    torch.manual_seed(seed)
+    targets = sorted({path.rsplit(".", 1)[1] for path in Architecture(model).table.values()})
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def check_schedule(documents, epochs, learning_rate, batch_size, accumulation, warmup_steps):
+    """Number of effective updates; refuses a schedule without any."""
+    if not learning_rate > 0 or math.isinf(learning_rate):
+        raise SafetyNeuronError(f"learning_rate is {learning_rate}: it must be a positive number, for example 1e-6")
+    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("accumulation", accumulation, 1), ("warmup_steps", warmup_steps, 0)):
+        if value < least:
+            raise SafetyNeuronError(f"{name} is {value}: it must be at least {least}")
+    rates = learning_rates(documents, epochs, learning_rate, batch_size, accumulation, warmup_steps)
+    if documents and not any(rates):
+        raise SafetyNeuronError(
+            f"{documents} documents make {len(rates)} update at learning rate 0: lower batch_size × accumulation ({batch_size * accumulation}) or warmup_steps ({warmup_steps})"
+        )
+    return sum(rate > 0 for rate in rates)
+
+
+def learning_rates(documents, epochs, learning_rate, batch_size, accumulation, warmup_steps):
+    """The learning rate of every update that the trainer will make."""
+    updates = epochs * math.ceil(math.ceil(documents / batch_size) / accumulation)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=learning_rate)
+    scheduler, rates = get_scheduler(SCHEDULE, optimizer, warmup_steps, updates), []
+    for _ in range(updates):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def train(model, tokenizer, data, folder, identity, **schedule):
+    """Run the Hugging Face trainer over encoded documents and return the loss curve: a list of {step, loss, learning_rate}."""
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        checkpoint = _checkpoint(Path(place), digest(identity, data, schedule)) if folder else None
+        trainer = Trainer(
+            model=model,
+            args=_arguments(place, model, folder is not None, **schedule),
+            train_dataset=data,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+            callbacks=[TrainingLine()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    curve = [{k: row[k] for k in ("step", "loss", "learning_rate")} for row in trainer.state.log_history if "loss" in row]
+    for row in curve:
+        if not math.isfinite(row["loss"]):
+            raise SafetyNeuronError(f"the loss of update {row['step']} is {row['loss']}: lower the learning rate or load the model in a wider dtype")
+    return curve
+
+
+def _checkpoint(folder, task):
+    """The last checkpoint of this training in the folder, if any; refuses the folder of another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "training.json"
+    if note.exists() and json.loads(note.read_text())["task"] != task:
+        raise SafetyNeuronError(f"folder {folder} holds another training: remove it or name another folder")
+    note.write_text(json.dumps({"task": task}))
+    return get_last_checkpoint(folder)
+
+
+def _arguments(folder, model, keep, epochs, learning_rate, batch_size, accumulation, warmup_steps, seed):
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        warmup_steps=warmup_steps,
+        lr_scheduler_type=SCHEDULE,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would show such a loss as 0
+        save_strategy="steps" if keep else "no",
+        save_steps=20,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+    )
