@@ -8,11 +8,14 @@ from itertools import islice
 
 import pandas as pd
 import torch
+from transformers import DataCollatorForSeq2Seq
 
 from safetyneuron.detection import select_per_layer
+from safetyneuron.documents import encode_documents
 from safetyneuron.neurons import NeuronSet
 from safetyneuron.readings import divided_by_four, head_norms, paper_key, paper_query, paper_value, probability_change, unrotated
 from safetyneuron.recording import Recorder, widen
+from safetyneuron.tuning import TunedNeurons
 
 PRINTED = "as printed"
 TOP = 0.1  # share of the neurons whose survival is counted
@@ -106,3 +109,19 @@ def first_of_set_kept(profile, fraction):
             indices = set(row.nonzero().flatten().tolist())
             masks[projection][layer, list(islice(indices, int(chosen.masks[projection][layer].sum())))] = True
     return len(chosen & NeuronSet(masks)) / len(chosen)
+
+
+def gradient_norms(model, tokenizer, documents, neurons):
+    """Norm of the gradient of the loss over all parameters, and over the rows and columns of `neurons` alone."""
+    batch = DataCollatorForSeq2Seq(tokenizer, padding=True)(encode_documents(model, tokenizer, documents)).to(model.device)
+    whole = torch.autograd.grad(model(**batch).loss, list(model.parameters()), allow_unused=True)
+    tuned = TunedNeurons(model, neurons)
+    with tuned.added():
+        part = torch.autograd.grad(tuned(**batch).loss, list(tuned.parameters()))
+    return tuple(float(torch.stack([g.norm() for g in gradients if g is not None]).norm()) for gradients in (whole, part))
+
+
+def clipped_away(norms, limit=0.3):
+    """How much smaller clipping over all parameters makes the neurons' gradient than clipping it alone: a factor."""
+    whole, part = norms
+    return min(1, limit / part) / min(1, limit / whole)
