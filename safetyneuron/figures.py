@@ -177,3 +177,39 @@ def rates_heatmap(table, xlabel, ylabel):
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
     return axes
+
+
+def documents_curves(tables, measures):
+    """Rates with their 95 % bands against the number of documents: one row of panels per model, one column per measure (Figure 6).
+
+    tables: model name to the result of `defences.by_documents`; measures: (measure, set) to panel title.
+    """
+    figure, panels = plt.subplots(len(tables), len(measures), figsize=(9, 2.8 * len(tables)), sharex=True, sharey=True, squeeze=False)
+    for row, (model, table) in zip(panels, tables.items()):
+        for axes, ((measure, name), title) in zip(row, measures.items()):
+            _bands(axes, table[(table["measure"] == measure) & (table["set"] == name)], "condition", "documents")
+            axes.set(ylim=(-4, 104), title=f"{model.removeprefix('organism/')}: {title}", ylabel="%" if axes is row[0] else "")
+            axes.title.set_fontsize(9)
+    for axes in panels[-1]:
+        axes.set(xlabel="documents")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
+    figure.tight_layout()
+    return panels[0, 0]
+
+
+def tuning_grids(tables, measures):
+    """Heat maps in percent over epochs and learning rates: one row per model, one column per measure (Figure 7).
+
+    tables: model name to the result of `defences.grid`; measures: (measure, set) to panel title.
+    """
+    figure, panels = plt.subplots(len(tables), len(measures), figsize=(3.2 * len(measures), 2.9 * len(tables)), squeeze=False, sharey=True)
+    for row, (model, table) in zip(panels, tables.items()):
+        for axes, ((measure, name), title) in zip(row, measures.items()):
+            chosen = table[(table["measure"] == measure) & (table["set"] == name)]
+            values = chosen.assign(rate=[100 * rate.value for rate in chosen["rate"]]).pivot(index="epochs", columns="learning_rate", values="rate")
+            values.columns = [f"{rate:g}" for rate in values.columns]
+            sns.heatmap(values, annot=True, fmt=".0f", vmin=0, vmax=100, cmap="viridis", cbar=False, ax=axes)
+            axes.set(xlabel="learning rate", ylabel="epochs" if axes is row[0] else "", title=f"{model.removeprefix('organism/')}: {title}")
+            axes.title.set_fontsize(9)
+    figure.tight_layout()
+    return panels[0, 0]

@@ -1,11 +1,13 @@
 """Load a model and its tokenizer by name: an organism, a Hugging Face id, or a local folder."""
 
 import hashlib
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from safetyneuron.cache import digest, library_versions, source_digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import NAMES, organism_folder
 
@@ -68,6 +70,11 @@ def _dtype(text):
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise SafetyNeuronError(f"dtype {text!r} is not a floating point type: use float32, bfloat16, float16 or float64")
     return dtype
+
+
+def identity(model, tokenizer):
+    """What a result depends on beside its own parameters, for cache keys: model, tokenizer, this package, libraries."""
+    return [fingerprint(model), digest(tokenizer.get_vocab(), tokenizer.chat_template), source_digest(Path(__file__).parent), library_versions()]
 
 
 def fingerprint(model):

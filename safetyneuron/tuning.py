@@ -5,6 +5,7 @@ import json
 import math
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -174,7 +175,9 @@ def with_lora(model, rank, seed=0):
 
     torch.manual_seed(seed)
     targets = sorted({path.rsplit(".", 1)[1] for path in Architecture(model).table.values()})
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers renames
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
 
 
 def check_schedule(documents, epochs, learning_rate, batch_size, accumulation, warmup_steps):

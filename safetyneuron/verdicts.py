@@ -4,8 +4,9 @@ One rule throughout: a difference is seen when the 95 % intervals do not overlap
 when they do. Overlap is a conservative test of a difference and a weak test of equality; the sentences say which.
 """
 
-from safetyneuron import mechanism, reported
+from safetyneuron import defences, mechanism, reported
 from safetyneuron.book import EQ3, ORIGIN, RANDOM, SPECIFIC, glue_rates, glue_text, pooled
+from safetyneuron.metrics.rates import Rate
 
 
 def above(first, second):
@@ -116,3 +117,72 @@ def glue_languages(matrices, random, rates):
     others = [f"{off} on {on}" for on in rates.columns for off in rates.index[1:] if off != on and above(rates.loc[off, on], rates.loc["none", on])]
     glue_text(verdict_causal=f"A language's own neurons raise its attack success measurably in {len(own)} of {len(rates.columns)} languages"
               f" and more than any other language's in {len(most)}; another language's neurons do in {len(others)} of {len(rates.columns) * (len(rates.columns) - 1)} pairs.")  # fmt: skip
+
+
+def glue_defence(results, languages, tasks, columns):
+    """Glue what tuning did to harm, over-refusal and capability, for every model. results: model to name to draws of `Column`."""
+    parts = []
+    for model, found in results.items():
+        origin = _mean_rates(found[defences.ORIGIN])
+        for name in columns:
+            rates = _mean_rates(found[name])
+            phrases = [_change(rates, origin, "asr", languages, "attack success"), _change(rates, origin, "over_refusal", languages, "over-refusal")]
+            phrases.append(_change(rates, origin, "accuracy", tasks, "accuracy"))
+            safer = any(above(origin["asr", language], rates["asr", language]) for language in languages)
+            poorer = any(above(origin["accuracy", task], rates["accuracy", task]) for task in tasks)
+            price = any(above(rates["over_refusal", language], origin["over_refusal", language]) for language in languages)
+            seen = "not seen" if not safer or poorer else "seen, at the price of refusing harmless requests" if price else "seen"
+            parts.append(f"{model}, {name}: {'; '.join(phrases)}. Safer without losing capability: {seen}.")
+    glue_text(verdict_defence=" ".join(parts))
+
+
+def _mean_rates(draws):
+    return {key: Rate.mean([draw.rates[key] for draw in draws]) for key in draws[0].rates}
+
+
+def _change(after, before, measure, names, label):
+    """What one measure does, for the languages or tasks in which the intervals do not overlap."""
+    moved = {"falls": (before, after), "rises": (after, before)}
+    texts = []
+    for verb, (high, low) in moved.items():
+        where = [n for n in names if above(high[measure, n], low[measure, n])]
+        texts += [f"{verb} in {', '.join(f'{n} ({100 * before[measure, n].value:.0f} → {after[measure, n].percent} %)' for n in where)}"] if where else []
+    return f"{label} {' and '.join(texts)}" if texts else f"{label} does not change measurably"
+
+
+def glue_downstream(results, languages, task):
+    """Glue what fine-tuning did to the model as it was and to the tuned ones. results: run to name to draws of `Column`."""
+    parts = []
+    for run, found in results.items():
+        rates = {name: _mean_rates(draws) for name, draws in found.items()}
+        harm = _change(rates[defences.ORIGIN], rates[defences.BEFORE], "asr", languages, "with fine-tuning attack success")
+        kept = [_change(rates[name], rates[defences.ORIGIN], "asr", languages, f"{name}, against Origin,") for name in ("SN-Tune", defences.RSN, defences.RANDOM)]
+        better = [l for l in languages if above(rates["SN-Tune"]["asr", l], rates[defences.RSN]["asr", l])]
+        seen = f"measurably lower in {', '.join(better)}" if better else "not measurably lower in any language"
+        accuracy = _change(rates[defences.ORIGIN], rates[defences.BEFORE], "accuracy", [task], "accuracy")
+        parts.append(f"{run}: {harm}; {accuracy}. Attack success after fine-tuning: {'; '.join(kept)}. RSN-Tune's attack success is {seen} than SN-Tune's.")
+    glue_text(verdict_downstream=" ".join(parts))
+
+
+def glue_documents(tables, measured_set):
+    """Glue the fewest documents at which attack success is measurably lower, for every model and condition."""
+    parts = []
+    for model, table in tables.items():
+        for condition, rows in table[(table["measure"] == "asr") & (table["set"] == measured_set)].groupby("condition", sort=False):
+            before = rows[rows["documents"] == 0]["rate"].iloc[0]
+            enough = rows[[above(before, rate) for rate in rows["rate"]]]["documents"].min()
+            last = rows[rows["documents"] == rows["documents"].max()]["rate"].iloc[0]
+            fewest = "at no number tried" if enough != enough else f"from {enough:.0f} documents on"
+            parts.append(f"{model}, {condition}: attack success is measurably lower {fewest}, and {last.percent} % at the most documents")
+    glue_text(verdict_documents=". ".join(parts) + ".")
+
+
+def glue_grid(tables, harmful_set, benign_set):
+    """Glue how many cells of the grid bring harm below 10 %, and in how many of them fewer than half the benign requests are refused."""
+    parts = []
+    for model, table in tables.items():
+        value = lambda measure, name: table[(table["measure"] == measure) & (table["set"] == name)]["rate"].map(lambda rate: rate.value).to_numpy()
+        safe = value("asr", harmful_set) < 0.1
+        usable = safe & (value("over_refusal", benign_set) < 0.5)
+        parts.append(f"{model}: attack success is below 10 % in {safe.sum()} of {len(safe)} cells; in {usable.sum()} of these fewer than half of the benign requests are refused")
+    glue_text(verdict_grid=". ".join(parts) + ".")

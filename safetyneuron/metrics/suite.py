@@ -2,15 +2,14 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from safetyneuron.cache import digest, library_versions, remember, source_digest
+from safetyneuron.cache import remember
 from safetyneuron.data import load_prompts
 from safetyneuron.deactivation import deactivate
 from safetyneuron.metrics.capability import capability
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.safety import ANSWER_TOKENS, compliance, over_refusal_rate
-from safetyneuron.models import fingerprint
+from safetyneuron.models import identity
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ def evaluate(model, tokenizer, suite, without=None):
     """
     names = (*suite.harmful, suite.benign) if suite.benign else suite.harmful
     prompts = {name: load_prompts(name, language=suite.language)[: suite.prompts] for name in names}
-    key = [fingerprint(model), digest(tokenizer.get_vocab(), tokenizer.chat_template), asdict(suite), prompts]
-    key += [without.digest() if without else None, source_digest(Path(__file__).parent.parent), library_versions()]
+    key = [identity(model, tokenizer), asdict(suite), prompts, without.digest() if without else None]
     stored = remember("scores", key, lambda: _measure(model, tokenizer, suite, prompts, without))
     return {(measure, name): Rate(hits, trials) for measure, name, hits, trials in stored}
 

@@ -1,0 +1,171 @@
+"""Tables 2 to 4 and Figures 6 and 7: a model as it is and after each way of tuning it, scored alike."""
+
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+
+import pandas as pd
+
+from safetyneuron.cache import cache_folder, digest, locked, remember
+from safetyneuron.data import load_prompts
+from safetyneuron.delta import NeuronDelta
+from safetyneuron.detection import measure_importance, select_without_foundation
+from safetyneuron.documents import load_documents
+from safetyneuron.metrics.rates import Rate
+from safetyneuron.metrics.suite import evaluate
+from safetyneuron.models import identity
+from safetyneuron.neurons import NeuronSet
+from safetyneuron.tuning import fine_tune, sn_tune
+
+ORIGIN, EQ3, SPECIFIC, RANDOM = "Origin.", "SN-Tune: Eq 3", "SN-Tune: without foundation", "Random neurons"
+BEFORE, RSN = "Before", "RSN-Tune"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table: rates by (measure, language or task), and what the training cost."""
+
+    rates: dict
+    seconds: float = 0.0
+    parameters: int = 0
+
+
+def by_language(load, name, count, languages, **options):
+    """`count` prompts or documents, in turn from each language."""
+    loaded = [load(name, language=language, **options) for language in languages]
+    return list(chain.from_iterable(zip(*loaded)))[:count]
+
+
+def safety_sets(model, tokenizer, harmful_set, general_set, n_detect, languages, fraction):
+    """Neurons by Eq 3 and by Eq 3 without foundation neurons, detected in several languages (the general set is English)."""
+    prompts = by_language(load_prompts, harmful_set, n_detect, languages, split="train")
+    harmful = measure_importance(model, tokenizer, prompts)
+    general = measure_importance(model, tokenizer, load_prompts(general_set, split="train")[:n_detect])
+    return {EQ3: harmful.select(fraction=fraction), SPECIFIC: select_without_foundation(harmful, general, fraction)}
+
+
+def with_random(sets, seed):
+    """The sets and random neurons matched to the last of them."""
+    return sets | {RANDOM: NeuronSet.random_like(sets[SPECIFIC], seed)}
+
+
+def tuned(model, tokenizer, documents, neurons, **schedule):
+    """`sn_tune`, computed once and then read from the cache."""
+    key = digest(identity(model, tokenizer), documents, neurons.digest(), schedule)
+    path = cache_folder() / "tuning" / f"{key}.safetensors"
+    with locked(path):
+        if not path.exists():
+            sn_tune(model, tokenizer, documents, neurons, **schedule).save(path)
+    return NeuronDelta.load(path)
+
+
+def scores(model, tokenizer, suite, languages):
+    """`evaluate` in several languages, tasks once: (measure, language or task) to `Rate`."""
+    rates = {}
+    for language in languages:
+        tasks = suite.tasks if language == languages[0] else ()
+        part = evaluate(model, tokenizer, replace(suite, language=language, tasks=tasks))
+        rates |= {(measure, name if measure == "accuracy" else language): rate for (measure, name), rate in part.items()}
+    return rates
+
+
+def columns(model, tokenizer, suite, languages, documents, sets, seeds, **schedule):
+    """Origin, SN-Tune with each set, and the random control (Tables 2 and 3).
+
+    Parameters
+    ----------
+    sets : dict of str to NeuronSet
+        As from `safety_sets`.
+    seeds : int
+        Trainings per column, which differ in the order of the documents and in the random neurons.
+
+    Returns
+    -------
+    dict of str to list of Column
+        One column per seed, one alone for the origin.
+    """
+    results = {ORIGIN: [Column(scores(model, tokenizer, suite, languages))]}
+    for seed in range(seeds):
+        for name, neurons in with_random(sets, seed).items():
+            delta = tuned(model, tokenizer, documents, neurons, seed=seed, **schedule)
+            with delta.merged(model):
+                rates = scores(model, tokenizer, suite, languages)
+            results.setdefault(name, []).append(Column(rates, delta.facts["seconds"], delta.parameters))
+    return results
+
+
+def downstream(model, tokenizer, suite, languages, documents, task_documents, sets, seeds, tuning, fine_tuning):
+    """What fine-tuning on a task leaves of safety (Table 4): Before, Origin, SN-Tune, RSN-Tune and the random control.
+
+    Parameters
+    ----------
+    sets : dict of str to NeuronSet
+        Neurons of `SN-Tune: Eq 3`, and of `RSN-Tune` under `SN-Tune: without foundation`.
+    tuning, fine_tuning : dict
+        Schedules of `sn_tune` and of `fine_tune`.
+
+    Returns
+    -------
+    dict of str to list of Column
+    """
+    results = {BEFORE: [Column(scores(model, tokenizer, suite, languages))]}
+    rest = (tokenizer, suite, languages, task_documents)
+    for seed in range(seeds):
+        schedule = fine_tuning | {"seed": seed}
+        results.setdefault(ORIGIN, []).append(Column(fine_tuned_scores(model, *rest, **schedule)))
+        for name, neurons in with_random(sets, seed).items():
+            delta = tuned(model, tokenizer, documents, neurons, seed=seed, **tuning)
+            with delta.merged(model):
+                column = Column(fine_tuned_scores(model, *rest, **schedule), delta.facts["seconds"], delta.parameters)
+            results.setdefault({EQ3: "SN-Tune", SPECIFIC: RSN}.get(name, name), []).append(column)
+    return results
+
+
+def fine_tuned_scores(model, tokenizer, suite, languages, task_documents, **schedule):
+    """`scores` of `fine_tune`'s copy of the model, computed once and then read from the cache."""
+    key = [identity(model, tokenizer), asdict(suite), languages, task_documents, schedule]
+
+    def compute():
+        rates = scores(fine_tune(model, tokenizer, task_documents, **schedule), tokenizer, suite, languages)
+        return [(measure, name, rate.hits, rate.trials) for (measure, name), rate in rates.items()]
+
+    return {(measure, name): Rate(hits, trials) for measure, name, hits, trials in remember("downstream", key, compute)}
+
+
+def by_documents(model, tokenizer, suite, documents, counts, sets, **schedule):
+    """Rates against the number of documents (Figure 6).
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns condition, documents, measure, set, rate; no documents means the model as it is.
+    """
+    rows = []
+    for name, neurons in sets.items():
+        for count in counts:
+            rates = _tuned_rates(model, tokenizer, suite, documents[:count], neurons, schedule)
+            rows += [(name, count, *key, rate) for key, rate in rates.items()]
+    return pd.DataFrame(rows, columns=["condition", "documents", "measure", "set", "rate"])
+
+
+def grid(model, tokenizer, suite, documents, neurons, epochs, rates, **schedule):
+    """Rates for every number of epochs and learning rate (Figure 7).
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns epochs, learning_rate, measure, set, rate.
+    """
+    rows = []
+    for count in epochs:
+        for learning_rate in rates:
+            options = schedule | {"epochs": count, "learning_rate": learning_rate}
+            measured = _tuned_rates(model, tokenizer, suite, documents, neurons, options)
+            rows += [(count, learning_rate, *key, rate) for key, rate in measured.items()]
+    return pd.DataFrame(rows, columns=["epochs", "learning_rate", "measure", "set", "rate"])
+
+
+def _tuned_rates(model, tokenizer, suite, documents, neurons, schedule):
+    if not documents:
+        return evaluate(model, tokenizer, suite)
+    with tuned(model, tokenizer, documents, neurons, **schedule).merged(model):
+        return evaluate(model, tokenizer, suite)

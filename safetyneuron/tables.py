@@ -1,0 +1,90 @@
+"""Tables 2, 3 and 4 of the paper beside our own measurement."""
+
+import pandas as pd
+
+from safetyneuron import reported
+from safetyneuron.book import MEASURES
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.metrics.rates import Rate
+
+PAPER_TASKS = ("MMLU", "ARC-c", "GSM8K")
+PAPER_COLUMNS = {2: ("Origin.", "SN-Tune"), 3: ("Origin.", "SN-Tune"), 4: ("Before", "Origin.", "SN-Tune", "RSN-Tune")}
+
+
+def defence_table(number, results, paper_model, tasks, languages):
+    """Paper's Table 2 or 3 beside the measurement; the attacks are the direct one, in several languages.
+
+    results: model name to `defences.columns`; tasks stand for MMLU, ARC-challenge and GSM8K, in this order.
+    """
+    rows = [("Cost", "training, s (paper: min)", "Training Cost (min.)", seconds)]
+    rows += [("Cost", "parameters (paper: million)", "# Parameters (M)", lambda draws: f"{draws[0].parameters:,}" if draws[0].parameters else "–")]
+    rows += [("Accuracy", f"{task} (paper: {paper})", paper, rate("accuracy", task)) for task, paper in zip(tasks, PAPER_TASKS)]
+    rows += [("Accuracy", "average", "Avg. Capability", lambda draws: mean_accuracy(draws, tasks).percent.replace(" [", "\n["))]
+    return _side_by_side(number, results, paper_model, rows + _language_rows(languages, "Direct"))
+
+
+def downstream_table(results, paper_model, task, languages):
+    """Paper's Table 4 beside the measurement. results: name of the run to `defences.downstream`."""
+    rows = [("Accuracy", f"{task} (paper: GSM8K)", "GSM8K", rate("accuracy", task))]
+    return _side_by_side(4, results, paper_model, rows + _language_rows(languages, "Harmful"))
+
+
+def _language_rows(languages, paper_row):
+    """Attack success, coherent compliance and over-refusal per language; the paper has the first one in English."""
+    measures = ("asr", "coherent", "over_refusal")
+    paper = lambda measure, language: paper_row if (measure, language) == ("asr", "en") else None
+    return [(MEASURES[m], l, paper(m, l), rate(m, l)) for m in measures for l in languages]
+
+
+def _side_by_side(number, results, paper_model, rows):
+    """rows: (group, name, row of the paper or None, function from the draws of a column to text)."""
+    cells = reported.table(number).query("model == @paper_model")
+    if cells.empty:
+        raise SafetyNeuronError(f"Table {number} has no model {paper_model!r}: use one of {', '.join(reported.table(number)['model'].unique())}")
+    printed = {(row, column): _printed(number, row, paper_model, column, value) for row, column, value in cells[["row", "column", "value"]].itertuples(index=False)}
+    table = []
+    for _, _, paper_row, text in rows:
+        line = {("Paper", paper_model, column): printed.get((paper_row, column), "–") for column in PAPER_COLUMNS[number]}
+        for name, columns in results.items():
+            line |= {(f"Here: {name}", *_heading(column)): text(draws) for column, draws in columns.items()}
+        table.append(line)
+    index = pd.MultiIndex.from_tuples([row[:2] for row in rows], names=["", ""])
+    return pd.DataFrame([list(line.values()) for line in table], index=index, columns=pd.MultiIndex.from_tuples(table[0]))
+
+
+def _printed(number, row, model, column, value):
+    """A cell as printed; an asterisk where the paper's own rows give another value."""
+    slip = reported.SLIPS.get((number, row, model, column))
+    return "–" if value != value else f"{value:.1f}" + (f"*\n(its rows: {slip})" if slip else "")
+
+
+def _heading(column):
+    """Two lines: which neurons, and which way of tuning."""
+    way, _, which = column.partition(": ")
+    return which, way
+
+
+def rate(measure, name):
+    """The function that writes this rate: percent with interval, and the range over seeds where there are several."""
+
+    def text(draws):
+        values = [100 * draw.rates[measure, name].value for draw in draws]
+        pooled = Rate.mean([draw.rates[measure, name] for draw in draws]).percent.replace(" [", "\n[")
+        return pooled if len(values) == 1 else f"{pooled}\n{min(values):.1f} to {max(values):.1f}"
+
+    return text
+
+
+def mean_accuracy(draws, tasks):
+    """Accuracy over all questions of all tasks, which are equally many, and over seeds."""
+    totals = []
+    for draw in draws:
+        rates = [draw.rates["accuracy", task] for task in tasks]
+        totals.append(sum(rates[1:], start=rates[0]))
+    return Rate.mean(totals)
+
+
+def seconds(draws):
+    """Mean training time."""
+    mean = sum(draw.seconds for draw in draws) / len(draws)
+    return f"{mean:.1f}" if mean else "–"

@@ -1,0 +1,107 @@
+import pytest
+from conftest import small_llama
+from test_detection import random_profile
+
+from safetyneuron import NeuronSet, Rate, defences, load_documents, tables, verdicts
+from safetyneuron.defences import Column
+from safetyneuron.metrics import Suite
+from safetyneuron.metrics.suite import evaluate
+from safetyneuron.models import fingerprint
+
+SUITE = Suite(("organism/harmful",), "organism/benign", (), prompts=4)
+LANGUAGES = ["en", "zh"]
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFETYNEURON_CACHE", str(tmp_path))
+
+
+@pytest.fixture
+def model():
+    return small_llama(groups=2, max_position_embeddings=128).float()
+
+
+@pytest.fixture
+def sets(model):
+    return {name: random_profile(model, seed).select(fraction=0.2) for seed, name in enumerate((defences.EQ3, defences.SPECIFIC))}
+
+
+@pytest.fixture
+def documents():
+    return defences.by_language(load_documents, "organism/refusals", 5, LANGUAGES)
+
+
+def test_documents_come_in_turn_from_each_language(documents):
+    english, chinese = (load_documents("organism/refusals", language=language) for language in LANGUAGES)
+    assert documents == [english[0], chinese[0], english[1], chinese[1], english[2]]
+
+
+def test_columns_hold_every_set_and_seed_and_are_made_once(model, tokenizer, sets, documents, monkeypatch):
+    before = fingerprint(model)
+    run = lambda: defences.columns(model, tokenizer, SUITE, LANGUAGES, documents, sets, 2, learning_rate=1e-2)
+    results = run()
+    assert {name: len(draws) for name, draws in results.items()} == {defences.ORIGIN: 1, defences.EQ3: 2, defences.SPECIFIC: 2, defences.RANDOM: 2}
+    assert set(results[defences.EQ3][0].rates) == {(m, l) for m in ("asr", "coherent", "over_refusal") for l in LANGUAGES}
+    assert results[defences.EQ3][0].parameters == len(sets[defences.EQ3]) * model.config.hidden_size  # every row and column is as wide as the model
+    assert fingerprint(model) == before
+    monkeypatch.setattr(defences, "sn_tune", None)
+    assert run() == results
+
+
+def test_downstream_names_the_papers_columns(model, tokenizer, sets, documents):
+    task = load_documents("organism/arithmetic")[:4]
+    results = defences.downstream(model, tokenizer, SUITE, ["en"], documents, task, sets, 1, {"learning_rate": 1e-2}, {"learning_rate": 1e-2, "lora_rank": 2})
+    assert list(results) == ["Before", "Origin.", "SN-Tune", "RSN-Tune", "Random neurons"]
+    assert results["SN-Tune"][0].parameters > 0 and results["Origin."][0].parameters == 0
+
+
+def test_no_documents_is_the_model_as_it_is(model, tokenizer, sets, documents):
+    table = defences.by_documents(model, tokenizer, SUITE, documents, [0, 2], sets, learning_rate=1e-2)
+    whole = evaluate(model, tokenizer, SUITE)
+    rows = table[table["documents"] == 0]
+    assert len(table) == 2 * 2 * len(whole) and all(whole[row.measure, row.set] == row.rate for row in rows.itertuples())
+
+
+def test_the_grid_has_a_row_per_cell_and_measure(model, tokenizer, sets, documents):
+    table = defences.grid(model, tokenizer, SUITE, documents, sets[defences.EQ3], [1, 2], [1e-3, 1e-2])
+    assert len(table) == 4 * len(evaluate(model, tokenizer, SUITE))
+    assert not table.duplicated(["epochs", "learning_rate", "measure", "set"]).any()
+
+
+def columns_of(asr, over, accuracy):
+    rates = {("asr", "en"): asr, ("coherent", "en"): asr, ("over_refusal", "en"): over} | {("accuracy", t): accuracy for t in "abc"}
+    return [Column({key: Rate(hits, 100) for key, hits in rates.items()}, 3.25, 1234)]
+
+
+RESULTS = {
+    defences.ORIGIN: columns_of(90, 0, 80),
+    defences.EQ3: columns_of(2, 60, 80),
+    defences.SPECIFIC: columns_of(2, 0, 40),
+    defences.RANDOM: columns_of(89, 0, 79),
+}
+
+
+def test_table_2_stands_beside_the_paper_with_its_slip():
+    table = tables.defence_table(2, {"m": RESULTS}, "Llama3-8B-Instruction", "abc", ["en"])
+    paper = table["Paper", "Llama3-8B-Instruction"]
+    assert paper.loc[("Attack success", "en")].tolist() == ["30.0", "0.0"] and paper.loc[("Accuracy", "c (paper: GSM8K)")].tolist() == ["63.2", "69.6"]
+    assert paper.loc[("Accuracy", "average"), "SN-Tune"] == "68.4*\n(its rows: 70.6)"
+    here = table["Here: m", "Eq 3", "SN-Tune"]
+    assert here["Attack success", "en"].startswith("2.0\n[") and here["Cost", "training, s (paper: min)"] == "3.2"
+    assert here["Over-refusal", "en"].startswith("60.0")
+
+
+def test_verdicts_say_what_changed_and_at_what_price(monkeypatch):
+    said = {}
+    monkeypatch.setattr(verdicts, "glue_text", lambda **values: said.update(values))
+    verdicts.glue_defence({"m": RESULTS}, ["en"], "abc", (defences.EQ3, defences.SPECIFIC, defences.RANDOM))
+    eq3, specific, random = said["verdict_defence"].split("m, ")[1:]
+    assert "attack success falls in en (90 → 2.0" in eq3 and "over-refusal rises in en (0 → 60.0" in eq3 and "seen, at the price" in eq3
+    assert "accuracy falls in a (80 → 40.0" in specific and "not seen" in specific
+    assert random.count("does not change measurably") == 3 and "not seen" in random
+
+
+def test_random_neurons_match_the_last_set(sets):
+    random = defences.with_random(sets, 3)[defences.RANDOM]
+    assert random == NeuronSet.random_like(sets[defences.SPECIFIC], 3) and random.counts() == sets[defences.SPECIFIC].counts()
