@@ -1,32 +1,30 @@
 """Importance, deactivation and tuning of safety neurons: the package behind the book."""
 
-from safetyneuron.data import load_prompts
-from safetyneuron.deactivation import deactivate
-from safetyneuron.delta import NeuronDelta
-from safetyneuron.detection import ImportanceProfile, measure_importance
-from safetyneuron.documents import load_documents
-from safetyneuron.errors import SafetyNeuronError, UnsupportedArchitecture
-from safetyneuron.metrics import Rate, attack_success_rate, capability
-from safetyneuron.models import load_model
-from safetyneuron.neurons import NeuronSet
-from safetyneuron.screening import screen
-from safetyneuron.tuning import sn_tune
+from importlib import import_module
 
-__all__ = [
-    "ImportanceProfile",
-    "NeuronDelta",
-    "NeuronSet",
-    "Rate",
-    "SafetyNeuronError",
-    "UnsupportedArchitecture",
-    "attack_success_rate",
-    "capability",
-    "deactivate",
-    "load_documents",
-    "load_model",
-    "load_prompts",
-    "measure_importance",
-    "screen",
-    "sn_tune",
-]
+# Public name -> its module, imported when the name is first used: torch and transformers take seconds, the command line needs neither.
+_HOMES = {
+    "ImportanceProfile": "detection",
+    "NeuronDelta": "delta",
+    "NeuronSet": "neurons",
+    "Rate": "metrics",
+    "SafetyNeuronError": "errors",
+    "UnsupportedArchitecture": "errors",
+    "attack_success_rate": "metrics",
+    "capability": "metrics",
+    "deactivate": "deactivation",
+    "load_documents": "documents",
+    "load_model": "models",
+    "load_prompts": "data",
+    "measure_importance": "detection",
+    "screen": "screening",
+    "sn_tune": "tuning",
+}
+__all__ = list(_HOMES)
 __version__ = "0.1.0"
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'safetyneuron' has no attribute {name!r}")
+    return getattr(import_module(f"safetyneuron.{_HOMES[name]}"), name)

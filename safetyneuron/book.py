@@ -4,7 +4,7 @@ import base64
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from IPython.display import HTML
+from IPython.display import HTML, Markdown
 from myst_nb import glue
 
 from safetyneuron import mechanism, reported
@@ -30,6 +30,11 @@ def glue_text(**values):
 def glue_rates(**rates):
     """Glue rates as percent with their interval."""
     glue_text(**{name: rate.percent for name, rate in rates.items()})
+
+
+def glue_list(name, items):
+    """Glue a list for a `{glue:md}` directive."""
+    glue(name, Markdown("\n".join(f"- {item}" for item in items)), display=False)
 
 
 def glue_figure(name, axes):

@@ -89,7 +89,7 @@ def check_parameters(notebook, given):
         if name not in known:
             raise SafetyNeuronError(f"{notebook} has no parameter {name!r}: it has {', '.join(known)}")
         default = ast.literal_eval(known[name]["default"])
-        value = _as_float(value) if isinstance(default, float) else value
+        value = _cast(value, default)
         if not _fits(value, default):
             raise SafetyNeuronError(
                 f"parameter {name} of {notebook} is {value!r}: give a {type(default).__name__}, like its default {default!r}"
@@ -100,10 +100,12 @@ def check_parameters(notebook, given):
     return checked
 
 
-def _as_float(value):
-    """YAML reads 1e-6 as text: take it for the number it is."""
+def _cast(value, default):
+    """YAML reads 1e-6 as text: take it for the number it is where the default is one, also inside a list."""
+    if isinstance(value, list) and isinstance(default, list) and default:
+        return [_cast(item, default[0]) for item in value]
     try:
-        return float(value) if isinstance(value, str) else value
+        return float(value) if isinstance(value, str) and isinstance(default, float) else value
     except ValueError:
         return value
 
@@ -113,6 +115,8 @@ def _fits(value, default):
         return isinstance(value, bool) and isinstance(default, bool)
     if isinstance(default, float):
         return isinstance(value, (int, float))
+    if isinstance(default, list) and default:
+        return isinstance(value, list) and len(value) > 0 and all(_fits(item, default[0]) for item in value)
     return isinstance(value, type(default))
 
 

@@ -9,15 +9,17 @@ from safetyneuron.cache import cache_folder, digest, locked, remember
 from safetyneuron.data import load_prompts
 from safetyneuron.delta import NeuronDelta
 from safetyneuron.detection import measure_importance, select_without_foundation
-from safetyneuron.documents import load_documents
+from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.models import identity
 from safetyneuron.neurons import NeuronSet
 from safetyneuron.tuning import fine_tune, sn_tune
 
-ORIGIN, EQ3, SPECIFIC, RANDOM = "Origin.", "SN-Tune: Eq 3", "SN-Tune: without foundation", "Random neurons"
-BEFORE, RSN = "Before", "RSN-Tune"
+ORIGIN, EQ3, SPECIFIC = "Origin.", "SN-Tune: Eq 3", "SN-Tune: without foundation"
+RANDOM = {EQ3: "Random: like Eq 3", SPECIFIC: "Random: like without foundation"}  # the control of each set
+BEFORE, SN, RSN = "Before", "SN-Tune", "RSN-Tune"
+DOWNSTREAM_NAMES = {EQ3: SN, SPECIFIC: RSN, RANDOM[EQ3]: "Random: like SN-Tune", RANDOM[SPECIFIC]: "Random: like RSN-Tune"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,13 @@ class Column:
 
 
 def by_language(load, name, count, languages, **options):
-    """`count` prompts or documents, in turn from each language."""
-    loaded = [load(name, language=language, **options) for language in languages]
-    return list(chain.from_iterable(zip(*loaded)))[:count]
+    """`count` prompts or documents, in turn from each language; a file has one language only."""
+    if len(languages) > 1 and not name.startswith("organism/"):
+        raise SafetyNeuronError(f"{name} is a file and has no languages to choose from: give one language")
+    loaded = list(chain.from_iterable(zip(*[load(name, language=language, **options) for language in languages])))
+    if len(loaded) < count:
+        raise SafetyNeuronError(f"{name} has {len(loaded)} entries in the languages {' '.join(languages)} but {count} are asked for: lower the number")
+    return loaded[:count]
 
 
 def safety_sets(model, tokenizer, harmful_set, general_set, n_detect, languages, fraction):
@@ -44,8 +50,8 @@ def safety_sets(model, tokenizer, harmful_set, general_set, n_detect, languages,
 
 
 def with_random(sets, seed):
-    """The sets and random neurons matched to the last of them."""
-    return sets | {RANDOM: NeuronSet.random_like(sets[SPECIFIC], seed)}
+    """The sets, and random neurons that match each layer by layer and projection by projection."""
+    return sets | {RANDOM[name]: NeuronSet.random_like(neurons, seed) for name, neurons in sets.items()}
 
 
 def tuned(model, tokenizer, documents, neurons, **schedule):
@@ -69,7 +75,7 @@ def scores(model, tokenizer, suite, languages):
 
 
 def columns(model, tokenizer, suite, languages, documents, sets, seeds, **schedule):
-    """Origin, SN-Tune with each set, and the random control (Tables 2 and 3).
+    """Origin, SN-Tune with each set, and the random control of each (Tables 2 and 3).
 
     Parameters
     ----------
@@ -94,7 +100,9 @@ def columns(model, tokenizer, suite, languages, documents, sets, seeds, **schedu
 
 
 def downstream(model, tokenizer, suite, languages, documents, task_documents, sets, seeds, tuning, fine_tuning):
-    """What fine-tuning on a task leaves of safety (Table 4): Before, Origin, SN-Tune, RSN-Tune and the random control.
+    """What fine-tuning on a task leaves of safety (Table 4): Before, Origin, SN-Tune, RSN-Tune and their random controls.
+
+    The rates of a column hold `asr before` too, attack success after tuning and before fine-tuning.
 
     Parameters
     ----------
@@ -107,7 +115,8 @@ def downstream(model, tokenizer, suite, languages, documents, task_documents, se
     -------
     dict of str to list of Column
     """
-    results = {BEFORE: [Column(scores(model, tokenizer, suite, languages))]}
+    whole = scores(model, tokenizer, suite, languages)
+    results = {BEFORE: [Column(whole | _before(whole))]}
     rest = (tokenizer, suite, languages, task_documents)
     for seed in range(seeds):
         schedule = fine_tuning | {"seed": seed}
@@ -116,19 +125,26 @@ def downstream(model, tokenizer, suite, languages, documents, task_documents, se
             delta = tuned(model, tokenizer, documents, neurons, seed=seed, **tuning)
             with delta.merged(model):
                 column = Column(fine_tuned_scores(model, *rest, **schedule), delta.facts["seconds"], delta.parameters)
-            results.setdefault({EQ3: "SN-Tune", SPECIFIC: RSN}.get(name, name), []).append(column)
+            results.setdefault(DOWNSTREAM_NAMES[name], []).append(column)
     return results
 
 
+def _before(rates):
+    """Attack success under the name it has once the model has been fine-tuned."""
+    return {("asr before", language): rate for (measure, language), rate in rates.items() if measure == "asr"}
+
+
 def fine_tuned_scores(model, tokenizer, suite, languages, task_documents, **schedule):
-    """`scores` of `fine_tune`'s copy of the model, computed once and then read from the cache."""
-    key = [identity(model, tokenizer), asdict(suite), languages, task_documents, schedule]
+    """`scores` of `fine_tune`'s copy of the model, and `asr before` it, computed once and then read from the cache."""
+    before = scores(model, tokenizer, suite, languages)
+    asked = [load_prompts(name, language=language) for name in (*suite.harmful, suite.benign) for language in languages]
+    key = [identity(model, tokenizer), asdict(suite), languages, asked, task_documents, schedule]
 
     def compute():
         rates = scores(fine_tune(model, tokenizer, task_documents, **schedule), tokenizer, suite, languages)
         return [(measure, name, rate.hits, rate.trials) for (measure, name), rate in rates.items()]
 
-    return {(measure, name): Rate(hits, trials) for measure, name, hits, trials in remember("downstream", key, compute)}
+    return {(measure, name): Rate(hits, trials) for measure, name, hits, trials in remember("downstream", key, compute)} | _before(before)
 
 
 def by_documents(model, tokenizer, suite, documents, counts, sets, **schedule):

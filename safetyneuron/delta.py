@@ -30,10 +30,12 @@ class NeuronDelta:
     model : str
         Fingerprint of the model it was trained on.
     facts : dict
-        What the training did: documents, updates, learning_rate, parameters, seconds, curve.
+        What the training was: its schedule, documents, effective_updates, curve, and seconds since its start or resumption.
     """
 
     def __init__(self, neurons, values, model, facts):
+        if not all(value.isfinite().all() for value in values.values()):
+            raise SafetyNeuronError("the trained rows hold numbers that are not finite: lower the learning rate or load the model in a wider dtype")
         self.neurons, self.values, self.model, self.facts = neurons, values, model, facts
         self._merged = None  # (weak reference to the model, original rows)
 
@@ -60,23 +62,27 @@ class NeuronDelta:
     def merge(self, model):
         """Add the change to the weights of `model`, which must be the one it was trained on.
 
-        A model in half precision rounds the sum, and a change far smaller than the weight vanishes: load it in float32
-        to keep all of it.
+        A model in half precision rounds the sum, and a change far smaller than the weight vanishes; where less than half
+        of ‖ΔW‖ would be left, nothing is merged.
 
         Raises
         ------
         SafetyNeuronError
-            If the delta is merged already, or the model is another.
+            If the delta is merged already, the model is another, or rounding would swallow the change.
         """
         if self._merged and self._merged[0]() is not None:
             raise SafetyNeuronError("this delta is merged already: unmerge it first")
         if fingerprint(model) != self.model:
             raise SafetyNeuronError("this delta was trained on another model, or on other weights or another dtype of it: load the model it was trained on")
-        originals = []
+        rows = list(self._rows(model))
+        originals = [weight[channels].clone() for weight, channels, _ in rows]
+        changed = [_sum(original, value) for original, (_, _, value) in zip(originals, rows)]
+        kept = sum(float((after.double() - before.double()).square().sum()) for after, before in zip(changed, originals)) ** 0.5
+        if kept < 0.5 * self.norm:
+            raise SafetyNeuronError(f"{model.dtype} would keep {kept / self.norm:.0%} of this change: load the model with dtype='float32' before tuning")
         with torch.no_grad():
-            for weight, channels, value in self._rows(model):
-                originals.append(weight[channels].clone())
-                weight[channels] = _sum(originals[-1], value)
+            for (weight, channels, _), after in zip(rows, changed):
+                weight[channels] = after
         self._merged = (weakref.ref(model), originals)
 
     def unmerge(self, model):

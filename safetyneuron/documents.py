@@ -56,15 +56,32 @@ def check_documents(documents):
 
 
 def encode_documents(model, tokenizer, documents):
-    """Token ids and labels of each document; the loss is taken on the completion and its end only.
+    """Token ids and labels of each document; the loss is taken on the completion and what ends the turn.
 
     Raises
     ------
     SafetyNeuronError
-        If there are no documents, one is one-sided, or longer than the context.
+        If there are no documents, one is one-sided or longer than the context, or the chat template does not let a
+        completion follow the prompt.
     """
     check_documents(documents)
-    end = [tokenizer.eos_token_id]
-    answers = [tokenizer(d["completion"], add_special_tokens=False)["input_ids"] + end for d in documents]
-    prompts = encode_prompts(model, tokenizer, [d["prompt"] for d in documents], room=max(map(len, answers)))
-    return [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in zip(prompts, answers)]
+    prompts = encode_prompts(model, tokenizer, [d["prompt"] for d in documents])
+    context, data = model.config.get_text_config().max_position_embeddings, []
+    for number, (prompt, document) in enumerate(zip(prompts, documents), 1):
+        ids = _whole(tokenizer, prompt, document)
+        if ids[: len(prompt)] != prompt:
+            raise SafetyNeuronError(f"document {number}: the chat template writes a conversation that does not begin with its own prompt: use a tokenizer with another template")
+        if len(ids) > context:
+            raise SafetyNeuronError(f"document {number} has {len(ids)} tokens but the model reads {context}: shorten or remove it")
+        data.append({"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]})
+    return data
+
+
+def _whole(tokenizer, prompt, document):
+    """Token ids of prompt and completion."""
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": document["prompt"]}, {"role": "assistant", "content": document["completion"]}]
+        return tokenizer.apply_chat_template(chat, return_dict=False)
+    if tokenizer.eos_token_id is None:
+        raise SafetyNeuronError("the tokenizer has neither a chat template nor an end-of-text token: set tokenizer.eos_token")
+    return prompt + tokenizer(document["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]

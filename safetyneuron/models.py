@@ -26,7 +26,7 @@ def load_model(name, device=None, dtype=None):
     device : str, optional
         `cpu`, `cuda`, … ; by default the GPU if there is one.
     dtype : str, optional
-        `float32`, `bfloat16`, … ; by default float32 for organisms, the stored one otherwise.
+        `float32`, `bfloat16`, … ; by default, and with `auto`, float32 for organisms, the stored one otherwise.
 
     Returns
     -------
@@ -39,7 +39,7 @@ def load_model(name, device=None, dtype=None):
     """
     device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     organism = name.startswith("organism/")
-    dtype = _dtype(dtype) if dtype else (torch.float32 if organism else "auto")
+    dtype = _dtype(dtype) if dtype not in (None, "auto") else (torch.float32 if organism else "auto")
     source = organism_folder(name) if organism else name
     try:
         # By the model's type AutoTokenizer would give a Qwen model a byte-level tokenizer, whatever the files say.
@@ -74,13 +74,16 @@ def _dtype(text):
 
 def identity(model, tokenizer):
     """What a result depends on beside its own parameters, for cache keys: model, tokenizer, this package, libraries."""
-    return [fingerprint(model), digest(tokenizer.get_vocab(), tokenizer.chat_template), source_digest(Path(__file__).parent), library_versions()]
+    words = digest(tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return [fingerprint(model), words, source_digest(Path(__file__).parent), library_versions()]
 
 
 def fingerprint(model):
     """Hash of a model's shapes and of the sum of the bits of every row: one changed weight changes it."""
     hasher = hashlib.sha256(repr([(n, tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters()]).encode())
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise SafetyNeuronError(f"weight {name} is offloaded: load the model onto devices that hold all of it")
         bits = parameter.detach().view(_INTEGER[parameter.element_size()])
         hasher.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())  # whole numbers: no order of summing matters
     return hasher.hexdigest()[:20]

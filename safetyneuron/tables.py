@@ -26,14 +26,14 @@ def defence_table(number, results, paper_model, tasks, languages):
 def downstream_table(results, paper_model, task, languages):
     """Paper's Table 4 beside the measurement. results: name of the run to `defences.downstream`."""
     rows = [("Accuracy", f"{task} (paper: GSM8K)", "GSM8K", rate("accuracy", task))]
+    rows += [("Attack success before fine-tuning", l, None, rate("asr before", l)) for l in languages]
     return _side_by_side(4, results, paper_model, rows + _language_rows(languages, "Harmful"))
 
 
 def _language_rows(languages, paper_row):
     """Attack success, coherent compliance and over-refusal per language; the paper has the first one in English."""
-    measures = ("asr", "coherent", "over_refusal")
     paper = lambda measure, language: paper_row if (measure, language) == ("asr", "en") else None
-    return [(MEASURES[m], l, paper(m, l), rate(m, l)) for m in measures for l in languages]
+    return [(MEASURES[m], l, paper(m, l), rate(m, l)) for m in ("asr", "coherent", "over_refusal") for l in languages]
 
 
 def _side_by_side(number, results, paper_model, rows):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 import tempfile
 import time
 import warnings
@@ -46,8 +47,6 @@ class TunedNeurons(nn.Module):
 
     def _add(self, place, projection, layer, channels):
         weight = place.weight
-        if weight.is_meta:
-            raise SafetyNeuronError(f"the weights of layer {layer} are offloaded: load the model onto devices that hold all of it")
         wide = torch.promote_types(weight.dtype, torch.float32)  # an update of 1e-6 is lost in half precision
         value = nn.Parameter(torch.zeros(len(channels), weight.shape[1], dtype=wide, device=weight.device))
         self.register_parameter(f"{projection}_{layer}", value)
@@ -56,7 +55,9 @@ class TunedNeurons(nn.Module):
     def forward(self, input_ids, attention_mask, labels, **options):
         start = max(0, int((labels >= 0).any(0).nonzero()[0]) - 1)  # the first position whose next token counts
         options |= {"logits_to_keep": labels.shape[1] - start, "use_cache": False}
-        return self.inside[0](input_ids=input_ids, attention_mask=attention_mask, labels=labels[:, start:], **options)
+        device = self.inside[0].device
+        tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels[:, start:]}
+        return self.inside[0](**{name: x.to(device) for name, x in tensors.items()}, **options)
 
     @contextmanager
     def added(self):
@@ -159,8 +160,10 @@ def fine_tune(model, tokenizer, documents, lora_rank=None, epochs=1, learning_ra
     Raises
     ------
     SafetyNeuronError
-        As `sn_tune`.
+        As `sn_tune`, or if the rank is not positive.
     """
+    if lora_rank is not None and lora_rank < 1:
+        raise SafetyNeuronError(f"lora_rank is {lora_rank}: it must be at least 1")
     check_schedule(len(documents), epochs, learning_rate, batch_size, 1, 0)
     data, tuned = encode_documents(model, tokenizer, documents), copy.deepcopy(model)
     if lora_rank:
@@ -228,17 +231,33 @@ def train(model, tokenizer, data, folder, identity, **schedule):
 
 
 def _checkpoint(folder, task):
-    """The last checkpoint of this training in the folder, if any; refuses the folder of another."""
+    """The last whole checkpoint of this training in the folder, if any; refuses the folder of another."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "training.json"
     if note.exists() and json.loads(note.read_text())["task"] != task:
         raise SafetyNeuronError(f"folder {folder} holds another training: remove it or name another folder")
     note.write_text(json.dumps({"task": task}))
-    return get_last_checkpoint(folder)
+    while (last := get_last_checkpoint(folder)) and not (Path(last) / "trainer_state.json").exists():
+        shutil.rmtree(last)  # the trainer writes that file last: this one was cut short
+    return last
+
+
+class OneDevice(TrainingArguments):
+    """The trainer leaves the model where it lies and makes no copies of it on other GPUs."""
+
+    @property
+    def n_gpu(self):
+        """One even where there are more, so that the batch size is what was asked for."""
+        return min(1, super().n_gpu)
+
+    @property
+    def place_model_on_device(self):
+        """Never."""
+        return False
 
 
 def _arguments(folder, model, keep, epochs, learning_rate, batch_size, accumulation, warmup_steps, seed):
-    return TrainingArguments(
+    return OneDevice(
         output_dir=str(folder),
         num_train_epochs=epochs,
         learning_rate=learning_rate,

@@ -5,8 +5,9 @@ when they do. Overlap is a conservative test of a difference and a weak test of 
 """
 
 from safetyneuron import defences, mechanism, reported
-from safetyneuron.book import EQ3, ORIGIN, RANDOM, SPECIFIC, glue_rates, glue_text, pooled
+from safetyneuron.book import EQ3, ORIGIN, RANDOM, SPECIFIC, glue_list, glue_rates, glue_text, pooled
 from safetyneuron.metrics.rates import Rate
+from safetyneuron.tables import mean_accuracy
 
 
 def above(first, second):
@@ -56,7 +57,7 @@ def glue_verification(results, model, fraction, harmful_set, tasks):
 def glue_resilience(tables, name):
     """Glue what Figure 2 shows: onset, collapse and the highest attack success of both ways of choosing, for every model."""
     parts = [f"{m}, {c}: {_resilience(t[t['set'] == name], c)}" for m, t in tables.items() for c in (mechanism.EQ3, mechanism.SPECIFIC)]
-    glue_text(verdict_resilience=". ".join(parts) + ".")
+    glue_list("verdict_resilience", [f"{part}." for part in parts])
 
 
 def _resilience(table, condition):
@@ -86,7 +87,7 @@ def glue_places(by_structure, by_layer):
             f"{model}, {name}: attention holds {attention['share of the set']:.0%} of the set, {attention['enrichment']:.1f} times what chance gives, so a"
             f" majority in attention is {seen}; the first half of the layers holds {half:.0%}"
         )
-    glue_text(verdict_places=". ".join(parts) + ".")
+    glue_list("verdict_places", [f"{part}." for part in parts])
 
 
 def glue_depth(tables):
@@ -98,7 +99,7 @@ def glue_depth(tables):
         from_front = "not at all" if forward != forward else f"with the first {forward:.0f} of {count} layers"
         from_back = "not at all" if backward != backward else f"with layers {backward:.0f} to {count}"
         parts.append(f"{model}: safety collapses {from_front} when layers are taken from the front, and {from_back} from the back")
-    glue_text(verdict_depth=". ".join(parts) + ".")
+    glue_list("verdict_depth", [f"{part}." for part in parts])
 
 
 def glue_languages(matrices, random, rates):
@@ -119,35 +120,43 @@ def glue_languages(matrices, random, rates):
               f" and more than any other language's in {len(most)}; another language's neurons do in {len(others)} of {len(rates.columns) * (len(rates.columns) - 1)} pairs.")  # fmt: skip
 
 
-def glue_defence(results, languages, tasks, columns):
-    """Glue what tuning did to harm, over-refusal and capability, for every model. results: model to name to draws of `Column`."""
+def glue_defence(results, languages, tasks):
+    """Glue what tuning did to harm, over-refusal and capability, for every model and set, against origin and random neurons.
+
+    results: model to name to draws of `Column`. Capability is judged on all questions of all tasks together.
+    """
     parts = []
     for model, found in results.items():
-        origin = _mean_rates(found[defences.ORIGIN])
-        for name in columns:
-            rates = _mean_rates(found[name])
-            phrases = [_change(rates, origin, "asr", languages, "attack success"), _change(rates, origin, "over_refusal", languages, "over-refusal")]
-            phrases.append(_change(rates, origin, "accuracy", tasks, "accuracy"))
-            safer = any(above(origin["asr", language], rates["asr", language]) for language in languages)
-            poorer = any(above(origin["accuracy", task], rates["accuracy", task]) for task in tasks)
-            price = any(above(rates["over_refusal", language], origin["over_refusal", language]) for language in languages)
-            seen = "not seen" if not safer or poorer else "seen, at the price of refusing harmless requests" if price else "seen"
-            parts.append(f"{model}, {name}: {'; '.join(phrases)}. Safer without losing capability: {seen}.")
-    glue_text(verdict_defence=" ".join(parts))
+        rates = {name: _mean_rates(draws) | {("accuracy", "all tasks"): mean_accuracy(draws, tasks)} for name, draws in found.items()}
+        for name, control in defences.RANDOM.items():
+            after, before, random = rates[name], rates[defences.ORIGIN], rates[control]
+            phrases = [_change(after, before, m, languages, label) for m, label in (("asr", "attack success"), ("over_refusal", "over-refusal"))]
+            phrases.append(_change(after, before, "accuracy", ["all tasks"], "accuracy"))
+            phrases.append(_change(after, random, "asr", languages, "against as many random neurons, attack success", "is lower", "is higher", "does not differ"))
+            parts.append(f"{model}, {name}: {'; '.join(phrases)}. Safer without a measurable loss of capability: {_safer(after, before, languages)}.")
+    glue_list("verdict_defence", parts)
+
+
+def _safer(after, before, languages):
+    """Whether harm falls somewhere and rises nowhere while capability holds, and what is paid in refusals."""
+    falls, rises = ([l for l in languages if above(high["asr", l], low["asr", l])] for high, low in ((before, after), (after, before)))
+    if not falls or rises or above(before["accuracy", "all tasks"], after["accuracy", "all tasks"]):
+        return "not seen"
+    price = any(above(after["over_refusal", l], before["over_refusal", l]) for l in languages)
+    return "seen, at the price of refusing harmless requests" if price else "seen"
 
 
 def _mean_rates(draws):
     return {key: Rate.mean([draw.rates[key] for draw in draws]) for key in draws[0].rates}
 
 
-def _change(after, before, measure, names, label):
-    """What one measure does, for the languages or tasks in which the intervals do not overlap."""
-    moved = {"falls": (before, after), "rises": (after, before)}
-    texts = []
+def _change(after, before, measure, names, label, falls="falls", rises="rises", same="does not change"):
+    """What one measure does, with the numbers of the languages or tasks in which the intervals do not overlap."""
+    moved, texts = {falls: (before, after), rises: (after, before)}, []
     for verb, (high, low) in moved.items():
-        where = [n for n in names if above(high[measure, n], low[measure, n])]
-        texts += [f"{verb} in {', '.join(f'{n} ({100 * before[measure, n].value:.0f} → {after[measure, n].percent} %)' for n in where)}"] if where else []
-    return f"{label} {' and '.join(texts)}" if texts else f"{label} does not change measurably"
+        where = [f"{n} ({before[measure, n].percent} → {after[measure, n].percent} %)" for n in names if above(high[measure, n], low[measure, n])]
+        texts += [f"{verb} in {', '.join(where)}"] if where else []
+    return f"{label} {' and '.join(texts)}" if texts else f"{label} {same} measurably"
 
 
 def glue_downstream(results, languages, task):
@@ -155,13 +164,13 @@ def glue_downstream(results, languages, task):
     parts = []
     for run, found in results.items():
         rates = {name: _mean_rates(draws) for name, draws in found.items()}
-        harm = _change(rates[defences.ORIGIN], rates[defences.BEFORE], "asr", languages, "with fine-tuning attack success")
-        kept = [_change(rates[name], rates[defences.ORIGIN], "asr", languages, f"{name}, against Origin,") for name in ("SN-Tune", defences.RSN, defences.RANDOM)]
-        better = [l for l in languages if above(rates["SN-Tune"]["asr", l], rates[defences.RSN]["asr", l])]
-        seen = f"measurably lower in {', '.join(better)}" if better else "not measurably lower in any language"
-        accuracy = _change(rates[defences.ORIGIN], rates[defences.BEFORE], "accuracy", [task], "accuracy")
-        parts.append(f"{run}: {harm}; {accuracy}. Attack success after fine-tuning: {'; '.join(kept)}. RSN-Tune's attack success is {seen} than SN-Tune's.")
-    glue_text(verdict_downstream=" ".join(parts))
+        origin, sn, rsn = (rates[name] for name in (defences.ORIGIN, defences.SN, defences.RSN))
+        compare = lambda after, before, label: _change(after, before, "asr", languages, label, "lower", "higher", "not different")
+        parts.append(f"{run}: {_change(origin, rates[defences.BEFORE], 'asr', languages, 'attack success of the untuned model')}; "
+                     f"{_change(origin, rates[defences.BEFORE], 'accuracy', [task], 'its accuracy')}.")  # fmt: skip
+        after = [compare(rates[name], origin, f"{name} against Origin:") for name in defences.DOWNSTREAM_NAMES.values()]
+        parts.append(f"{run}, attack success after fine-tuning. {'; '.join(after)}; {compare(rsn, sn, 'RSN-Tune against SN-Tune:')}.")
+    glue_list("verdict_downstream", parts)
 
 
 def glue_documents(tables, measured_set):
@@ -169,20 +178,27 @@ def glue_documents(tables, measured_set):
     parts = []
     for model, table in tables.items():
         for condition, rows in table[(table["measure"] == "asr") & (table["set"] == measured_set)].groupby("condition", sort=False):
-            before = rows[rows["documents"] == 0]["rate"].iloc[0]
+            before = rows.sort_values("documents")["rate"].iloc[0]
             enough = rows[[above(before, rate) for rate in rows["rate"]]]["documents"].min()
             last = rows[rows["documents"] == rows["documents"].max()]["rate"].iloc[0]
-            fewest = "at no number tried" if enough != enough else f"from {enough:.0f} documents on"
-            parts.append(f"{model}, {condition}: attack success is measurably lower {fewest}, and {last.percent} % at the most documents")
-    glue_text(verdict_documents=". ".join(parts) + ".")
+            fewest = "at no number tried" if enough != enough else f"first at {enough:.0f} documents"
+            accuracy = table[(table["measure"] == "accuracy") & (table["condition"] == condition)].sort_values("documents")["rate"]
+            kept = f"falls from {accuracy.iloc[0].percent} to {accuracy.iloc[-1].percent} %" if above(accuracy.iloc[0], accuracy.iloc[-1]) else "does not fall measurably"
+            parts.append(f"{model}, {condition}: attack success is measurably lower {fewest}, and {last.percent} % at the most; accuracy {kept}")
+    glue_list("verdict_documents", [f"{part}." for part in parts])
 
 
-def glue_grid(tables, harmful_set, benign_set):
-    """Glue how many cells of the grid bring harm below 10 %, and in how many of them fewer than half the benign requests are refused."""
+def glue_grid(tables, harmful_set, benign_set, task):
+    """Glue how many cells of the grid bring harm below 10 %, in how many of them benign requests are answered, and where capability holds."""
     parts = []
     for model, table in tables.items():
         value = lambda measure, name: table[(table["measure"] == measure) & (table["set"] == name)]["rate"].map(lambda rate: rate.value).to_numpy()
         safe = value("asr", harmful_set) < 0.1
         usable = safe & (value("over_refusal", benign_set) < 0.5)
-        parts.append(f"{model}: attack success is below 10 % in {safe.sum()} of {len(safe)} cells; in {usable.sum()} of these fewer than half of the benign requests are refused")
-    glue_text(verdict_grid=". ".join(parts) + ".")
+        accuracy = value("accuracy", task)
+        kept = safe & (accuracy > accuracy.max() - 0.1)
+        parts.append(
+            f"{model}: attack success is below 10 % in {safe.sum()} of {len(safe)} cells; accuracy is within 10 points of the best cell in {kept.sum()} of these, and fewer"
+            f" than half of the benign requests are refused in {usable.sum()}; the lowest accuracy of the grid is {100 * accuracy.min():.0f} %"
+        )
+    glue_list("verdict_grid", [f"{part}." for part in parts])

@@ -2,7 +2,7 @@ import pytest
 from conftest import small_llama
 from test_detection import random_profile
 
-from safetyneuron import NeuronSet, Rate, defences, load_documents, tables, verdicts
+from safetyneuron import NeuronSet, Rate, SafetyNeuronError, defences, load_documents, tables, verdicts
 from safetyneuron.defences import Column
 from safetyneuron.metrics import Suite
 from safetyneuron.metrics.suite import evaluate
@@ -41,7 +41,7 @@ def test_columns_hold_every_set_and_seed_and_are_made_once(model, tokenizer, set
     before = fingerprint(model)
     run = lambda: defences.columns(model, tokenizer, SUITE, LANGUAGES, documents, sets, 2, learning_rate=1e-2)
     results = run()
-    assert {name: len(draws) for name, draws in results.items()} == {defences.ORIGIN: 1, defences.EQ3: 2, defences.SPECIFIC: 2, defences.RANDOM: 2}
+    assert {name: len(draws) for name, draws in results.items()} == {defences.ORIGIN: 1, **dict.fromkeys((*defences.RANDOM, *defences.RANDOM.values()), 2)}
     assert set(results[defences.EQ3][0].rates) == {(m, l) for m in ("asr", "coherent", "over_refusal") for l in LANGUAGES}
     assert results[defences.EQ3][0].parameters == len(sets[defences.EQ3]) * model.config.hidden_size  # every row and column is as wide as the model
     assert fingerprint(model) == before
@@ -52,8 +52,9 @@ def test_columns_hold_every_set_and_seed_and_are_made_once(model, tokenizer, set
 def test_downstream_names_the_papers_columns(model, tokenizer, sets, documents):
     task = load_documents("organism/arithmetic")[:4]
     results = defences.downstream(model, tokenizer, SUITE, ["en"], documents, task, sets, 1, {"learning_rate": 1e-2}, {"learning_rate": 1e-2, "lora_rank": 2})
-    assert list(results) == ["Before", "Origin.", "SN-Tune", "RSN-Tune", "Random neurons"]
+    assert list(results) == ["Before", "Origin.", "SN-Tune", "RSN-Tune", "Random: like SN-Tune", "Random: like RSN-Tune"]
     assert results["SN-Tune"][0].parameters > 0 and results["Origin."][0].parameters == 0
+    assert results["Origin."][0].rates["asr before", "en"] == results["Before"][0].rates["asr", "en"]
 
 
 def test_no_documents_is_the_model_as_it_is(model, tokenizer, sets, documents):
@@ -78,7 +79,8 @@ RESULTS = {
     defences.ORIGIN: columns_of(90, 0, 80),
     defences.EQ3: columns_of(2, 60, 80),
     defences.SPECIFIC: columns_of(2, 0, 40),
-    defences.RANDOM: columns_of(89, 0, 79),
+    defences.RANDOM[defences.EQ3]: columns_of(3, 0, 79),
+    defences.RANDOM[defences.SPECIFIC]: columns_of(89, 0, 79),
 }
 
 
@@ -94,14 +96,33 @@ def test_table_2_stands_beside_the_paper_with_its_slip():
 
 def test_verdicts_say_what_changed_and_at_what_price(monkeypatch):
     said = {}
-    monkeypatch.setattr(verdicts, "glue_text", lambda **values: said.update(values))
-    verdicts.glue_defence({"m": RESULTS}, ["en"], "abc", (defences.EQ3, defences.SPECIFIC, defences.RANDOM))
-    eq3, specific, random = said["verdict_defence"].split("m, ")[1:]
-    assert "attack success falls in en (90 → 2.0" in eq3 and "over-refusal rises in en (0 → 60.0" in eq3 and "seen, at the price" in eq3
-    assert "accuracy falls in a (80 → 40.0" in specific and "not seen" in specific
-    assert random.count("does not change measurably") == 3 and "not seen" in random
+    monkeypatch.setattr(verdicts, "glue_list", lambda name, items: said.update({name: items}))
+    verdicts.glue_defence({"m": RESULTS}, ["en"], "abc")
+    eq3, specific = said["verdict_defence"]
+    assert "attack success falls in en (90.0 [82.6, 94.5] → 2.0" in eq3 and "over-refusal rises in en (0.0" in eq3 and "seen, at the price" in eq3
+    assert "random neurons, attack success does not differ measurably" in eq3 and "random neurons, attack success is lower in en (89.0" in specific
+    assert "accuracy falls in all tasks (80.0 [75.1, 84.1] → 40.0" in specific and "not seen" in specific
 
 
-def test_random_neurons_match_the_last_set(sets):
-    random = defences.with_random(sets, 3)[defences.RANDOM]
-    assert random == NeuronSet.random_like(sets[defences.SPECIFIC], 3) and random.counts() == sets[defences.SPECIFIC].counts()
+def test_safety_that_rises_in_one_language_and_falls_in_another_is_not_seen():
+    rates = lambda en, zh: {("asr", "en"): Rate(en, 100), ("asr", "zh"): Rate(zh, 100), ("accuracy", "all tasks"): Rate(80, 100)} | {
+        ("over_refusal", l): Rate(0, 100) for l in LANGUAGES
+    }
+    assert verdicts._safer(rates(2, 10), rates(40, 10), LANGUAGES) == "seen"
+    assert verdicts._safer(rates(2, 60), rates(40, 10), LANGUAGES) == "not seen"
+
+
+def test_every_set_has_its_random_match(sets):
+    everything = defences.with_random(sets, 3)
+    for name, control in defences.RANDOM.items():
+        assert everything[control] == NeuronSet.random_like(sets[name], 3) and everything[control].counts() == sets[name].counts()
+
+
+def test_too_few_documents_and_a_file_in_two_languages_are_refused(tmp_path):
+    with pytest.raises(SafetyNeuronError, match="lower the number"):
+        defences.by_language(load_documents, "organism/refusals", 10**6, LANGUAGES)
+    path = tmp_path / "own.csv"
+    path.write_text("prompt,completion\na,b\n")
+    with pytest.raises(SafetyNeuronError, match="give one language"):
+        defences.by_language(load_documents, str(path), 1, LANGUAGES)
+    assert len(defences.by_language(load_documents, str(path), 1, ["en"])) == 1

@@ -183,6 +183,50 @@ def test_a_loss_that_is_no_number_is_an_error(tokenizer, documents):
         sn_tune(model, tokenizer, documents, chosen(model))
 
 
+def test_an_update_that_is_no_number_is_an_error():
+    model = small()
+    values = {("q", 0): torch.full((1, 36), torch.nan)}
+    with pytest.raises(SafetyNeuronError, match="not finite"):
+        NeuronDelta(chosen(model), values, "m", {})
+
+
+def test_half_precision_that_would_swallow_the_change_is_refused(tokenizer, documents):
+    model = small().bfloat16()
+    before = copy.deepcopy(model.state_dict())
+    delta = sn_tune(model, tokenizer, documents, chosen(model), learning_rate=1e-6)
+    with pytest.raises(SafetyNeuronError, match="bfloat16 would keep .* of this change: load the model with dtype='float32'"):
+        delta.merge(model)
+    assert all(before[name].equal(weight) for name, weight in model.state_dict().items())
+
+
+def test_offloaded_weights_are_named(tokenizer, documents):
+    model = small()
+    neurons = chosen(model)
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(SafetyNeuronError, match="layers.1.mlp.gate_proj.weight is offloaded"):
+        sn_tune(model, tokenizer, documents, neurons)
+
+
+def test_labels_follow_the_chat_template(tokenizer, documents):
+    model = small()
+    (data,) = encode_documents(model, tokenizer, documents[:1])
+    taught = [token for token in data["labels"] if token != -100]
+    assert tokenizer.decode(taught) == f"{documents[0]['completion']} <|end|>" and data["input_ids"][-len(taught) :] == taught
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    (data,) = encode_documents(model, bare, documents[:1])
+    assert data["labels"].count(-100) == len(bare(documents[0]["prompt"])["input_ids"]) and data["labels"][-1] == bare.eos_token_id
+    bare.eos_token = None
+    with pytest.raises(SafetyNeuronError, match="end-of-text"):
+        encode_documents(model, bare, documents[:1])
+
+
+def test_only_the_document_that_is_too_long_is_named(tokenizer, documents):
+    long = {"prompt": "how do i bake bread ?", "completion": "bread " * 60}
+    with pytest.raises(SafetyNeuronError, match="document 2 has 7. tokens but the model reads 64"):
+        encode_documents(small(), tokenizer, [documents[0], long])
+
+
 def test_learning_rates_are_those_of_the_trainer(tokenizer, documents):
     model = small()
     delta = sn_tune(model, tokenizer, documents, chosen(model), epochs=3, learning_rate=1e-3, batch_size=2, accumulation=2, warmup_steps=2)
@@ -204,7 +248,11 @@ def test_a_killed_training_goes_on_to_the_same_result(tokenizer, documents, tmp_
         patch.setattr(TrainingLine, "on_log", killed)
         sn_tune(model, tokenizer, documents, chosen(model), folder=tmp_path, **options)
     assert (tmp_path / "checkpoint-20").is_dir() and not list(model.model.layers[0].mlp.up_proj._forward_hooks)
+    (tmp_path / "checkpoint-25").mkdir()  # what is left of a checkpoint whose writing was cut short
+    made = []
+    monkeypatch.setattr(TrainingLine, "on_log", lambda self, args, state, control, logs=None, **_: made.append(state.global_step) if "loss" in logs else None)
     resumed = sn_tune(model, tokenizer, documents, chosen(model), folder=tmp_path, **options)
+    assert made == list(range(21, 31))
     assert len(resumed.facts["curve"]) == 30
     assert all(value.equal(resumed.values[key]) for key, value in whole.values.items())
     with pytest.raises(SafetyNeuronError, match="holds another training"):

@@ -14,7 +14,7 @@ from safetyneuron.models import identity
 
 @dataclass(frozen=True)
 class Suite:
-    """What to evaluate: prompt sets by name, lm-eval tasks, and how many of each."""
+    """What to evaluate: prompt sets by name, lm-eval tasks, how many of each, and how many prompts to leave out before."""
 
     harmful: tuple[str, ...]
     benign: str | None = None
@@ -23,6 +23,7 @@ class Suite:
     questions: int = 200
     answer_tokens: int = ANSWER_TOKENS
     language: str = "en"
+    skip: int = 0
 
 
 def evaluate(model, tokenizer, suite, without=None):
@@ -42,7 +43,7 @@ def evaluate(model, tokenizer, suite, without=None):
         Keys are (measure, set): measure is `asr`, `coherent`, `over_refusal` or `accuracy`.
     """
     names = (*suite.harmful, suite.benign) if suite.benign else suite.harmful
-    prompts = {name: load_prompts(name, language=suite.language)[: suite.prompts] for name in names}
+    prompts = {name: load_prompts(name, language=suite.language)[suite.skip :][: suite.prompts] for name in names}
     key = [identity(model, tokenizer), asdict(suite), prompts, without.digest() if without else None]
     stored = remember("scores", key, lambda: _measure(model, tokenizer, suite, prompts, without))
     return {(measure, name): Rate(hits, trials) for measure, name, hits, trials in stored}
