@@ -1,4 +1,4 @@
-"""Progress as lines rather than a redrawn bar, so that it stays readable in logs and notebooks."""
+"""Progress as lines rather than a redrawn bar, on stderr: readable in logs and notebooks, left out of the pages."""
 
 import io
 import sys
@@ -16,7 +16,7 @@ def steps(items, label, show=True):
         now = time.monotonic()
         if show and now - printed >= SECONDS:
             left = (now - started) / done * (len(items) - done)
-            print(f"{label}: {done} of {len(items)}, about {left:.0f} s left", flush=True)
+            print(f"{label}: {done} of {len(items)}, about {left:.0f} s left", file=sys.stderr, flush=True)
             printed = now
         yield item
 
@@ -47,5 +47,5 @@ class TrainingLine(TrainerCallback):
         now = time.monotonic()
         if "loss" in logs and now - self.printed >= SECONDS:
             left = (now - self.started) * (state.max_steps / state.global_step - 1)
-            print(f"training: update {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}, about {left:.0f} s left", flush=True)
+            print(f"training: update {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}, about {left:.0f} s left", file=sys.stderr, flush=True)
             self.printed = now
