@@ -99,17 +99,26 @@ def sweep_curves(tables, measures):
 
     tables: model name to the result of `mechanism.sweep`; measures: (measure, set) to panel title.
     """
+
+    def draw(axes, chosen):
+        _bands(axes, chosen[chosen["condition"] != "whole"], "condition", "fraction", 100)
+        axes.axhline(100 * chosen[chosen["condition"] == "whole"]["rate"].iloc[0].value, color="grey", linestyle=":", label="whole model")
+        axes.set(xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+
+    return _rate_panels(tables, measures, draw, "neurons deactivated (%)")
+
+
+def _rate_panels(tables, measures, draw, xlabel):
+    """A grid of panels in percent that `draw(axes, rows)` fills, with one legend below."""
     figure, panels = plt.subplots(len(tables), len(measures), figsize=(9, 2.8 * len(tables)), sharex=True, sharey=True, squeeze=False)
     for row, (model, table) in zip(panels, tables.items()):
         for axes, ((measure, name), title) in zip(row, measures.items()):
-            chosen = table[(table["measure"] == measure) & (table["set"] == name)]
-            _bands(axes, chosen[chosen["condition"] != "whole"], "condition", "fraction", 100)
-            axes.axhline(100 * chosen[chosen["condition"] == "whole"]["rate"].iloc[0].value, color="grey", linestyle=":", label="whole model")
-            axes.set(xscale="log", ylim=(-4, 104), title=f"{model.removeprefix('organism/')}: {title}", ylabel="%" if axes is row[0] else "")
+            draw(axes, table[(table["measure"] == measure) & (table["set"] == name)])
+            axes.set(ylim=(-4, 104), title=f"{model.removeprefix('organism/')}: {title}", ylabel="%" if axes is row[0] else "")
             axes.title.set_fontsize(9)
-            axes.xaxis.set_major_formatter("{x:g}")
     for axes in panels[-1]:
-        axes.set(xlabel="neurons deactivated (%)")
+        axes.set(xlabel=xlabel)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
     figure.tight_layout()
     return panels[0, 0]
@@ -184,17 +193,7 @@ def documents_curves(tables, measures):
 
     tables: model name to the result of `defences.by_documents`; measures: (measure, set) to panel title.
     """
-    figure, panels = plt.subplots(len(tables), len(measures), figsize=(9, 2.8 * len(tables)), sharex=True, sharey=True, squeeze=False)
-    for row, (model, table) in zip(panels, tables.items()):
-        for axes, ((measure, name), title) in zip(row, measures.items()):
-            _bands(axes, table[(table["measure"] == measure) & (table["set"] == name)], "condition", "documents")
-            axes.set(ylim=(-4, 104), title=f"{model.removeprefix('organism/')}: {title}", ylabel="%" if axes is row[0] else "")
-            axes.title.set_fontsize(9)
-    for axes in panels[-1]:
-        axes.set(xlabel="documents")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
-    figure.tight_layout()
-    return panels[0, 0]
+    return _rate_panels(tables, measures, lambda axes, rows: _bands(axes, rows, "condition", "documents"), "documents")
 
 
 def tuning_grids(tables, measures):

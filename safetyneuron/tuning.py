@@ -53,6 +53,7 @@ class TunedNeurons(nn.Module):
         self.places[projection, layer] = (place, channels.to(weight.device), value)
 
     def forward(self, input_ids, attention_mask, labels, **options):
+        """The frozen model's own result; logits only where the loss is taken."""
         start = max(0, int((labels >= 0).any(0).nonzero()[0]) - 1)  # the first position whose next token counts
         options |= {"logits_to_keep": labels.shape[1] - start, "use_cache": False}
         device = self.inside[0].device
