@@ -137,15 +137,25 @@ def cell(draws, key):
     return text if len(draws) == 1 else f"{text}\n{min(values):.1f} to {max(values):.1f}"
 
 
+def printed_cells(number, paper_model):
+    """Cells of one model in a table of the paper, (row, column) to text; an asterisk where its own rows give another value."""
+    cells = reported.table(number).query("model == @paper_model")
+    if cells.empty:
+        raise SafetyNeuronError(f"Table {number} has no model {paper_model!r}: use one of {', '.join(reported.table(number)['model'].unique())}")
+    slips = {(row, column): slip for (table, row, model, column), slip in reported.SLIPS.items() if (table, model) == (number, paper_model)}
+    texts = {}
+    for row, column, value in cells[["row", "column", "value"]].itertuples(index=False):
+        slip = f"*\n(its rows: {slips[row, column]})" if (row, column) in slips else ""
+        texts[row, column] = "–" if value != value else f"{value:.1f}{slip}"
+    return texts
+
+
 def table_1(results, paper_model, harmful_sets, tasks):
     """Paper's Table 1 beside the measurement: rows are sets and tasks, columns are conditions.
 
     results: model name to `verify`'s result.
     """
-    cells = reported.table(1).query("model == @paper_model")
-    if cells.empty:
-        raise SafetyNeuronError(f"Table 1 has no model {paper_model!r}: use one of {', '.join(reported.table(1)['model'].unique())}")
-    printed = {(row, column): f"{value:.1f}" for row, column, value in cells[["row", "column", "value"]].itertuples(index=False)}
+    printed = printed_cells(1, paper_model)
     papers = dict(zip(harmful_sets, TABLE_1_ROWS["harmful"])) | dict(zip(tasks, TABLE_1_ROWS["capability"]))
     rows, heads = [], []
     for measure, name in _keys(results):

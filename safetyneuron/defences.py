@@ -5,13 +5,12 @@ from itertools import chain
 
 import pandas as pd
 
-from safetyneuron.cache import cache_folder, digest, locked, remember
+from safetyneuron.cache import cache_folder, digest, locked
 from safetyneuron.data import load_prompts
 from safetyneuron.delta import NeuronDelta
 from safetyneuron.detection import measure_importance, select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.metrics.rates import Rate
-from safetyneuron.metrics.suite import evaluate
+from safetyneuron.metrics.suite import evaluate, remember_rates
 from safetyneuron.models import identity
 from safetyneuron.neurons import NeuronSet
 from safetyneuron.tuning import fine_tune, sn_tune
@@ -137,14 +136,10 @@ def _before(rates):
 def fine_tuned_scores(model, tokenizer, suite, languages, task_documents, **schedule):
     """`scores` of `fine_tune`'s copy of the model, and `asr before` it, computed once and then read from the cache."""
     before = scores(model, tokenizer, suite, languages)
-    asked = [load_prompts(name, language=language) for name in (*suite.harmful, suite.benign) for language in languages]
+    asked = [load_prompts(name, language=language) for name in suite.prompt_sets for language in languages]
     key = [identity(model, tokenizer), asdict(suite), languages, asked, task_documents, schedule]
-
-    def compute():
-        rates = scores(fine_tune(model, tokenizer, task_documents, **schedule), tokenizer, suite, languages)
-        return [(measure, name, rate.hits, rate.trials) for (measure, name), rate in rates.items()]
-
-    return {(measure, name): Rate(hits, trials) for measure, name, hits, trials in remember("downstream", key, compute)} | _before(before)
+    compute = lambda: scores(fine_tune(model, tokenizer, task_documents, **schedule), tokenizer, suite, languages)
+    return remember_rates("downstream", key, compute) | _before(before)
 
 
 def by_documents(model, tokenizer, suite, documents, counts, sets, **schedule):

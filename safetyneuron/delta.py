@@ -52,13 +52,6 @@ class NeuronDelta:
         """‖ΔW‖, the Frobenius norm of the whole change: 0 means that no update happened."""
         return sum(float(value.double().square().sum()) for value in self.values.values()) ** 0.5
 
-    def norms(self):
-        """‖ΔW‖ per projection."""
-        squares = {}
-        for (projection, _), value in self.values.items():
-            squares[projection] = squares.get(projection, 0.0) + float(value.double().square().sum())
-        return {projection: square**0.5 for projection, square in squares.items()}
-
     def merge(self, model):
         """Add the change to the weights of `model`, which must be the one it was trained on.
 

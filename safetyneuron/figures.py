@@ -101,6 +101,7 @@ def sweep_curves(tables, measures):
     """
 
     def draw(axes, chosen):
+        """One panel: the conditions, the whole model as a dotted line, shares on a logarithmic axis."""
         _bands(axes, chosen[chosen["condition"] != "whole"], "condition", "fraction", 100)
         axes.axhline(100 * chosen[chosen["condition"] == "whole"]["rate"].iloc[0].value, color="grey", linestyle=":", label="whole model")
         axes.set(xscale="log")

@@ -2,9 +2,7 @@
 
 import pandas as pd
 
-from safetyneuron import reported
-from safetyneuron.book import MEASURES
-from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.book import MEASURES, cell, printed_cells
 from safetyneuron.metrics.rates import Rate
 
 PAPER_TASKS = ("MMLU", "ARC-c", "GSM8K")
@@ -38,11 +36,7 @@ def _language_rows(languages, paper_row):
 
 def _side_by_side(number, results, paper_model, rows):
     """rows: (group, name, row of the paper or None, function from the draws of a column to text)."""
-    cells = reported.table(number).query("model == @paper_model")
-    if cells.empty:
-        raise SafetyNeuronError(f"Table {number} has no model {paper_model!r}: use one of {', '.join(reported.table(number)['model'].unique())}")
-    printed = {(row, column): _printed(number, row, paper_model, column, value) for row, column, value in cells[["row", "column", "value"]].itertuples(index=False)}
-    table = []
+    printed, table = printed_cells(number, paper_model), []
     for _, _, paper_row, text in rows:
         line = {("Paper", paper_model, column): printed.get((paper_row, column), "–") for column in PAPER_COLUMNS[number]}
         for name, columns in results.items():
@@ -50,12 +44,6 @@ def _side_by_side(number, results, paper_model, rows):
         table.append(line)
     index = pd.MultiIndex.from_tuples([row[:2] for row in rows], names=["", ""])
     return pd.DataFrame([list(line.values()) for line in table], index=index, columns=pd.MultiIndex.from_tuples(table[0]))
-
-
-def _printed(number, row, model, column, value):
-    """A cell as printed; an asterisk where the paper's own rows give another value."""
-    slip = reported.SLIPS.get((number, row, model, column))
-    return "–" if value != value else f"{value:.1f}" + (f"*\n(its rows: {slip})" if slip else "")
 
 
 def _heading(column):
@@ -67,12 +55,7 @@ def _heading(column):
 def rate(measure, name):
     """The function that writes this rate: percent with interval, and the range over seeds where there are several."""
 
-    def text(draws):
-        values = [100 * draw.rates[measure, name].value for draw in draws]
-        pooled = Rate.mean([draw.rates[measure, name] for draw in draws]).percent.replace(" [", "\n[")
-        return pooled if len(values) == 1 else f"{pooled}\n{min(values):.1f} to {max(values):.1f}"
-
-    return text
+    return lambda draws: cell([draw.rates for draw in draws], (measure, name))
 
 
 def mean_accuracy(draws, tasks):

@@ -126,3 +126,9 @@ def test_too_few_documents_and_a_file_in_two_languages_are_refused(tmp_path):
     with pytest.raises(SafetyNeuronError, match="give one language"):
         defences.by_language(load_documents, str(path), 1, LANGUAGES)
     assert len(defences.by_language(load_documents, str(path), 1, ["en"])) == 1
+
+
+def test_a_suite_without_benign_requests_can_be_asked_after_fine_tuning(model, tokenizer):
+    suite = Suite(("organism/harmful",), prompts=2)
+    rates = defences.fine_tuned_scores(model, tokenizer, suite, ["en"], load_documents("organism/arithmetic")[:2], learning_rate=1e-3)
+    assert set(rates) == {("asr", "en"), ("coherent", "en"), ("asr before", "en")}

@@ -25,6 +25,11 @@ class Suite:
     language: str = "en"
     skip: int = 0
 
+    @property
+    def prompt_sets(self):
+        """Names of the sets it asks."""
+        return (*self.harmful, self.benign) if self.benign else self.harmful
+
 
 def evaluate(model, tokenizer, suite, without=None):
     """Every rate of the suite, computed once and then read from the cache.
@@ -42,22 +47,24 @@ def evaluate(model, tokenizer, suite, without=None):
     dict of (str, str) to Rate
         Keys are (measure, set): measure is `asr`, `coherent`, `over_refusal` or `accuracy`.
     """
-    names = (*suite.harmful, suite.benign) if suite.benign else suite.harmful
-    prompts = {name: load_prompts(name, language=suite.language)[suite.skip :][: suite.prompts] for name in names}
+    prompts = {name: load_prompts(name, language=suite.language)[suite.skip :][: suite.prompts] for name in suite.prompt_sets}
     key = [identity(model, tokenizer), asdict(suite), prompts, without.digest() if without else None]
-    stored = remember("scores", key, lambda: _measure(model, tokenizer, suite, prompts, without))
-    return {(measure, name): Rate(hits, trials) for measure, name, hits, trials in stored}
+    return remember_rates("scores", key, lambda: _measure(model, tokenizer, suite, prompts, without))
+
+
+def remember_rates(kind, key, compute):
+    """The result of `compute()`, (measure, name) to `Rate`, made once for this key."""
+    rows = remember(kind, key, lambda: [(*names, rate.hits, rate.trials) for names, rate in compute().items()])
+    return {(measure, name): Rate(hits, trials) for measure, name, hits, trials in rows}
 
 
 def _measure(model, tokenizer, suite, prompts, without):
-    rows = []
+    rates = {}
     with deactivate(model, without) if without else nullcontext():
         for name in suite.harmful:
             scores = compliance(model, tokenizer, prompts[name], suite.answer_tokens)
-            rows += [(measure, name, rate) for measure, rate in scores.items()]
+            rates |= {(measure, name): rate for measure, rate in scores.items()}
         if suite.benign:
-            refused = over_refusal_rate(model, tokenizer, prompts[suite.benign], suite.answer_tokens)
-            rows.append(("over_refusal", suite.benign, refused))
+            rates["over_refusal", suite.benign] = over_refusal_rate(model, tokenizer, prompts[suite.benign], suite.answer_tokens)
         accuracies = capability(model, tokenizer, suite.tasks, limit=suite.questions) if suite.tasks else {}
-        rows += [("accuracy", task, rate) for task, rate in accuracies.items()]
-    return [(measure, name, rate.hits, rate.trials) for measure, name, rate in rows]
+    return rates | {("accuracy", task): rate for task, rate in accuracies.items()}
