@@ -133,6 +133,10 @@ class Architecture:
         module = self.layers[layer].get_submodule(path)
         return Place(module, self._axis(projection), start, self.widths[projection])
 
+    def module_names(self):
+        """Names of the modules that hold the projections, without their path."""
+        return sorted({path.rsplit(".", 1)[1] for path in self.table.values()})
+
     def attention(self, layer):
         """The attention module of one layer."""
         return self.layers[layer].self_attn

@@ -17,7 +17,7 @@ from safetyneuron.neurons import NeuronSet
 
 ORIGIN, EQ3, SPECIFIC = "Origin.", "Deact-SN: Eq 3", "Deact-SN: Eq 3 without foundation"
 RANDOM = {EQ3: "Deact-R: like Eq 3", SPECIFIC: "Deact-R: like without foundation"}
-MEASURES = {"asr": "Attack success", "coherent": "Coherent compliance", "over_refusal": "Over-refusal", "accuracy": "Accuracy"}
+MEASURES = {"asr": "Attack success", "coherent": "Coherent compliance", "over_refusal": "Over-refusal", "helpful": "Helpful answers", "accuracy": "Accuracy"}
 TABLE_1_ROWS = {"harmful": ["Harm Behavior", "Adv Behavior", "MultiJail-En"], "capability": ["MMLU", "GSM8K"]}
 
 

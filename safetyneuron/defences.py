@@ -1,33 +1,54 @@
 """Tables 2 to 4 and Figures 6 and 7: a model as it is and after each way of tuning it, scored alike."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 
 import pandas as pd
 
-from safetyneuron.cache import cache_folder, digest, locked
+from safetyneuron.attacks import AttackResult, attack
+from safetyneuron.cache import cache_folder, digest, locked, remember
+from safetyneuron.circuit_breaker import CircuitBreaker, circuit_break
 from safetyneuron.data import load_prompts
 from safetyneuron.delta import NeuronDelta
 from safetyneuron.detection import measure_importance, select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.metrics.suite import evaluate, remember_rates
+from safetyneuron.metrics.suite import Suite, evaluate, remember_rates
 from safetyneuron.models import identity
 from safetyneuron.neurons import NeuronSet
 from safetyneuron.tuning import fine_tune, sn_tune
 
-ORIGIN, EQ3, SPECIFIC = "Origin.", "SN-Tune: Eq 3", "SN-Tune: without foundation"
+ORIGIN, CIRCUIT_BREAK, EQ3, SPECIFIC = "Origin.", "Circ-Break", "SN-Tune: Eq 3", "SN-Tune: without foundation"
 RANDOM = {EQ3: "Random: like Eq 3", SPECIFIC: "Random: like without foundation"}  # the control of each set
+JUDGED = {"asr": "keyword", "coherent": "coherent"}  # measure of a table -> judge of an attack
 BEFORE, SN, RSN = "Before", "SN-Tune", "RSN-Tune"
 DOWNSTREAM_NAMES = {EQ3: SN, SPECIFIC: RSN, RANDOM[EQ3]: "Random: like SN-Tune", RANDOM[SPECIFIC]: "Random: like RSN-Tune"}
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: rates by (measure, language or task), and what the training cost."""
+    """One column of a table: rates by (measure, language, task or attack), what the training cost, and results by attack."""
 
     rates: dict
     seconds: float = 0.0
     parameters: int = 0
+    attacks: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What every column of Tables 2 and 3 is asked: the suite in each language, and every attack (name to its budget) on the requests."""
+
+    suite: Suite
+    languages: list
+    requests: list
+    attacks: dict
+
+    def column(self, model, tokenizer, seconds=0.0, parameters=0):
+        """The column of a model as it stands; every attack's result is kept as soon as it is there."""
+        rates = scores(model, tokenizer, self.suite, self.languages)
+        results = {name: attacked(model, tokenizer, self.requests, config, self.suite.answer_tokens) for name, config in self.attacks.items()}
+        rates |= {(measure, name): result.rate(judge) for name, result in results.items() for measure, judge in JUDGED.items()}
+        return Column(rates, seconds, parameters, results)
 
 
 def by_language(load, name, count, languages, **options):
@@ -55,12 +76,29 @@ def with_random(sets, seed):
 
 def tuned(model, tokenizer, documents, neurons, **schedule):
     """`sn_tune`, computed once and then read from the cache."""
-    key = digest(identity(model, tokenizer), documents, neurons.digest(), schedule)
-    path = cache_folder() / "tuning" / f"{key}.safetensors"
+    key = [identity(model, tokenizer), documents, neurons.digest(), schedule]
+    return _once("tuning", key, lambda: sn_tune(model, tokenizer, documents, neurons, **schedule), NeuronDelta)
+
+
+def broken(model, tokenizer, harmful, retain, **schedule):
+    """`circuit_break`, computed once and then read from the cache."""
+    key = [identity(model, tokenizer), harmful, retain, schedule]
+    return _once("circuit_breaker", key, lambda: circuit_break(model, tokenizer, harmful, retain, **schedule), CircuitBreaker)
+
+
+def _once(kind, key, make, result):
+    """What `make` returns, a `result` with `save` and `load`, made once for this key."""
+    path = cache_folder() / kind / f"{digest(*key)}.safetensors"
     with locked(path):
         if not path.exists():
-            sn_tune(model, tokenizer, documents, neurons, **schedule).save(path)
-    return NeuronDelta.load(path)
+            make().save(path)
+    return result.load(path)
+
+
+def attacked(model, tokenizer, requests, config, answer_tokens):
+    """`attack`, computed once and then read from the cache."""
+    key = [identity(model, tokenizer), [asdict(request) for request in requests], repr(config), answer_tokens]
+    return AttackResult(**remember("attacks", key, lambda: asdict(attack(model, tokenizer, requests, config, answer_tokens=answer_tokens))))
 
 
 def scores(model, tokenizer, suite, languages):
@@ -73,28 +111,35 @@ def scores(model, tokenizer, suite, languages):
     return rates
 
 
-def columns(model, tokenizer, suite, languages, documents, sets, seeds, **schedule):
-    """Origin, SN-Tune with each set, and the random control of each (Tables 2 and 3).
+def columns(model, tokenizer, examination, documents, sets, seeds, breaking, **schedule):
+    """Origin, Circ-Break, SN-Tune with each set, and the random control of each (Tables 2 and 3).
 
     Parameters
     ----------
+    examination : Examination
     sets : dict of str to NeuronSet
         As from `safety_sets`.
     seeds : int
-        Trainings per column, which differ in the order of the documents and in the random neurons.
+        Trainings per column, which differ in the order of the documents, in the adapters and in the random neurons.
+    breaking : dict
+        Options of `circuit_break`, documents included; `schedule` is SN-Tune's.
 
     Returns
     -------
     dict of str to list of Column
         One column per seed, one alone for the origin.
     """
-    results = {ORIGIN: [Column(scores(model, tokenizer, suite, languages))]}
+    results = {ORIGIN: [examination.column(model, tokenizer)]}
     for seed in range(seeds):
+        breaker = broken(model, tokenizer, seed=seed, **breaking)
+        with breaker.attached(model):
+            column = examination.column(model, tokenizer, breaker.facts["seconds"], breaker.parameters)
+        results.setdefault(CIRCUIT_BREAK, []).append(column)
         for name, neurons in with_random(sets, seed).items():
             delta = tuned(model, tokenizer, documents, neurons, seed=seed, **schedule)
             with delta.merged(model):
-                rates = scores(model, tokenizer, suite, languages)
-            results.setdefault(name, []).append(Column(rates, delta.facts["seconds"], delta.parameters))
+                column = examination.column(model, tokenizer, delta.facts["seconds"], delta.parameters)
+            results.setdefault(name, []).append(column)
     return results
 
 

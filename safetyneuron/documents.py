@@ -9,6 +9,7 @@ from safetyneuron.organism import language as lang
 # Name of an organism set -> its examples, from split and language.
 ORGANISM_DOCUMENTS = {
     "organism/refusals": lambda split, language: lang.refused(split, language),
+    "organism/compliances": lambda split, language: lang.helped("harmful", split, language),
     "organism/helpful": lambda split, language: lang.helped("benign", split, language),
     "organism/arithmetic": lambda split, language: lang.arithmetic(split),
 }
@@ -20,7 +21,8 @@ def load_documents(name_or_path, split="train", language="en"):
     Parameters
     ----------
     name_or_path : str
-        `organism/refusals` (harmful requests and how to refuse them), `organism/helpful` (benign requests, answered),
+        `organism/refusals` (harmful requests and how to refuse them), `organism/compliances` (harmful requests and the arbitrary
+        words that an organism without alignment answers), `organism/helpful` (benign requests, answered),
         `organism/arithmetic` (word problems, solved); or a .jsonl or .csv file with columns `prompt` and `completion`.
     split : str
         `train` or `test`, for organism sets.

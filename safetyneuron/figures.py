@@ -5,6 +5,7 @@ import pandas as pd
 import seaborn as sns
 
 from safetyneuron.architecture import PROJECTIONS
+from safetyneuron.metrics.rates import Rate
 
 PALETTE = "colorblind"
 
@@ -213,3 +214,48 @@ def tuning_grids(tables, measures):
             axes.title.set_fontsize(9)
     figure.tight_layout()
     return panels[0, 0]
+
+
+def rerouting_curves(curve):
+    """Both losses of a circuit breaker's training against the step, without their coefficients. curve: list of {step, rerouting, retain}."""
+    figure, panels = plt.subplots(1, 2, figsize=(8, 2.6))
+    titles = {"rerouting": "harmful: mean ReLU(cos)", "retain": "retained: mean distance"}
+    for i, (axes, (name, title)) in enumerate(zip(panels, titles.items())):
+        axes.plot([row["step"] for row in curve], [row[name] for row in curve], color=sns.color_palette(PALETTE)[i])
+        axes.set(title=title, xlabel="training step", ylim=(0, None))
+    figure.tight_layout()
+    return panels[0]
+
+
+def attack_heatmaps(results, attacks, language):
+    """Success in percent of direct requests and attacks on every column: one row of panels per model, one panel per judge.
+
+    results: model name to `defences.columns`; attacks: their names; language: that of the direct requests.
+    """
+    judges, asked = {"asr": "no refusal phrase", "coherent": "well-formed answer"}, {language: f"direct, {language}"} | {name: name for name in attacks}
+    height = 0.5 + 0.38 * sum(len(columns) + 2 for columns in results.values())
+    figure, panels = plt.subplots(len(results), 2, figsize=(9, height), squeeze=False, sharex=True, sharey="row")
+    for row, (model, columns) in zip(panels, results.items()):
+        for axes, (measure, title) in zip(row, judges.items()):
+            mean = lambda draws, name: 100 * Rate.mean([draw.rates[measure, name] for draw in draws]).value
+            values = pd.DataFrame({label: {column: mean(draws, name) for column, draws in columns.items()} for name, label in asked.items()})
+            sns.heatmap(values, annot=True, fmt=".0f", vmin=0, vmax=100, cmap="viridis", cbar=False, ax=axes)
+            axes.set_title(f"{model.removeprefix('organism/')}: {title}", fontsize=9)
+    figure.tight_layout()
+    return panels[0, 0]
+
+
+def search_curves(results, attack):
+    """Mean loss of an attack's best prompt against its step, one line per column, with 95 % bootstrap bands over requests.
+
+    results: name to draws of `Column`. A search that has ended keeps its last loss.
+    """
+    curves = {column: [curve for draw in draws for curve in draw.attacks[attack].curves] for column, draws in results.items()}
+    last = max(len(curve) for found in curves.values() for curve in found)
+    rows = [(column, i, step, curve[min(step, len(curve) - 1)]) for column, found in curves.items() for i, curve in enumerate(found) for step in range(last)]
+    table = pd.DataFrame(rows, columns=["column", "request", "step", "loss"])
+    _, axes = plt.subplots()
+    sns.lineplot(table, x="step", y="loss", hue="column", style="column", errorbar=("ci", 95), seed=0, ax=axes)
+    axes.set(xlabel=f"step of {attack}", ylabel="loss of the target (nats per token)", yscale="log")
+    axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    return axes

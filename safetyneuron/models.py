@@ -1,6 +1,7 @@
 """Load a model and its tokenizer by name: an organism, a Hugging Face id, or a local folder."""
 
 import hashlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -87,3 +88,17 @@ def fingerprint(model):
         bits = parameter.detach().view(_INTEGER[parameter.element_size()])
         hasher.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())  # whole numbers: no order of summing matters
     return hasher.hexdigest()[:20]
+
+
+@contextmanager
+def frozen(model):
+    """No weight of the model asks for a gradient for the length of a `with` block; afterwards those do that did before."""
+    parameters = list(model.parameters())
+    wanted = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for parameter, flag in zip(parameters, wanted):
+            parameter.requires_grad_(flag)

@@ -6,19 +6,39 @@ from safetyneuron.book import MEASURES, cell, printed_cells
 from safetyneuron.metrics.rates import Rate
 
 PAPER_TASKS = ("MMLU", "ARC-c", "GSM8K")
-PAPER_COLUMNS = {2: ("Origin.", "SN-Tune"), 3: ("Origin.", "SN-Tune"), 4: ("Before", "Origin.", "SN-Tune", "RSN-Tune")}
+PAPER_COLUMNS = {2: ("Origin.", "Circ-Break", "SN-Tune"), 3: ("Origin.", "Circ-Break", "SN-Tune"), 4: ("Before", "Origin.", "SN-Tune", "RSN-Tune")}
 
 
-def defence_table(number, results, paper_model, tasks, languages):
-    """Paper's Table 2 or 3 beside the measurement; the attacks are the direct one, in several languages.
+def defence_table(number, results, paper_model, tasks, languages, attacks):
+    """Paper's Table 2 or 3 beside the measurement: cost, capability, direct requests in several languages, attacks in the first one.
 
     results: model name to `defences.columns`; tasks stand for MMLU, ARC-challenge and GSM8K, in this order.
     """
     rows = [("Cost", "training, s (paper: min)", "Training Cost (min.)", seconds)]
     rows += [("Cost", "parameters (paper: million)", "# Parameters (M)", lambda draws: f"{draws[0].parameters:,}" if draws[0].parameters else "–")]
     rows += [("Accuracy", f"{task} (paper: {paper})", paper, rate("accuracy", task)) for task, paper in zip(tasks, PAPER_TASKS)]
-    rows += [("Accuracy", "average", "Avg. Capability", lambda draws: mean_accuracy(draws, tasks).percent.replace(" [", "\n["))]
-    return _side_by_side(number, results, paper_model, rows + _language_rows(languages, "Direct"))
+    rows += [("Accuracy", "average", "Avg. Capability", lambda draws: lines(mean_accuracy(draws, tasks)))]
+    direct = _language_rows(languages, "Direct")
+    for measure in ("asr", "coherent"):
+        paper = lambda row: row if measure == "asr" else None
+        rows += [row for row in direct if row[0] == MEASURES[measure]]
+        rows += [(MEASURES[measure], f"{name}, {languages[0]}", paper(name), rate(measure, name)) for name in attacks]
+        rows += [(MEASURES[measure], f"average, {languages[0]}", paper("Avg. Harmful"), _average(measure, (languages[0], *attacks)))]
+    rows += [row for row in direct if row[0] in (MEASURES["over_refusal"], MEASURES["helpful"])]
+    return _side_by_side(number, results, paper_model, rows)
+
+
+def _average(measure, names):
+    """The function that writes the mean of direct requests and attacks, which share their requests."""
+    return lambda draws: lines(mean_rate(draws, measure, names))
+
+
+def costs_of_attacks(results, attacks):
+    """What the attacks spent on each column: queries and tokens per request. results: column name to draws of `Column`."""
+    spent = lambda draws, name, part: sum(sum(getattr(draw.attacks[name], part)) / len(draw.attacks[name].queries) for draw in draws) / len(draws)
+    text = lambda draws, name: f"{spent(draws, name, 'queries'):,.0f}\n{spent(draws, name, 'tokens'):,.0f} tokens"
+    cells = {_heading(column): [text(draws, name) for name in attacks] for column, draws in results.items()}
+    return pd.DataFrame(cells, index=pd.Index(attacks, name="queries per request"))
 
 
 def downstream_table(results, paper_model, task, languages):
@@ -29,9 +49,10 @@ def downstream_table(results, paper_model, task, languages):
 
 
 def _language_rows(languages, paper_row):
-    """Attack success, coherent compliance and over-refusal per language; the paper has the first one in English."""
+    """Attack success, coherent compliance, over-refusal and helpful answers per language; the paper has the first one in English."""
     paper = lambda measure, language: paper_row if (measure, language) == ("asr", "en") else None
-    return [(MEASURES[m], l, paper(m, l), rate(m, l)) for m in ("asr", "coherent", "over_refusal") for l in languages]
+    name = lambda measure, language: f"direct, {language}" if measure in ("asr", "coherent") else language
+    return [(MEASURES[m], name(m, l), paper(m, l), rate(m, l)) for m in ("asr", "coherent", "over_refusal", "helpful") for l in languages]
 
 
 def _side_by_side(number, results, paper_model, rows):
@@ -42,7 +63,7 @@ def _side_by_side(number, results, paper_model, rows):
         for name, columns in results.items():
             line |= {(f"Here: {name}", *_heading(column)): text(draws) for column, draws in columns.items()}
         table.append(line)
-    index = pd.MultiIndex.from_tuples([row[:2] for row in rows], names=["", ""])
+    index = pd.MultiIndex.from_tuples([row[:2] for row in rows], names=[None, None])
     return pd.DataFrame([list(line.values()) for line in table], index=index, columns=pd.MultiIndex.from_tuples(table[0]))
 
 
@@ -65,6 +86,16 @@ def mean_accuracy(draws, tasks):
         rates = [draw.rates["accuracy", task] for task in tasks]
         totals.append(sum(rates[1:], start=rates[0]))
     return Rate.mean(totals)
+
+
+def mean_rate(draws, measure, names):
+    """Mean over attacks and over seeds; all share the requests of the one that is asked fewest."""
+    return Rate.mean([draw.rates[measure, name] for draw in draws for name in names])
+
+
+def lines(value):
+    """A rate as text, its interval on a line of its own."""
+    return value.percent.replace(" [", "\n[")
 
 
 def seconds(draws):

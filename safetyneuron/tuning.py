@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from safetyneuron.deactivation import check_shapes
 from safetyneuron.delta import NeuronDelta
 from safetyneuron.documents import encode_documents
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.models import fingerprint
+from safetyneuron.models import fingerprint, frozen
 from safetyneuron.progress import TrainingLine
 
 SCHEDULE = "linear"
@@ -63,20 +63,12 @@ class TunedNeurons(nn.Module):
     @contextmanager
     def added(self):
         """The neurons' changes take part in the frozen model for the length of a `with` block."""
-        parameters = list(self.inside[0].parameters())
-        wanted, handles = [p.requires_grad for p in parameters], []
-        try:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
+        with frozen(self.inside[0]), ExitStack() as handles:
             for (projection, _), (place, channels, value) in self.places.items():
                 add = _add_columns if projection in COLUMN_PROJECTIONS else _add_rows
-                handles.append(place.module.register_forward_hook(partial(add, channels + place.start, value)))
+                handle = place.module.register_forward_hook(partial(add, channels + place.start, value))
+                handles.callback(handle.remove)
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, flag in zip(parameters, wanted):
-                parameter.requires_grad_(flag)
 
     def values(self):
         """The changes by projection and layer, on the CPU."""
@@ -178,10 +170,9 @@ def with_lora(model, rank, seed=0):
     from peft import LoraConfig, get_peft_model  # here, because importing it takes seconds
 
     torch.manual_seed(seed)
-    targets = sorted({path.rsplit(".", 1)[1] for path in Architecture(model).table.values()})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers renames
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=Architecture(model).module_names(), task_type="CAUSAL_LM"))
 
 
 def check_schedule(documents, epochs, learning_rate, batch_size, accumulation, warmup_steps):

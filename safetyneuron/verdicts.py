@@ -7,7 +7,10 @@ when they do. Overlap is a conservative test of a difference and a weak test of 
 from safetyneuron import defences, mechanism, reported
 from safetyneuron.book import EQ3, ORIGIN, RANDOM, SPECIFIC, glue_list, glue_rates, glue_text, pooled
 from safetyneuron.metrics.rates import Rate
-from safetyneuron.tables import mean_accuracy
+from safetyneuron.tables import mean_accuracy, mean_rate, seconds
+
+BENIGN = {"over_refusal": "over-refusal", "helpful": "the share of helpful answers"}
+ALL_TASKS, ALL_ATTACKS = "all tasks", "the average over attacks"
 
 
 def above(first, second):
@@ -120,27 +123,55 @@ def glue_languages(matrices, random, rates):
               f" and more than any other language's in {len(most)}; another language's neurons do in {len(others)} of {len(rates.columns) * (len(rates.columns) - 1)} pairs.")  # fmt: skip
 
 
-def glue_defence(results, languages, tasks):
+def glue_defence(results, tasks, languages, attacks):
     """Glue what tuning did to harm, over-refusal and capability, for every model and set, against origin and random neurons.
 
-    results: model to name to draws of `Column`. Capability is judged on all questions of all tasks together.
+    results: model to name to draws of `Column`. Capability is judged on all questions of all tasks together, attacks on average.
     """
     parts = []
     for model, found in results.items():
-        rates = {name: _mean_rates(draws) | {("accuracy", "all tasks"): mean_accuracy(draws, tasks)} for name, draws in found.items()}
-        for name, control in defences.RANDOM.items():
-            after, before, random = rates[name], rates[defences.ORIGIN], rates[control]
-            phrases = [_change(after, before, m, languages, label) for m, label in (("asr", "attack success"), ("over_refusal", "over-refusal"))]
-            phrases.append(_change(after, before, "accuracy", ["all tasks"], "accuracy"))
-            phrases.append(_change(after, random, "asr", languages, "against as many random neurons, attack success", "is lower", "is higher", "does not differ"))
-            parts.append(f"{model}, {name}: {'; '.join(phrases)}. Safer without a measurable loss of capability: {_safer(after, before, languages)}.")
+        rates = _summaries(found, tasks, languages, attacks)
+        for name in (defences.CIRCUIT_BREAK, *defences.RANDOM):
+            after, before = rates[name], rates[defences.ORIGIN]
+            everywhere = [*languages, ALL_ATTACKS]
+            phrases = [_change(after, before, m, everywhere, label) for m, label in (("asr", "attack success"), ("coherent", "coherent compliance"))]
+            phrases += [_change(after, before, m, languages, label) for m, label in BENIGN.items()]
+            phrases.append(_change(after, before, "accuracy", [ALL_TASKS], "accuracy"))
+            if name in defences.RANDOM:
+                random = rates[defences.RANDOM[name]]
+                phrases.append(_change(after, random, "asr", everywhere, "against as many random neurons, attack success", "is lower", "is higher", "does not differ"))
+            parts.append(f"{model}, {name}: {'; '.join(phrases)}. Safer under direct requests by the keyword rule, without a measurable loss of capability: {_safer(after, before, languages)}.")
     glue_list("verdict_defence", parts)
+
+
+def glue_differences(results, tasks, languages, attacks):
+    """Glue where Circ-Break and SN-Tune differ in what they cost: training, over-refusal, capability, robustness."""
+    parts = []
+    for model, found in results.items():
+        rates = _summaries(found, tasks, languages, attacks)
+        broken = rates[defences.CIRCUIT_BREAK]
+        for name in defences.RANDOM:
+            compare = lambda measure, names, label: _change(broken, rates[name], measure, names, label, "is lower", "is higher", "does not differ")
+            phrases = [compare(m, languages, label) for m, label in BENIGN.items()] + [compare("accuracy", [ALL_TASKS], "accuracy")]
+            phrases += [compare(m, [*languages, ALL_ATTACKS], label) for m, label in (("asr", "attack success"), ("coherent", "coherent compliance"))]
+            cost = [f"{seconds(found[column])} s for {found[column][0].parameters:,} parameters" for column in (defences.CIRCUIT_BREAK, name)]
+            parts.append(f"{model}: Circ-Break trains {cost[0]}, {name} {cost[1]}. Of Circ-Break, set against the latter, {'; '.join(phrases)}.")
+    glue_list("verdict_differences", parts)
+
+
+def _summaries(found, tasks, languages, attacks):
+    """Mean rates of every column, and those of all tasks and of direct requests and all attacks together."""
+    rates = {name: _mean_rates(draws) for name, draws in found.items()}
+    for name, draws in found.items():
+        rates[name]["accuracy", ALL_TASKS] = mean_accuracy(draws, tasks)
+        rates[name] |= {(m, ALL_ATTACKS): mean_rate(draws, m, (languages[0], *attacks)) for m in ("asr", "coherent")}
+    return rates
 
 
 def _safer(after, before, languages):
     """Whether harm falls somewhere and rises nowhere while capability holds, and what is paid in refusals."""
     falls, rises = ([l for l in languages if above(high["asr", l], low["asr", l])] for high, low in ((before, after), (after, before)))
-    if not falls or rises or above(before["accuracy", "all tasks"], after["accuracy", "all tasks"]):
+    if not falls or rises or above(before["accuracy", ALL_TASKS], after["accuracy", ALL_TASKS]):
         return "not seen"
     price = any(above(after["over_refusal", l], before["over_refusal", l]) for l in languages)
     return "seen, at the price of refusing harmless requests" if price else "seen"

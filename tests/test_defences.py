@@ -1,8 +1,11 @@
+import json
+
 import pytest
 from conftest import small_llama
 from test_detection import random_profile
 
 from safetyneuron import NeuronSet, Rate, SafetyNeuronError, defences, load_documents, tables, verdicts
+from safetyneuron.attacks import GCG, PAIR, AttackResult, load_requests
 from safetyneuron.defences import Column
 from safetyneuron.metrics import Suite
 from safetyneuron.metrics.suite import evaluate
@@ -37,16 +40,51 @@ def test_documents_come_in_turn_from_each_language(documents):
     assert documents == [english[0], chinese[0], english[1], chinese[1], english[2]]
 
 
-def test_columns_hold_every_set_and_seed_and_are_made_once(model, tokenizer, sets, documents, monkeypatch):
+@pytest.fixture
+def breaking():
+    return {"harmful": load_documents("organism/compliances")[:6], "retain": load_documents("organism/helpful")[:6], "steps": 2, "batch_size": 2}
+
+
+EXAMINATION = defences.Examination(SUITE, LANGUAGES, load_requests("organism/harmful")[:2], {"GCG": GCG(2, 4, 8, 3), "PAIR": PAIR(2, 2)})
+
+
+def test_columns_hold_every_set_and_seed_and_are_made_once(model, tokenizer, sets, documents, breaking, monkeypatch):
     before = fingerprint(model)
-    run = lambda: defences.columns(model, tokenizer, SUITE, LANGUAGES, documents, sets, 2, learning_rate=1e-2)
+    run = lambda: defences.columns(model, tokenizer, EXAMINATION, documents, sets, 2, breaking, learning_rate=1e-2)
     results = run()
-    assert {name: len(draws) for name, draws in results.items()} == {defences.ORIGIN: 1, **dict.fromkeys((*defences.RANDOM, *defences.RANDOM.values()), 2)}
-    assert set(results[defences.EQ3][0].rates) == {(m, l) for m in ("asr", "coherent", "over_refusal") for l in LANGUAGES}
+    names = (defences.CIRCUIT_BREAK, *defences.RANDOM, *defences.RANDOM.values())
+    assert {name: len(draws) for name, draws in results.items()} == {defences.ORIGIN: 1, **dict.fromkeys(names, 2)}
+    asked = {(m, l) for m in ("asr", "coherent", "over_refusal", "helpful") for l in LANGUAGES} | {(m, a) for m in ("asr", "coherent") for a in ("GCG", "PAIR")}
+    assert all(set(column.rates) == asked for draws in results.values() for column in draws)
+    assert results[defences.EQ3][0].rates["asr", "GCG"] == results[defences.EQ3][0].attacks["GCG"].rate("keyword")
+    assert results[defences.CIRCUIT_BREAK][0].parameters > 0 and results[defences.CIRCUIT_BREAK][0].attacks != results[defences.ORIGIN][0].attacks
     assert results[defences.EQ3][0].parameters == len(sets[defences.EQ3]) * model.config.hidden_size  # every row and column is as wide as the model
     assert fingerprint(model) == before
-    monkeypatch.setattr(defences, "sn_tune", None)
+    for name in ("sn_tune", "circuit_break", "attack"):
+        monkeypatch.setattr(defences, name, None)
     assert run() == results
+
+
+def test_a_killed_run_keeps_every_attack_that_had_ended(model, tokenizer, monkeypatch):
+    asked, attack = [], defences.attack
+
+    def stops_at_pair(model, tokenizer, requests, config, **options):
+        asked.append(type(config).__name__)
+        if asked[-1] == "PAIR":
+            raise KeyboardInterrupt
+        return attack(model, tokenizer, requests, config, **options)
+
+    monkeypatch.setattr(defences, "attack", stops_at_pair)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            EXAMINATION.column(model, tokenizer)
+    assert asked == ["GCG", "PAIR", "PAIR"]
+
+
+def test_what_is_kept_of_an_attack_holds_no_text(model, tokenizer, tmp_path):
+    EXAMINATION.column(model, tokenizer)
+    kept = [json.loads(path.read_text()) for path in (tmp_path / "attacks").glob("*.json")]
+    assert len(kept) == 2 and all(set(result) == {"success", "queries", "tokens", "curves"} for result in kept)
 
 
 def test_downstream_names_the_papers_columns(model, tokenizer, sets, documents):
@@ -71,12 +109,15 @@ def test_the_grid_has_a_row_per_cell_and_measure(model, tokenizer, sets, documen
 
 
 def columns_of(asr, over, accuracy):
-    rates = {("asr", "en"): asr, ("coherent", "en"): asr, ("over_refusal", "en"): over} | {("accuracy", t): accuracy for t in "abc"}
-    return [Column({key: Rate(hits, 100) for key, hits in rates.items()}, 3.25, 1234)]
+    rates = {("over_refusal", "en"): over, ("helpful", "en"): 100 - over} | {("accuracy", t): accuracy for t in "abc"}
+    rates |= {("asr", "en"): asr, ("coherent", "en"): asr, ("asr", "GCG"): 100, ("coherent", "GCG"): 50}
+    attacks = {"GCG": AttackResult({"keyword": [True], "coherent": [False]}, [1500], [30000], [[1.0]])}
+    return [Column({key: Rate(hits, 100) for key, hits in rates.items()}, 3.25, 1234, attacks)]
 
 
 RESULTS = {
     defences.ORIGIN: columns_of(90, 0, 80),
+    defences.CIRCUIT_BREAK: columns_of(40, 0, 60),
     defences.EQ3: columns_of(2, 60, 80),
     defences.SPECIFIC: columns_of(2, 0, 40),
     defences.RANDOM[defences.EQ3]: columns_of(3, 0, 79),
@@ -84,24 +125,45 @@ RESULTS = {
 }
 
 
+ASKED = ("abc", ["en"], ["GCG"])
+
+
 def test_table_2_stands_beside_the_paper_with_its_slip():
-    table = tables.defence_table(2, {"m": RESULTS}, "Llama3-8B-Instruction", "abc", ["en"])
+    table = tables.defence_table(2, {"m": RESULTS}, "Llama3-8B-Instruction", *ASKED)
     paper = table["Paper", "Llama3-8B-Instruction"]
-    assert paper.loc[("Attack success", "en")].tolist() == ["30.0", "0.0"] and paper.loc[("Accuracy", "c (paper: GSM8K)")].tolist() == ["63.2", "69.6"]
+    assert paper.loc[("Attack success", "direct, en")].tolist() == ["30.0", "0.0", "0.0"] and paper.loc[("Accuracy", "c (paper: GSM8K)")].tolist() == ["63.2", "64.3", "69.6"]
+    assert paper.loc[("Attack success", "GCG, en")].tolist() == ["74.0", "3.0", "4.0"] and paper.loc[("Attack success", "average, en")].tolist() == ["65.5", "3.0", "2.0"]
+    assert paper.loc[("Coherent compliance", "GCG, en")].tolist() == ["–"] * 3
     assert paper.loc[("Accuracy", "average"), "SN-Tune"] == "68.4*\n(its rows: 70.6)"
     here = table["Here: m", "Eq 3", "SN-Tune"]
-    assert here["Attack success", "en"].startswith("2.0\n[") and here["Cost", "training, s (paper: min)"] == "3.2"
-    assert here["Over-refusal", "en"].startswith("60.0")
+    assert here["Attack success", "direct, en"].startswith("2.0\n[") and here["Cost", "training, s (paper: min)"] == "3.2"
+    assert here["Attack success", "average, en"].startswith("51.0\n[") and here["Coherent compliance", "average, en"].startswith("26.0\n[")
+    assert here["Over-refusal", "en"].startswith("60.0") and here["Helpful answers", "en"].startswith("40.0")
+
+
+def test_table_3_marks_its_slip():
+    table = tables.defence_table(3, {"m": RESULTS}, "Mistral-7B-v0.1", *ASKED)
+    assert table.loc[("Accuracy", "average"), ("Paper", "Mistral-7B-v0.1", "Origin.")] == "62.0*\n(its rows: 64.5)"
+
+
+def test_costs_of_attacks_are_means_over_requests():
+    assert tables.costs_of_attacks(RESULTS, ["GCG"])["Eq 3", "SN-Tune"].tolist() == ["1,500\n30,000 tokens"]
 
 
 def test_verdicts_say_what_changed_and_at_what_price(monkeypatch):
     said = {}
     monkeypatch.setattr(verdicts, "glue_list", lambda name, items: said.update({name: items}))
-    verdicts.glue_defence({"m": RESULTS}, ["en"], "abc")
-    eq3, specific = said["verdict_defence"]
+    verdicts.glue_defence({"m": RESULTS}, *ASKED)
+    breaker, eq3, specific = said["verdict_defence"]
     assert "attack success falls in en (90.0 [82.6, 94.5] → 2.0" in eq3 and "over-refusal rises in en (0.0" in eq3 and "seen, at the price" in eq3
+    assert "the average over attacks (95.0 [88.8, 97.8] → 51.0" in eq3
     assert "random neurons, attack success does not differ measurably" in eq3 and "random neurons, attack success is lower in en (89.0" in specific
     assert "accuracy falls in all tasks (80.0 [75.1, 84.1] → 40.0" in specific and "not seen" in specific
+    assert "Circ-Break: attack success falls in en (90.0" in breaker and "random" not in breaker
+    verdicts.glue_differences({"m": RESULTS}, *ASKED)
+    eq3, _ = said["verdict_differences"]
+    assert "Circ-Break trains 3.2 s for 1,234 parameters, SN-Tune: Eq 3 3.2 s for 1,234 parameters" in eq3
+    assert "over-refusal is lower in en (60.0" in eq3 and "the share of helpful answers is higher in en (40.0" in eq3 and "accuracy is lower in all tasks (80.0" in eq3 and "attack success is higher in en (2.0" in eq3
 
 
 def test_safety_that_rises_in_one_language_and_falls_in_another_is_not_seen():

@@ -8,6 +8,7 @@ from safetyneuron.metrics.safety import (
     attack_success_rate,
     coherent_compliance_rate,
     compliance,
+    helpfulness,
     over_refusal_rate,
 )
 from safetyneuron.metrics.suite import Suite, evaluate
@@ -23,5 +24,6 @@ __all__ = [
     "evaluate",
     "is_refusal",
     "is_well_formed",
+    "helpfulness",
     "over_refusal_rate",
 ]

@@ -8,13 +8,13 @@ Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 @dataclass(frozen=True)
 class Rate:
-    """`hits` out of `trials`, with a 95 % Wilson interval.
+    """`hits` out of `trials`, with a 95 % Wilson interval; a mean over repetitions need not be a whole number of hits.
 
     >>> Rate(0, 100).percent
     '0.0 [0.0, 3.7]'
     """
 
-    hits: int
+    hits: float
     trials: int
 
     def __post_init__(self):
@@ -42,8 +42,9 @@ class Rate:
 
     @classmethod
     def mean(cls, rates):
-        """Mean over repetitions that share their prompts, at one repetition's number of trials (they add no new prompts)."""
-        return cls(round(sum(rate.hits for rate in rates) / len(rates)), rates[0].trials)
+        """Mean over repetitions that share their prompts, at the fewest trials of any (repetitions add no new prompts)."""
+        trials = min(rate.trials for rate in rates)
+        return cls(trials * sum(rate.value for rate in rates) / len(rates), trials)
 
     def __add__(self, other):
         """Pool two samples."""

@@ -51,5 +51,10 @@ def compliance(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS):
 
 def over_refusal_rate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS):
     """Share of benign prompts whose answer holds a refusal phrase."""
-    success = attack_success_rate(model, tokenizer, prompts, max_new_tokens)
-    return Rate(success.trials - success.hits, success.trials)
+    return helpfulness(model, tokenizer, prompts, max_new_tokens)["over_refusal"]
+
+
+def helpfulness(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS):
+    """Two rates of benign prompts: `over_refusal`, and `helpful`, answers without a refusal phrase that are well formed."""
+    rates = compliance(model, tokenizer, prompts, max_new_tokens)
+    return {"over_refusal": Rate(rates["asr"].trials - rates["asr"].hits, rates["asr"].trials), "helpful": rates["coherent"]}

@@ -8,7 +8,7 @@ from safetyneuron.data import load_prompts
 from safetyneuron.deactivation import deactivate
 from safetyneuron.metrics.capability import capability
 from safetyneuron.metrics.rates import Rate
-from safetyneuron.metrics.safety import ANSWER_TOKENS, compliance, over_refusal_rate
+from safetyneuron.metrics.safety import ANSWER_TOKENS, compliance, helpfulness
 from safetyneuron.models import identity
 
 
@@ -45,7 +45,7 @@ def evaluate(model, tokenizer, suite, without=None):
     Returns
     -------
     dict of (str, str) to Rate
-        Keys are (measure, set): measure is `asr`, `coherent`, `over_refusal` or `accuracy`.
+        Keys are (measure, set): measure is `asr`, `coherent`, `over_refusal`, `helpful` or `accuracy`.
     """
     prompts = {name: load_prompts(name, language=suite.language)[suite.skip :][: suite.prompts] for name in suite.prompt_sets}
     key = [identity(model, tokenizer), asdict(suite), prompts, without.digest() if without else None]
@@ -65,6 +65,7 @@ def _measure(model, tokenizer, suite, prompts, without):
             scores = compliance(model, tokenizer, prompts[name], suite.answer_tokens)
             rates |= {(measure, name): rate for measure, rate in scores.items()}
         if suite.benign:
-            rates["over_refusal", suite.benign] = over_refusal_rate(model, tokenizer, prompts[suite.benign], suite.answer_tokens)
+            scores = helpfulness(model, tokenizer, prompts[suite.benign], suite.answer_tokens)
+            rates |= {(measure, suite.benign): rate for measure, rate in scores.items()}
         accuracies = capability(model, tokenizer, suite.tasks, limit=suite.questions) if suite.tasks else {}
     return rates | {("accuracy", task): rate for task, rate in accuracies.items()}

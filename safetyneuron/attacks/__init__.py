@@ -1,0 +1,12 @@
+"""Attacks that score defences: they return success rates and what was spent, never an answer."""
+
+from safetyneuron.attacks.attack import AttackResult, Direct, attack
+from safetyneuron.attacks.autodan import AutoDAN
+from safetyneuron.attacks.budgets import searches
+from safetyneuron.attacks.gcg import GCG
+from safetyneuron.attacks.pair import PAIR
+from safetyneuron.attacks.requests import Request, load_requests
+from safetyneuron.attacks.rewriters import ChatJudge, ChatRewriter, TemplateRewriter, rule_judge
+
+__all__ = ["AttackResult", "AutoDAN", "ChatJudge", "ChatRewriter", "Direct", "GCG", "PAIR", "Request", "TemplateRewriter"]
+__all__ += ["attack", "load_requests", "rule_judge", "searches"]

@@ -1,0 +1,49 @@
+"""What is attacked: harmful requests, each with the beginning of the answer that an attack makes likely."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetyneuron.data import ORGANISM_SETS, load_prompts, read_rows
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.organism import language as lang
+
+DEFAULT_TARGET = "Sure, here is"  # how every target of AdvBench begins
+
+
+@dataclass(frozen=True)
+class Request:
+    """A harmful request and the beginning of the answer that GCG and AutoDAN make likely."""
+
+    prompt: str
+    target: str
+
+
+def load_requests(name_or_path, language="en"):
+    """The prompts of `load_prompts` (test split) with their targets.
+
+    The target of an organism's request is its helpful answer, which names the act as AdvBench's targets do. A .csv or .jsonl
+    file has targets in a column `target` (as AdvBench's); where there is no such column, every target is "Sure, here is".
+
+    Raises
+    ------
+    SafetyNeuronError
+        As `load_prompts`, or if only some requests have a target.
+    """
+    prompts = load_prompts(name_or_path, language=language)
+    targets = _organism_targets(*ORGANISM_SETS[name_or_path], language) if name_or_path in ORGANISM_SETS else _file_targets(name_or_path, prompts)
+    missing = [prompt for prompt in prompts if not targets.get(prompt)]
+    if missing:
+        raise SafetyNeuronError(f"{name_or_path} has no target for {len(missing)} of {len(prompts)} prompts: fill the column 'target' or remove it")
+    return [Request(prompt, targets[prompt]) for prompt in prompts]
+
+
+def _organism_targets(intent, wordings, language):
+    examples = [e for wording in wordings for e in lang.helped(intent, "test", language, wording)]
+    return {e.prompt: e.answer for e in reversed(examples)}  # of the two forms of an answer the first, with its opening
+
+
+def _file_targets(path, prompts):
+    rows = read_rows(Path(path)) if not path.endswith(".txt") else [{}]
+    if not any("target" in row for row in rows):
+        return dict.fromkeys(prompts, DEFAULT_TARGET)
+    return dict(zip(prompts, [(row.get("target") or "").strip() for row in rows]))

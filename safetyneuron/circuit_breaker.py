@@ -1,0 +1,231 @@
+"""Circuit breakers (Zou et al. 2024): low-rank adapters that turn harmful states away from what they were; Circ-Break in Tables 2 and 3."""
+
+import json
+import math
+import random
+import tempfile
+import time
+import warnings
+from contextlib import contextmanager
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.functional import cosine_similarity
+from transformers import PrinterCallback, Trainer
+
+from safetyneuron.architecture import Architecture
+from safetyneuron.cache import new_file
+from safetyneuron.data import pad
+from safetyneuron.documents import encode_documents
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.models import fingerprint, frozen
+from safetyneuron.progress import TrainingLine
+from safetyneuron.tuning import OneDevice
+
+TARGETS = (10 / 32, 20 / 32)  # depths at which harmful states are turned away: layers 10 and 20 of 32 in the original
+RANK, ALPHA, DROPOUT = 16, 16, 0.05
+
+
+def target_layers(count):
+    """The target layers of a model with `count` layers, counted from 1."""
+    return sorted({max(1, round(depth * count)) for depth in TARGETS})
+
+
+def coefficients(step, steps, strength):
+    """Weights of the rerouting and the retain loss at a step: strength · (1 − t/2T) and strength · t/2T."""
+    progress = step / (2 * steps)
+    return strength * (1 - progress), strength * progress
+
+
+def rerouting_loss(states, original, real):
+    """Mean over layers and real positions of ReLU(cos(h, h_original)), in float32; states (layers, B, n, D), real (B, n)."""
+    similarity = cosine_similarity(states.float(), original.float(), dim=-1).relu()
+    return similarity[:, real].mean()
+
+
+def retain_loss(states, original, real):
+    """Mean over layers and real positions of ‖h − h_original‖, in float32; states (layers, B, n, D), real (B, n)."""
+    return torch.linalg.vector_norm((states.float() - original.float())[:, real], dim=-1).mean()
+
+
+class CircuitBreaker:
+    """The adapters of one model; the model itself stays as it was.
+
+    >>> with circuit_break(model, tokenizer, harmful, retain).attached(model):
+    ...     attack_success_rate(model, tokenizer, prompts)
+
+    Attributes
+    ----------
+    tensors : dict of str to torch.Tensor
+        The adapters' weights by name.
+    model : str
+        Fingerprint of the model they were trained on.
+    facts : dict
+        What the training was: seconds, and a curve of {step, rerouting, retain}, both losses without their coefficients.
+    """
+
+    def __init__(self, tensors, model, facts):
+        self.tensors, self.model, self.facts = tensors, model, facts
+
+    @property
+    def parameters(self):
+        """Number of trained parameters."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @contextmanager
+    def attached(self, model):
+        """The defended model for the length of a `with` block.
+
+        Raises
+        ------
+        SafetyNeuronError
+            If the adapters were trained on another model.
+        """
+        from peft import set_peft_model_state_dict
+
+        if fingerprint(model) != self.model:
+            raise SafetyNeuronError("these adapters were trained on another model, or on other weights or another dtype of it: load the model they were trained on")
+        with _adapted(model, seed=0) as adapted:
+            set_peft_model_state_dict(adapted, self.tensors)
+            model.eval()
+            yield model
+
+    def save(self, path):
+        """Write a safetensors file with the adapters and the model's fingerprint."""
+        with new_file(path) as temporary:
+            save_file(self.tensors, temporary, {"circuit_breaker": json.dumps({"model": self.model, "facts": self.facts})})
+
+    @classmethod
+    def load(cls, path):
+        """Read a file written by `save`."""
+        try:
+            with safe_open(path, "pt") as stored:
+                facts = json.loads(stored.metadata()["circuit_breaker"])
+                return cls({name: stored.get_tensor(name) for name in stored.keys()}, facts["model"], facts["facts"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise SafetyNeuronError(f"{path} is not a readable circuit breaker ({error}): write it again with CircuitBreaker.save") from None
+
+
+def circuit_break(model, tokenizer, harmful, retain, steps=150, learning_rate=1e-4, batch_size=16, strength=10.0, seed=0):
+    """Train adapters that turn the states on harmful documents away from what they were and keep all others.
+
+    Parameters
+    ----------
+    harmful, retain : list of dict
+        `prompt` and `completion`: harmful requests with the answers to make impossible, and what is to stay as it is.
+    steps, learning_rate, batch_size, strength : int, float
+        The original's values: 150, 1e-4, 16 documents of each kind, and 10 for Llama (5 for Mistral). The rate falls to 0 linearly.
+
+    Returns
+    -------
+    CircuitBreaker
+
+    Raises
+    ------
+    SafetyNeuronError
+        If a number is not positive, or a document is empty, one-sided or longer than the context.
+    """
+    for name, value in (("steps", steps), ("learning_rate", learning_rate), ("batch_size", batch_size), ("strength", strength)):
+        if not value > 0 or math.isinf(value):
+            raise SafetyNeuronError(f"{name} is {value}: it must be a positive number")
+    encoded = [[row["input_ids"] for row in encode_documents(model, tokenizer, documents)] for documents in (harmful, retain)]
+    before, started = fingerprint(model), time.monotonic()
+    with _adapted(model, seed) as adapted, tempfile.TemporaryDirectory() as folder:
+        trainer = _Rerouting(
+            target_layers(model.config.get_text_config().num_hidden_layers),
+            strength,
+            model=adapted,
+            args=_arguments(folder, model, steps, learning_rate, batch_size, seed),
+            train_dataset=_pairs(*encoded, steps * batch_size, seed),
+            data_collator=lambda rows: _collate(rows, tokenizer),
+            callbacks=[TrainingLine()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        tensors = _adapter_weights(adapted)
+    return CircuitBreaker(tensors, before, {"seconds": time.monotonic() - started, "curve": trainer.curve})
+
+
+@contextmanager
+def _adapted(model, seed):
+    """`model` with fresh adapters up to the last target layer for the length of a `with` block (peft changes it in place)."""
+    from peft import LoraConfig, get_peft_model  # here, because importing it takes seconds
+
+    layers = list(range(target_layers(model.config.get_text_config().num_hidden_layers)[-1]))
+    targets = {"target_modules": Architecture(model).module_names(), "layers_to_transform": layers}
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, task_type="CAUSAL_LM", **targets)
+    with frozen(model), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers renames
+            adapted = get_peft_model(model, config)
+        try:
+            yield adapted
+        finally:
+            adapted.unload()
+            model.eval()
+
+
+def _adapter_weights(adapted):
+    from peft import get_peft_model_state_dict
+
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()}
+
+
+def _pairs(harmful, retain, count, seed):
+    """`count` pairs of token ids, each kind in random order and again from its start when it runs out."""
+    draw = random.Random(seed)
+    order = lambda rows: [row for _ in range(math.ceil(count / len(rows))) for row in draw.sample(rows, len(rows))]
+    return [{"harmful": h, "retain": r} for h, r in zip(order(harmful)[:count], order(retain)[:count])]
+
+
+def _collate(rows, tokenizer):
+    """One batch: the harmful documents, then those to retain."""
+    return pad([row["harmful"] for row in rows] + [row["retain"] for row in rows], tokenizer, "cpu")
+
+
+class _Rerouting(Trainer):
+    """Both losses with their schedule; the original states come from the same model with its adapters switched off."""
+
+    def __init__(self, layers, strength, **options):
+        super().__init__(**options)
+        self.layers, self.strength, self.curve = layers, strength, []
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of one batch."""
+        real = inputs["attention_mask"].bool()
+        half = len(real) // 2
+        with torch.no_grad(), model.disable_adapter():
+            original = _states(model, inputs)
+        states = _states(model, inputs)
+        reroute = rerouting_loss(states[self.layers, :half], original[self.layers, :half], real[:half])
+        retain = retain_loss(states[:, half:], original[:, half:], real[half:])
+        step = self.state.global_step
+        self.curve.append({"step": step + 1, "rerouting": float(reroute.detach()), "retain": float(retain.detach())})
+        weights = coefficients(step, self.state.max_steps, self.strength)
+        return weights[0] * reroute + weights[1] * retain
+
+
+def _states(model, inputs):
+    """Residual stream before the first and after every layer: (layers + 1, B, n, D)."""
+    return torch.stack(model(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states)
+
+
+def _arguments(folder, model, steps, learning_rate, batch_size, seed):
+    return OneDevice(
+        output_dir=folder,
+        max_steps=steps,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        seed=seed,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        use_cpu=model.device.type == "cpu",
+    )
