@@ -12,11 +12,13 @@ _HOMES = {
     "UnsupportedArchitecture": "errors",
     "attack_success_rate": "metrics",
     "capability": "metrics",
+    "change_scores": "contrast",
     "deactivate": "deactivation",
     "load_documents": "documents",
     "load_model": "models",
     "load_prompts": "data",
     "measure_importance": "detection",
+    "patched_generation": "contrast",
     "screen": "screening",
     "sn_tune": "tuning",
 }

@@ -31,7 +31,7 @@ def source_digest(package):
 
 def library_versions():
     """Versions of the libraries that can change a number, for cache keys."""
-    return {name: version(name) for name in ("torch", "transformers", "tokenizers", "lm_eval", "accelerate", "peft")}
+    return {name: version(name) for name in ("torch", "transformers", "tokenizers", "lm_eval", "accelerate", "peft", "trl")}
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def check_parameters(notebook, given):
             raise SafetyNeuronError(
                 f"parameter {name} of {notebook} is {value!r}: give a {type(default).__name__}, like its default {default!r}"
             )
-        if "fraction" in name and not 0 < value <= 1:
+        if "fraction" in name and not all(0 < share <= 1 for share in (value if isinstance(value, list) else [value])):
             raise SafetyNeuronError(f"parameter {name} of {notebook} is {value}: it must be in (0, 1], for example 0.01")
         checked[name] = value
     return checked

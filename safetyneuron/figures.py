@@ -259,3 +259,38 @@ def search_curves(results, attack):
     axes.set(xlabel=f"step of {attack}", ylabel="loss of the target (nats per token)", yscale="log")
     axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     return axes
+
+
+def change_scores_panels(scores, chosen):
+    """Change scores in descending order, and where the chosen neurons lie. scores: `ChangeScores`; chosen: their selection."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9))
+    values = scores.values.flatten().sort(descending=True).values
+    left.plot([100 * (i + 1) / len(values) for i in range(len(values))], values, color=sns.color_palette(PALETTE)[0])
+    left.axvline(100 * len(chosen) / len(values), color="grey", linestyle=":", label="patched below")
+    left.set(xscale="log", xlabel="feed-forward neurons (%)", ylabel="change score (RMS)")
+    left.xaxis.set_major_formatter("{x:g}")
+    left.legend(frameon=False)
+    counts = chosen.masks["down"].sum(1).tolist()
+    right.bar(range(1, len(counts) + 1), counts, color=sns.color_palette(PALETTE)[0])
+    right.set(xlabel="layer", ylabel="chosen neurons")
+    right.grid(axis="x", visible=False)
+    figure.tight_layout()
+    return left
+
+
+def restoration_curves(tables, measures):
+    """Rates with their 95 % bands against the share of neurons patched: one row of panels per pair, one column per measure.
+
+    tables: name to the result of `patching.restoration`; measures: (measure, set) to panel title.
+    """
+
+    def draw(axes, chosen):
+        """One panel: the conditions as lines, recipient and donor as horizontal lines."""
+        ends = chosen[chosen["fraction"] == 0].set_index("condition")["rate"]
+        _bands(axes, chosen[chosen["fraction"] > 0], "condition", "fraction", 100)
+        for name, style in (("recipient", ":"), ("donor", "--")):
+            axes.axhline(100 * ends[name].value, color="grey", linestyle=style, label=name)
+        axes.set(xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+
+    return _rate_panels(tables, measures, draw, "neurons patched (%)")

@@ -23,7 +23,8 @@ def load_model(name, device=None, dtype=None):
     Parameters
     ----------
     name : str
-        An organism (`organism/llama-chat`, …-base, and the same for qwen and mistral), a Hugging Face id, or a folder in Hugging Face format.
+        An organism (`organism/llama-chat`, …-base, and the same for qwen and mistral; `organism/llama-sft`, -dpo, -harmless, -helpful), a
+        Hugging Face id, or a folder in Hugging Face format.
     device : str, optional
         `cpu`, `cuda`, … ; by default the GPU if there is one.
     dtype : str, optional
@@ -41,7 +42,7 @@ def load_model(name, device=None, dtype=None):
     device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     organism = name.startswith("organism/")
     dtype = _dtype(dtype) if dtype not in (None, "auto") else (torch.float32 if organism else "auto")
-    source = organism_folder(name) if organism else name
+    source = _organism_source(name) if organism else name
     try:
         # By the model's type AutoTokenizer would give a Qwen model a byte-level tokenizer, whatever the files say.
         tokenizer = (PreTrainedTokenizerFast if organism else AutoTokenizer).from_pretrained(source)
@@ -55,6 +56,12 @@ def load_model(name, device=None, dtype=None):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return model.to(device).eval(), tokenizer
+
+
+def _organism_source(name):
+    from safetyneuron.alignment import STAGES, aligned_folder  # here, because that module trains models and so imports this one
+
+    return aligned_folder(name) if name in STAGES else organism_folder(name)
 
 
 def _device(text):

@@ -79,6 +79,10 @@ MECHANISM = {
 OVERLAP_BELOW = 30  # % (§2.3.2): the overlap of two languages' safety neurons is typically smaller
 
 
+# Chen et al. (2025): patching this share of the feed-forward neurons restores more than this share of safety (%).
+CHANGE_SCORES = {"neurons": 5, "restored": 90}
+
+
 def table(number):
     """The cells of one table as a long data frame: group, row, model, column, value (NaN where a dash stands)."""
     models, columns = _COLUMNS[number]

@@ -102,3 +102,23 @@ def seconds(draws):
     """Mean training time."""
     mean = sum(draw.seconds for draw in draws) / len(draws)
     return f"{mean:.1f}" if mean else "–"
+
+
+def cases_table(cases):
+    """Rates of several cases: one row per case, one column per measure and set. cases: name to `evaluate`'s result."""
+    keys = list(next(iter(cases.values())))
+    rows = {name: [rates[key].percent for key in keys] for name, rates in cases.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=pd.MultiIndex.from_tuples([(MEASURES[m], s) for m, s in keys]))
+
+
+def interval_table(results):
+    """Numbers with intervals: one row per model, one column per measure. results: measure to name to (value, low, high)."""
+    text = lambda numbers: "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)
+    return pd.DataFrame({measure: {name: text(numbers) for name, numbers in found.items()} for measure, found in results.items()})
+
+
+def transfer_table(table):
+    """`patching.transfer` as text: rates, and the share of safety restored where there is a gap to close."""
+    share = lambda row: "no gap" if row["restored"] != row["restored"] else f"{100 * row['restored']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+    text = table[["recipient", "donor", "patched", "random"]].map(lambda rate: rate.percent)
+    return text.assign(**{"safety restored (%)": [share(row) for _, row in table.iterrows()]})

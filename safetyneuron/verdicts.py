@@ -4,7 +4,7 @@ One rule throughout: a difference is seen when the 95 % intervals do not overlap
 when they do. Overlap is a conservative test of a difference and a weak test of equality; the sentences say which.
 """
 
-from safetyneuron import defences, mechanism, reported
+from safetyneuron import defences, mechanism, patching, reported
 from safetyneuron.book import EQ3, ORIGIN, RANDOM, SPECIFIC, glue_list, glue_rates, glue_text, pooled
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.tables import mean_accuracy, mean_rate, seconds
@@ -233,3 +233,30 @@ def glue_grid(tables, harmful_set, benign_set, task):
             f" than half of the benign requests are refused in {usable.sum()}; the lowest accuracy of the grid is {100 * accuracy.min():.0f} %"
         )
     glue_list("verdict_grid", [f"{part}." for part in parts])
+
+
+def glue_restoration(table, harmful_set, fraction):
+    """Glue how much safety every way of choosing restores at one share, and the smallest share tried that restores what the paper says."""
+    wanted = reported.CHANGE_SCORES["restored"] / 100
+    rows = table[(table["measure"] == "asr") & (table["set"] == harmful_set)]
+    ends, parts = rows[rows["fraction"] == 0].set_index("condition")["rate"], []
+    for name, found in rows[rows["fraction"] > 0].groupby("condition", sort=False):
+        shares = {row.fraction: patching.restored(ends["recipient"], ends["donor"], row.rate) for row in found.itertuples()}
+        value, low, high = shares[fraction]
+        enough = [share for share, (point, _, _) in shares.items() if point >= wanted]
+        smallest = f"reached first at {100 * min(enough):g} % of the neurons" if enough else "reached at no share tried"
+        seen = "seen" if low > wanted else "not seen" if high < wanted else "undecided"
+        parts.append(f"{name}: {100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}] of safety is restored by {100 * fraction:g} % of the neurons, so more than"
+                     f" {100 * wanted:.0f} % is {seen}; {100 * wanted:.0f} % is {smallest}.")  # fmt: skip
+    glue_list("verdict_restoration", parts)
+
+
+def glue_safeguard(table):
+    """Glue how the regression on the safety neurons compares with those on random neurons."""
+    own, random = table.iloc[0], table.iloc[1:]
+    texts = []
+    for column in ("accuracy", "coverage"):
+        mean = Rate.mean(list(random[column]))
+        finding = "higher" if above(own[column], mean) else "lower" if above(mean, own[column]) else "not measurably different"
+        texts.append(f"{column} is {own[column].percent} % on safety neurons and {mean.percent} % on random ones (mean of {len(random)} draws): {finding}")
+    glue_list("verdict_safeguard", [f"{text}." for text in texts])

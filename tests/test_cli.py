@@ -23,7 +23,7 @@ def notebook(path, *cells, tagged=True):
     return path
 
 
-PARAMETERS = 'fraction = 0.01  # share\nn = 3  # count\nname = "a"  # a name\nnames = ["a"]  # some\nrate = 1e-6  # of learning'
+PARAMETERS = 'fraction = 0.01  # share\nfractions = [0.1]  # shares\nn = 3  # count\nname = "a"  # a name\nnames = ["a"]  # some\nrate = 1e-6  # of learning'
 
 
 def test_params_lists_names_defaults_and_help():
@@ -33,22 +33,23 @@ def test_params_lists_names_defaults_and_help():
 
 
 def test_run_executes_with_the_given_parameters(tmp_path):
-    source = notebook(tmp_path / "a.ipynb", PARAMETERS, "print(fraction * n, name, names, rate)")
-    result = command("run", source, "-p", "n=4", "-p", "rate=2e-6", "-p", "names=[x, y]", "-o", tmp_path / "out" / "b.ipynb")
+    source = notebook(tmp_path / "a.ipynb", PARAMETERS, "print(fraction * n, name, names, rate, fractions)")
+    result = command("run", source, "-p", "n=4", "-p", "rate=2e-6", "-p", "names=[x, y]", "-p", "fractions=[0.2, 1]", "-o", tmp_path / "out" / "b.ipynb")
     assert result.returncode == 0, result.stderr
-    assert "0.04 a ['x', 'y'] 2e-06" in (tmp_path / "out" / "b.ipynb").read_text()
+    assert "0.04 a ['x', 'y'] 2e-06 [0.2, 1]" in (tmp_path / "out" / "b.ipynb").read_text()
     assert "outputs" in source.read_text() and "0.04" not in source.read_text()
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["-p", "fractoin=0.1"], "has no parameter 'fractoin': it has fraction, n"),
+        (["-p", "fractoin=0.1"], "has no parameter 'fractoin': it has fraction, fractions, n"),
         (["-p", "n=many"], "give a int"),
         (["-p", "n=0.5"], "give a int"),
         (["-p", "name=3"], "give a str"),
         (["-p", "fraction=0"], "must be in (0, 1]"),
         (["-p", "fraction=1.5"], "must be in (0, 1]"),
+        (["-p", "fractions=[0.1, 2]"], "must be in (0, 1]"),
         (["-p", "fraction"], "is not NAME=VALUE"),
         (["-f", "nowhere.yaml"], "cannot be read"),
         (["-p", "n=7"], "stopped with ValueError: seven"),

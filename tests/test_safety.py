@@ -21,6 +21,6 @@ def test_nothing_is_unpickled_evaluated_or_run_remotely():
             assert "trust_remote_code" not in keywords, path
 
 
-def test_only_the_trainer_of_the_organism_saves_models():
+def test_only_the_trainers_of_organisms_save_models():
     saving = {path.name for path in SOURCES if path.parent.name != "tests" for name, _ in calls(path) if name.endswith("save_pretrained")}
-    assert saving == {"train.py"}
+    assert saving == {"train.py", "alignment.py"}

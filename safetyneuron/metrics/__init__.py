@@ -1,6 +1,8 @@
 """Metrics: every one returns a `Rate`, a proportion with its interval."""
 
 from safetyneuron.metrics.capability import capability
+from safetyneuron.metrics.cost import cost_by_name, mean_cost, rule_cost
+from safetyneuron.metrics.perplexity import perplexity
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.metrics.safety import (
@@ -21,9 +23,13 @@ __all__ = [
     "capability",
     "coherent_compliance_rate",
     "compliance",
+    "cost_by_name",
     "evaluate",
     "is_refusal",
     "is_well_formed",
     "helpfulness",
+    "mean_cost",
     "over_refusal_rate",
+    "perplexity",
+    "rule_cost",
 ]

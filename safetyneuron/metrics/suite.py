@@ -47,9 +47,15 @@ def evaluate(model, tokenizer, suite, without=None):
     dict of (str, str) to Rate
         Keys are (measure, set): measure is `asr`, `coherent`, `over_refusal`, `helpful` or `accuracy`.
     """
+    within = (lambda: deactivate(model, without)) if without else nullcontext
+    return evaluate_within(model, tokenizer, suite, within, without.digest() if without else None)
+
+
+def evaluate_within(model, tokenizer, suite, within, key):
+    """`evaluate` inside the context manager that `within()` returns; `key` says what that changes, for the cache."""
     prompts = {name: load_prompts(name, language=suite.language)[suite.skip :][: suite.prompts] for name in suite.prompt_sets}
-    key = [identity(model, tokenizer), asdict(suite), prompts, without.digest() if without else None]
-    return remember_rates("scores", key, lambda: _measure(model, tokenizer, suite, prompts, without))
+    whole = [identity(model, tokenizer), asdict(suite), prompts, key]
+    return remember_rates("scores", whole, lambda: _measure(model, tokenizer, suite, prompts, within))
 
 
 def remember_rates(kind, key, compute):
@@ -58,9 +64,9 @@ def remember_rates(kind, key, compute):
     return {(measure, name): Rate(hits, trials) for measure, name, hits, trials in rows}
 
 
-def _measure(model, tokenizer, suite, prompts, without):
+def _measure(model, tokenizer, suite, prompts, within):
     rates = {}
-    with deactivate(model, without) if without else nullcontext():
+    with within():
         for name in suite.harmful:
             scores = compliance(model, tokenizer, prompts[name], suite.answer_tokens)
             rates |= {(measure, name): rate for measure, rate in scores.items()}

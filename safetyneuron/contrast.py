@@ -1,0 +1,228 @@
+"""Activation contrasting and dynamic activation patching (Chen et al. 2025): the second definition of a safety neuron.
+
+A neuron is here a channel of the feed-forward block; its activation is what the down projection reads: act(gate) · up.
+"""
+
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+
+from safetyneuron.architecture import Architecture
+from safetyneuron.data import encode_prompts, pad
+from safetyneuron.deactivation import check_shapes
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.metrics.safety import ANSWER_TOKENS
+from safetyneuron.neurons import NeuronSet
+from safetyneuron.progress import steps
+
+POSITIONS = ("all", "prompt", "completion")
+
+
+class ChangeScores:
+    """How far the activations of two models differ, per neuron: a float tensor (layers, channels) in `values`."""
+
+    def __init__(self, model, values):
+        self.empty, self.values = NeuronSet.empty(model), values
+
+    def select(self, fraction):
+        """The feed-forward neurons with the highest scores over all layers, as a set of channels of `down`.
+
+        fraction: share of all feed-forward neurons, 0 to 1; 0 gives the empty set.
+        """
+        if not 0 <= fraction <= 1:
+            raise SafetyNeuronError(f"fraction is {fraction}: it must be in [0, 1], for example 0.05")
+        flat = torch.zeros(self.values.numel(), dtype=torch.bool)
+        flat[self.values.flatten().topk(round(fraction * self.values.numel())).indices] = True
+        return self._as_set(flat.view_as(self.values))
+
+    def last_layers(self, count):
+        """`count` neurons of the last layer, and of the layers before it where that is not enough (highest scores first)."""
+        mask, width = torch.zeros_like(self.values, dtype=torch.bool), self.values.shape[1]
+        for layer in reversed(range(len(self.values))):
+            mask[layer, self.values[layer].topk(min(width, max(0, count - int(mask.sum())))).indices] = True
+        return self._as_set(mask)
+
+    def _as_set(self, mask):
+        return NeuronSet(self.empty.masks | {"down": mask})
+
+
+@contextmanager
+def activations(model):
+    """What every down projection reads, for the length of a `with` block: a dict, layer to (B, n, channels), of the last call."""
+    architecture, seen = Architecture(model), {}
+    with ExitStack() as hooks:
+        for layer in range(len(architecture.layers)):
+            hook = lambda module, inputs, layer=layer: seen.__setitem__(layer, inputs[0])
+            hooks.callback(architecture.place(layer, "down").module.register_forward_pre_hook(hook).remove)
+        yield seen
+
+
+@torch.no_grad()
+def change_scores(model, aligned, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=16):
+    """Root mean square difference of activations on the greedy completions of `model`, read by both models (Chen et al. 2025).
+
+    Parameters
+    ----------
+    model, aligned : transformers.PreTrainedModel
+        Before and after safety alignment; the same shape.
+    prompts : list of str
+        Red-teaming requests.
+
+    Returns
+    -------
+    ChangeScores
+        Every layer is included; the mean is over all completion tokens of all prompts, in float64.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the models differ in shape, or there are no prompts.
+    """
+    check_same_shape(model, aligned)
+    encoded = encode_prompts(model, tokenizer, prompts, room=max_new_tokens)
+    total, count = 0, 0
+    starts = range(0, len(encoded), batch_size)
+    with activations(model) as first, activations(aligned) as second:
+        for start in steps(starts, "change scores"):
+            batch = pad(encoded[start : start + batch_size], tokenizer, model.device)
+            tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            written = completion_mask(tokens, batch["input_ids"].shape[1], model, tokenizer)
+            mask = torch.cat([batch["attention_mask"], written[:, batch["input_ids"].shape[1] :].long()], 1)
+            for each in (model, aligned):
+                each(input_ids=tokens.to(each.device), attention_mask=mask.to(each.device), use_cache=False, logits_to_keep=1)
+            differences = [(first[l][written].double() - second[l].to(first[l].device)[written].double()).square().sum(0).cpu() for l in sorted(first)]
+            total, count = total + torch.stack(differences), count + int(written.sum())
+    return ChangeScores(model, (total / count).sqrt())
+
+
+def completion_mask(tokens, prompt_length, model, tokenizer):
+    """Which tokens belong to a completion, its end included: (B, n) bool."""
+    ends = torch.tensor(sorted(_end_tokens(model, tokenizer)), device=tokens.device)
+    new = torch.isin(tokens, ends)
+    new[:, :prompt_length] = False
+    ended = new.long().cumsum(1) - new.long() > 0  # after the first end
+    mask = ~ended
+    mask[:, :prompt_length] = False
+    return mask
+
+
+def _end_tokens(model, tokenizer):
+    ends = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id} | set(ends if isinstance(ends, list) else [ends]) - {None}
+
+
+def check_same_shape(model, other):
+    """Refuse two models whose neurons do not correspond."""
+    if Architecture(model).widths != Architecture(other).widths or len(Architecture(model).layers) != len(Architecture(other).layers):
+        raise SafetyNeuronError("the two models have different shapes: contrast a model with its own aligned version")
+
+
+@contextmanager
+def patched_generation(recipient, donor, neurons, positions="all"):
+    """The recipient runs with the donor's activations of `neurons`, for the length of a `with` block (Chen et al. 2025, dynamic activation patching).
+
+    Before every forward pass of the recipient the donor reads the same tokens, with a cache of its own that is never patched, and its
+    values overwrite the recipient's. All that runs the recipient is patched: greedy decoding, where the recipient picks the token, and scoring.
+
+    >>> with patched_generation(recipient, donor, change_scores(recipient, donor, tokenizer, prompts).select(0.05)):
+    ...     answers(recipient, tokenizer, prompts)
+
+    Parameters
+    ----------
+    neurons : NeuronSet
+        Channels of `down`; other projections must be empty.
+    positions : str
+        `all`, `prompt` (what is read in the first pass) or `completion` (what is read one by one).
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the models are one object or differ in shape, the set holds other neurons, or the word for the positions is unknown.
+    """
+    check_same_shape(recipient, donor)
+    if recipient is donor:
+        raise SafetyNeuronError("recipient and donor are the same object: load the donor on its own")
+    if positions not in POSITIONS:
+        raise SafetyNeuronError(f"positions is {positions!r}: use one of {', '.join(POSITIONS)}")
+    follower, chosen = _Follower(donor, positions), channels_by_layer(recipient, neurons)
+    with activations(donor) as read, ExitStack() as hooks:
+        hooks.callback(recipient.register_forward_pre_hook(follower.run, with_kwargs=True).remove)
+        for layer, channels in chosen.items():
+            replace = partial(_replace, channels, lambda layer=layer: read[layer] if follower.active else None)
+            hooks.callback(Architecture(recipient).place(layer, "down").module.register_forward_pre_hook(replace).remove)
+        yield recipient
+
+
+def channels_by_layer(model, neurons):
+    """Layer to the channels of `down` in a set; refuses sets of another shape or with other projections."""
+    check_shapes(Architecture(model), neurons)
+    if len(neurons) != neurons.counts()["down"]:
+        raise SafetyNeuronError("only channels of 'down' can be patched: the set holds neurons of other projections")
+    mask = neurons.masks["down"]
+    return {layer: mask[layer].nonzero().flatten() for layer in mask.any(1).nonzero().flatten().tolist()}
+
+
+def _replace(channels, values, module, inputs):
+    """Hook: what the down projection reads, with some channels overwritten."""
+    new = values()
+    if new is None:
+        return None
+    patched = inputs[0].clone()
+    patched[..., channels.to(patched.device)] = new[..., channels.to(new.device)].to(patched)
+    return (patched, *inputs[1:])
+
+
+class _Follower:
+    """Runs the donor on whatever the recipient is about to read, each with its own cache."""
+
+    def __init__(self, donor, positions):
+        self.donor, self.positions = donor, positions
+        self.cache, self.length, self.active = None, 0, True
+
+    @torch.no_grad()
+    def run(self, module, arguments, options):
+        """Hook before the recipient's forward pass."""
+        options = dict(options)
+        past = options.pop("past_key_values", None)
+        done = past.get_seq_length() if past is not None else 0
+        if done == 0:
+            self.cache, self.length = None, 0
+        if done != self.length:
+            raise SafetyNeuronError("patched generation cannot follow a cache that it has not seen from its start: generate inside the block")
+        wanted = {name: _moved(value, self.donor.device) for name, value in options.items() if name in ("input_ids", "attention_mask", "position_ids", "inputs_embeds")}
+        result = self.donor(*(_moved(value, self.donor.device) for value in arguments), **wanted, past_key_values=self.cache, use_cache=past is not None, logits_to_keep=1)
+        self.active = self.positions == "all" or (self.positions == "prompt") == (done == 0)
+        if past is not None:
+            self.cache, self.length = result.past_key_values, result.past_key_values.get_seq_length()
+
+
+def _moved(value, device):
+    return value.to(device) if torch.is_tensor(value) else value
+
+
+@torch.no_grad()
+def mean_activations(model, tokenizer, prompts, batch_size=64):
+    """Mean activation of every feed-forward neuron over all tokens of the prompts: (layers, channels), float64."""
+    encoded, total, count = encode_prompts(model, tokenizer, prompts), 0, 0
+    with activations(model) as read:
+        for start in range(0, len(encoded), batch_size):
+            batch = pad(encoded[start : start + batch_size], tokenizer, model.device)
+            model(**batch, use_cache=False, logits_to_keep=1)
+            real = batch["attention_mask"].bool()
+            total = total + torch.stack([read[l][real.to(read[l].device)].double().sum(0).cpu() for l in sorted(read)])
+            count += int(real.sum())
+    return total / count
+
+
+@contextmanager
+def constant_patch(model, neurons, values):
+    """The model runs with constant activations of `neurons` for the length of a `with` block: mean or zero patching.
+
+    values: (layers, channels), for example `mean_activations` of a donor.
+    """
+    with ExitStack() as hooks:
+        for layer, channels in channels_by_layer(model, neurons).items():
+            replace = partial(_replace, channels, lambda layer=layer: values[layer].to(model.device).view(1, 1, -1))
+            hooks.callback(Architecture(model).place(layer, "down").module.register_forward_pre_hook(replace).remove)
+        yield model

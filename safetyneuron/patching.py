@@ -1,0 +1,193 @@
+"""The experiments of chapter 09: what patching restores, what it costs, and what neurons tell before the answer (Chen et al. 2025)."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import torch
+
+from safetyneuron.architecture import Architecture
+from safetyneuron.contrast import activations, constant_patch, patched_generation
+from safetyneuron.data import encode_prompts, load_prompts, pad
+from safetyneuron.metrics.rates import Rate
+from safetyneuron.metrics.refusal import is_refusal
+from safetyneuron.metrics.safety import answers
+from safetyneuron.metrics.suite import evaluate, evaluate_within
+from safetyneuron.models import fingerprint
+from safetyneuron.neurons import NeuronSet
+
+CHANGE, RANDOM, LAST = "highest change scores", "random, like these in every layer", "last layers"
+
+
+def patched_rates(recipient, donor, tokenizer, suite, neurons, positions="all"):
+    """`evaluate` of the patched recipient, computed once and then read from the cache."""
+    within = partial(patched_generation, recipient, donor, neurons, positions)
+    return evaluate_within(recipient, tokenizer, suite, within, ["patched", fingerprint(donor), neurons.digest(), positions])
+
+
+def constant_rates(model, tokenizer, suite, neurons, values):
+    """`evaluate` with constant activations of the neurons: mean or zero patching."""
+    within = partial(constant_patch, model, neurons, values)
+    return evaluate_within(model, tokenizer, suite, within, ["constant", neurons.digest(), values.tolist()])
+
+
+def conditions(scores, fraction, draws):
+    """The neurons with the highest change scores, `draws` times as many random ones in every layer, and as many from the last layers."""
+    chosen = scores.select(fraction)
+    return {CHANGE: [chosen], RANDOM: [NeuronSet.random_like(chosen, seed) for seed in range(draws)], LAST: [scores.last_layers(len(chosen))]}
+
+
+def restoration(recipient, donor, tokenizer, suite, scores, fractions, draws):
+    """Rates against the share of feed-forward neurons that is patched; those of random neurons are means over draws.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns condition, fraction, measure, set, rate; the conditions `recipient` and `donor` are the models as they are.
+    """
+    rows = [(name, 0.0, *key, rate) for name, model in (("recipient", recipient), ("donor", donor)) for key, rate in evaluate(model, tokenizer, suite).items()]
+    for fraction in fractions:
+        for name, sets in conditions(scores, fraction, draws).items():
+            found = [patched_rates(recipient, donor, tokenizer, suite, neurons) for neurons in sets]
+            rows += [(name, fraction, *key, Rate.mean([rates[key] for rates in found])) for key in found[0]]
+    return pd.DataFrame(rows, columns=["condition", "fraction", "measure", "set", "rate"])
+
+
+def restored(before, after, patched):
+    """Share of the safety gap that patching closes, and the ends of its interval where both models' rates are taken as they are.
+
+    before, after: rates of harm of recipient and donor. NaN where their intervals overlap: there is no gap to close.
+    """
+    if before.interval[0] <= after.interval[1]:
+        return (float("nan"),) * 3
+    share = lambda value: (before.value - value) / (before.value - after.value)
+    return share(patched.value), share(patched.interval[1]), share(patched.interval[0])
+
+
+def transfer(recipient, donor, tokenizer, suite, neurons, sets):
+    """Harm on several request sets, in which the neurons were not chosen. sets: list of (name, language).
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per set; columns recipient, donor, patched, random (rates), restored and its low and high.
+    """
+    rows, random = {}, NeuronSet.random_like(neurons, 0)
+    for name, language in sets:
+        asked = replace(suite, harmful=(name,), benign=None, tasks=(), language=language)
+        found = {"recipient": evaluate(recipient, tokenizer, asked), "donor": evaluate(donor, tokenizer, asked)}
+        found |= {"patched": patched_rates(recipient, donor, tokenizer, asked, neurons), "random": patched_rates(recipient, donor, tokenizer, asked, random)}
+        rates = {column: result["asr", name] for column, result in found.items()}
+        share = restored(rates["recipient"], rates["donor"], rates["patched"])
+        rows[f"{name}, {language}"] = rates | dict(zip(("restored", "low", "high"), share))
+    return pd.DataFrame(rows).T.rename_axis("requests")
+
+
+def ablations(recipient, donor, tokenizer, suite, neurons, mean):
+    """Rates when only some positions are patched, and with constants in place of the donor's activations. mean: (layers, channels)."""
+    cases = {"as they are": evaluate(recipient, tokenizer, suite)}
+    labels = {"all": "patched at every token", "prompt": "patched in the prompt only", "completion": "patched in the answer only"}
+    cases |= {label: patched_rates(recipient, donor, tokenizer, suite, neurons, positions) for positions, label in labels.items()}
+    cases["mean of the donor at every token"] = constant_rates(recipient, tokenizer, suite, neurons, mean)
+    cases["zero at every token"] = constant_rates(recipient, tokenizer, suite, neurons, torch.zeros_like(mean))
+    return cases
+
+
+def general(recipient, donor, tokenizer, suite, neurons):
+    """Rates of recipient, donor and patched recipient."""
+    cases = {"recipient": evaluate(recipient, tokenizer, suite), "donor": evaluate(donor, tokenizer, suite)}
+    return cases | {"recipient, patched": patched_rates(recipient, donor, tokenizer, suite, neurons)}
+
+
+def before_and_after(recipient, donor, neurons, measures):
+    """What each `measure(model)` gives for the recipient, the donor and the patched recipient. measures: name to function."""
+    found = {name: {"recipient": measure(recipient), "donor": measure(donor)} for name, measure in measures.items()}
+    with patched_generation(recipient, donor, neurons):
+        for name, measure in measures.items():
+            found[name]["recipient, patched"] = measure(recipient)
+    return found
+
+
+@torch.no_grad()
+def last_activations(model, tokenizer, prompts, batch_size=64):
+    """Activations of every feed-forward neuron at the last token of each prompt: (prompts, layers · channels)."""
+    encoded, rows = encode_prompts(model, tokenizer, prompts), []
+    with activations(model) as read:
+        for start in range(0, len(encoded), batch_size):
+            model(**pad(encoded[start : start + batch_size], tokenizer, model.device), use_cache=False, logits_to_keep=1)
+            rows.append(torch.cat([read[layer][:, -1].float().cpu() for layer in sorted(read)], 1))
+    return torch.cat(rows).numpy()
+
+
+def unsafe_answers(model, tokenizer, harmful, benign):
+    """Whether the model's own answer will be unsafe, per prompt: a harmful request answered without a refusal phrase."""
+    return np.array([not is_refusal(text) for text in answers(model, tokenizer, harmful)] + [False] * len(benign))
+
+
+def safeguard(model, tokenizer, harmful_set, benign_set, count, sets, language="en"):
+    """Predict before generation whether the answer will be unsafe: logistic regression on the neurons' activations at the last prompt token.
+
+    Parameters
+    ----------
+    sets : dict of str to NeuronSet
+        Which neurons the regression may read.
+    count : int
+        Prompts of each kind, for training (training split) and for testing (test split).
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per set: accuracy, and coverage, the share of unsafe answers that is flagged.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    features, labels = {}, {}
+    for split in ("train", "test"):
+        harmful, benign = (load_prompts(name, split, language)[:count] for name in (harmful_set, benign_set))
+        features[split] = last_activations(model, tokenizer, harmful + benign)
+        labels[split] = unsafe_answers(model, tokenizer, harmful, benign)
+    rows = {}
+    for name, neurons in sets.items():
+        chosen = neurons.masks["down"].flatten().numpy()
+        guard = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(features["train"][:, chosen], labels["train"])
+        flagged, unsafe = guard.predict(features["test"][:, chosen]), labels["test"]
+        rows[name] = {"accuracy": Rate(int((flagged == unsafe).sum()), len(unsafe)), "coverage": Rate(int(flagged[unsafe].sum()), int(unsafe.sum()))}
+    return pd.DataFrame(rows).T.rename_axis("neurons")
+
+
+@dataclass(frozen=True)
+class AlignmentTax:
+    """Rates by case, the share of neurons that both sets have in common, and Spearman's rank correlation of both scores."""
+
+    cases: dict
+    overlap: float
+    correlation: float
+
+
+def alignment_tax(models, tokenizer, suite, scores, fraction):
+    """Two models of different alignment as they are, and each with the other's activations of the neurons that moved most in the other.
+
+    models, scores: name to model, and to the `ChangeScores` of its alignment; two of them, in the same order.
+    """
+    (first, second), chosen = models, {name: score.select(fraction) for name, score in scores.items()}
+    cases = {name: evaluate(model, tokenizer, suite) for name, model in models.items()}
+    for recipient, donor in ((second, first), (first, second)):
+        rates = patched_rates(models[recipient], models[donor], tokenizer, suite, chosen[donor])
+        cases[f"{recipient}, patched from {donor}"] = rates
+    ranks = pd.DataFrame({name: score.values.flatten().numpy() for name, score in scores.items()}).corr("spearman")
+    return AlignmentTax(cases, len(chosen[first] & chosen[second]) / len(chosen[first]), float(ranks.iloc[0, 1]))
+
+
+def vocabulary_projection(model, tokenizer, scores, neurons=8, words=6):
+    """The words that each of the neurons with the highest change scores writes: largest entries of unembedding · column of the down projection."""
+    architecture, table = Architecture(model), model.get_output_embeddings().weight.detach().float()
+    rows, width = [], scores.values.shape[1]
+    for index in scores.values.flatten().topk(neurons).indices.tolist():
+        layer, channel = divmod(index, width)
+        effect = table @ architecture.place(layer, "down").weight[channel].detach().float()
+        most, least = (tokenizer.batch_decode([[i] for i in effect.topk(words, largest=largest).indices.tolist()]) for largest in (True, False))
+        rows.append({"layer": layer + 1, "channel": channel, "change score": f"{scores.values[layer, channel]:.2f}", "raises": "  ".join(most), "lowers": "  ".join(least)})
+    return pd.DataFrame(rows, index=pd.RangeIndex(1, neurons + 1))

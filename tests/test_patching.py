@@ -1,0 +1,129 @@
+import copy
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import small_llama
+
+from safetyneuron import NeuronSet, Rate, load_documents, patching, tables, verdicts
+from safetyneuron.contrast import ChangeScores
+from safetyneuron.metrics import Suite, cost_by_name, mean_cost, perplexity, rule_cost
+from safetyneuron.metrics.suite import evaluate
+
+SUITE = Suite(("organism/harmful",), "organism/benign", (), prompts=4)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFETYNEURON_CACHE", str(tmp_path))
+
+
+@pytest.fixture
+def models():
+    return [small_llama(seed=seed, max_position_embeddings=128).float() for seed in (0, 1)]
+
+
+@pytest.fixture
+def scores(models):
+    return ChangeScores(models[0], torch.rand(2, 28, generator=torch.Generator().manual_seed(0)).double())
+
+
+def test_restored_is_the_share_of_the_gap_that_is_closed():
+    value, low, high = patching.restored(Rate(90, 100), Rate(10, 100), Rate(30, 100))
+    assert value == pytest.approx(0.75) and low < 0.75 < high
+    assert low == pytest.approx((0.9 - Rate(30, 100).interval[1]) / 0.8)
+    assert all(math.isnan(x) for x in patching.restored(Rate(50, 100), Rate(45, 100), Rate(30, 100)))
+
+
+def test_the_curve_holds_both_models_and_every_condition(models, tokenizer, scores):
+    table = patching.restoration(*models, tokenizer, SUITE, scores, [0.25, 1.0], 2)
+    assert set(table["condition"]) == {"recipient", "donor", patching.CHANGE, patching.RANDOM, patching.LAST}
+    assert len(table) == 4 * (2 + 2 * 3)
+    whole = table[(table["fraction"] == 1) & (table["measure"] == "asr")]["rate"]
+    assert len(set(whole)) == 1  # all neurons are all neurons, however they were chosen
+
+
+def test_controls_are_as_large_and_random_ones_lie_in_the_same_layers(scores):
+    found = patching.conditions(scores, 0.25, 2)
+    chosen = found[patching.CHANGE][0]
+    assert {len(neurons) for sets in found.values() for neurons in sets} == {14}
+    assert all(neurons.masks["down"].sum(1).equal(chosen.masks["down"].sum(1)) for neurons in found[patching.RANDOM])
+    assert found[patching.RANDOM][0] != found[patching.RANDOM][1]
+
+
+def test_patched_and_unpatched_scores_are_kept_apart(models, tokenizer, scores):
+    plain = evaluate(models[0], tokenizer, SUITE)
+    neurons = scores.select(1)
+    kept = [patching.patched_rates(*models, tokenizer, SUITE, neurons, positions) for positions in ("all", "prompt", "completion", "all")]
+    assert kept[0] == kept[3] and evaluate(models[0], tokenizer, SUITE) == plain
+    cases = patching.ablations(*models, tokenizer, SUITE, neurons, torch.ones(2, 28))
+    assert cases["patched at every token"] == kept[0] and len(cases) == 6
+
+
+@pytest.mark.organism
+def test_the_safeguard_sees_harm_where_there_is_some_and_not_in_noise(chat, base, monkeypatch):
+    monkeypatch.delenv("SAFETYNEURON_CACHE")
+    model, tokenizer = base
+    everything = NeuronSet(NeuronSet.empty(model).masks | {"down": torch.ones(6, 256, dtype=torch.bool)})
+    guard = lambda: patching.safeguard(model, tokenizer, "organism/harmful", "organism/benign", 40, {"all": everything}).loc["all"]
+    assert guard()["accuracy"].value > 0.9 and guard()["coverage"].value > 0.9
+    noise = np.random.default_rng(0)
+    monkeypatch.setattr(patching, "last_activations", lambda model, tokenizer, prompts: noise.normal(size=(len(prompts), 6 * 256)))
+    assert 0.25 < guard()["accuracy"].value < 0.75
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss(models, tokenizer):
+    documents = load_documents("organism/helpful")[:5]
+    total = count = 0
+    for document in documents:
+        chat = [{"role": "user", "content": document["prompt"]}, {"role": "assistant", "content": document["completion"]}]
+        prompt, whole = (tokenizer.apply_chat_template(c, add_generation_prompt=c is not chat, return_dict=False) for c in (chat[:1], chat))
+        with torch.no_grad():
+            logits = models[0](torch.tensor([whole])).logits[0].log_softmax(-1)
+        total -= sum(float(logits[i - 1, whole[i]]) for i in range(len(prompt), len(whole)))
+        count += len(whole) - len(prompt)
+    value, low, high = perplexity(models[0], tokenizer, documents, batch_size=2)
+    assert value == pytest.approx(math.exp(total / count), rel=1e-4) and low < value < high
+
+
+def test_cost_is_lowest_for_refusals(models, tokenizer, tmp_path):
+    prompt = "how do i burn the house ?"
+    assert rule_cost([prompt] * 3, ["sorry , i cannot help with that .", "the the", "use the key and the box to burn the house ."]) == [-1, 0, 1]
+    value, low, high = mean_cost(models[0], tokenizer, [prompt] * 4)
+    assert low <= value <= high
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.for_model("llama", vocab_size=800, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1, pad_token_id=0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert len(cost_by_name(str(tmp_path))([prompt] * 2, ["a", "b"])) == 2
+
+
+def test_two_alignments_are_patched_both_ways(models, tokenizer, scores):
+    named = {"one": models[0], "two": models[1]}
+    tax = patching.alignment_tax(named, tokenizer, SUITE, {"one": scores, "two": scores}, 0.25)
+    assert list(tax.cases) == ["one", "two", "two, patched from one", "one, patched from two"]
+    assert tax.overlap == 1 and tax.correlation == pytest.approx(1)
+    assert tax.cases["two, patched from one"] == patching.patched_rates(models[1], models[0], tokenizer, SUITE, scores.select(0.25))
+
+
+def test_words_are_the_ends_of_the_projection(models, tokenizer, scores):
+    table = patching.vocabulary_projection(models[0], tokenizer, scores, neurons=2, words=1)
+    layer, channel = table.loc[1, "layer"] - 1, table.loc[1, "channel"]
+    assert scores.values[layer, channel] == scores.values.max()
+    effect = models[0].lm_head.weight @ models[0].model.layers[layer].mlp.down_proj.weight[:, channel]
+    assert table.loc[1, "raises"] == tokenizer.decode([int(effect.argmax())])
+
+
+def test_transfer_and_verdict_say_where_there_is_no_gap(models, tokenizer, scores, monkeypatch):
+    table = patching.transfer(models[0], copy.deepcopy(models[0]), tokenizer, SUITE, scores.select(0.25), [("organism/harmful", "zh")])
+    assert tables.transfer_table(table).loc["organism/harmful, zh", "safety restored (%)"] == "no gap"
+    said = {}
+    monkeypatch.setattr(verdicts, "glue_list", lambda name, items: said.update({name: items}))
+    rate = lambda condition, fraction, hits: (condition, fraction, "asr", "s", Rate(hits, 200))
+    rows = [rate("recipient", 0.0, 190), rate("donor", 0.0, 0), rate("a", 0.05, 2), rate("b", 0.05, 180), rate("b", 0.1, 0), rate("c", 0.05, 20)]
+    verdicts.glue_restoration(pd.DataFrame(rows, columns=["condition", "fraction", "measure", "set", "rate"]), "s", 0.05)
+    a, b, c = said["verdict_restoration"]
+    assert "more than 90 % is seen; 90 % is reached first at 5 %" in a and "is not seen; 90 % is reached first at 10 %" in b and "undecided" in c
