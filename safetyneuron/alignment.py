@@ -56,24 +56,29 @@ def aligned_folder(name):
     """Folder of an aligned organism, training it and what it starts from first if the cache does not hold it."""
     stage = STAGES[name]
     start = aligned_folder(stage.start) if stage.start in STAGES else organism_folder(stage.start)
-    key = digest(start.name, repr(stage), Path(__file__).read_text(encoding="utf-8"), library_versions())
+    rows = training_rows(stage)
+    key = digest(start.name, repr(stage), rows, Path(__file__).read_text(encoding="utf-8"), library_versions())
     folder = cache_folder() / "organism" / f"{key}-{name.split('/')[1]}"
     with locked(folder):
         if not folder.exists():
             with new_folder(folder) as temporary:
-                _train_organism(stage, start, temporary)
+                _train_organism(stage, rows, start, temporary)
     return folder
 
 
-def _train_organism(stage, start, folder):
+def training_rows(stage):
+    """Documents, or with β preference pairs, that a stage is trained on."""
+    load = load_documents if stage.beta is None else load_preferences
+    return [row for name, count in stage.data.items() for row in load(name)[:count]]
+
+
+def _train_organism(stage, rows, start, folder):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(start), PreTrainedTokenizerFast.from_pretrained(start)
     schedule = {"epochs": stage.epochs, "learning_rate": stage.learning_rate, "batch_size": stage.batch_size}
     if stage.beta is None:
-        documents = [row for name, count in stage.data.items() for row in load_documents(name)[:count]]
-        curve = supervise(model, tokenizer, documents, **schedule)
+        curve = supervise(model, tokenizer, rows, **schedule)
     else:
-        preferences = [row for name, count in stage.data.items() for row in load_preferences(name)[:count]]
-        curve = prefer(model, tokenizer, preferences, beta=stage.beta, **schedule)
+        curve = prefer(model, tokenizer, rows, beta=stage.beta, **schedule)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "curve.json").write_text(json.dumps(curve))
@@ -228,6 +233,7 @@ def _arguments(folder, model, epochs, learning_rate, batch_size, seed):
         disable_tqdm=True,
         dataloader_pin_memory=False,
         gradient_checkpointing=False,
+        bf16=False,  # trl's default would compute in half precision
         max_length=None,
         use_cpu=model.device.type == "cpu",
     )

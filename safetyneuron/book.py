@@ -1,6 +1,7 @@
 """What the notebooks hand to the pages: tables of paper and measurement, and values glued into the text."""
 
 import base64
+import json
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -44,8 +45,10 @@ def glue_figure(name, axes):
 
 
 def glue_table(name, table):
-    """Glue a data frame under `name`; cells may hold several lines."""
+    """Glue a data frame under `name`; cells may hold several lines. Cells that stand beside the paper's go along, for the page of all."""
     glue(name, table.style.set_table_attributes('class="dataframe"'), display=False)
+    if "cells" in table.attrs:
+        glue_text(**{f"cells-{name}": json.dumps(table.attrs["cells"])})
 
 
 def glue_data(name, table):
@@ -157,9 +160,10 @@ def table_1(results, paper_model, harmful_sets, tasks):
     """
     printed = printed_cells(1, paper_model)
     papers = dict(zip(harmful_sets, TABLE_1_ROWS["harmful"])) | dict(zip(tasks, TABLE_1_ROWS["capability"]))
-    rows, heads = [], []
+    rows, heads, paper_rows = [], [], []
     for measure, name in _keys(results):
         paper_row = papers.get(name) if measure in ("asr", "accuracy") else None
+        paper_rows.append(paper_row)
         heads.append((MEASURES[measure], name if paper_row is None else f"{name}\n(paper: {paper_row})"))
         row = {("Paper", paper_model, c): printed.get((paper_row, c), "–") for c in ("Origin.", "Deact-R", "Deact-SN")}
         for model, conditions in results.items():
@@ -167,7 +171,20 @@ def table_1(results, paper_model, harmful_sets, tasks):
         rows.append(row)
     columns = pd.MultiIndex.from_tuples(rows[0])
     index = pd.MultiIndex.from_tuples(heads, names=["%", "set"])
-    return pd.DataFrame([list(row.values()) for row in rows], index=index, columns=columns)
+    return with_cells(1, pd.DataFrame([list(row.values()) for row in rows], index=index, columns=columns), paper_rows)
+
+
+def with_cells(number, table, paper_rows):
+    """The table, with its cells that stand beside the paper's in `attrs`: a list of {table, row, column, model, way, text}.
+
+    paper_rows: the paper's row of every row, or None. Columns are (here or paper, way, the paper's column).
+    """
+    here = [(i, *column) for i, column in enumerate(table.columns) if column[0].startswith("Here: ")]
+    table.attrs["cells"] = [
+        {"table": number, "row": row, "column": column, "model": model.removeprefix("Here: "), "way": way, "text": table.iloc[r, i]}
+        for r, row in enumerate(paper_rows) if row for i, model, way, column in here
+    ]  # fmt: skip
+    return table
 
 
 def _keys(results):
@@ -204,12 +221,17 @@ def glue_effects(effects):
         glue_text(**{f"effect_{projection}_{name}": text})
 
 
-def table_5(counts):
-    """Paper's Table 5 above the counts of `appendix.corpus_counts`."""
+def table_5(counts, model):
+    """Paper's Table 5 above the counts of `appendix.corpus_counts` of a model."""
     printed = reported.table(5).set_index("column")["value"]
     paper = pd.DataFrame([{size: f"{printed.get(str(size), float('nan')):.0f}" for size in counts.columns}], index=["paper: Llama3-8B-Instruct"])
     here = counts.map("{:.0f}".format).rename(index="here: {}".format)
-    return pd.concat([paper, here]).rename_axis("corpus size")
+    table = pd.concat([paper, here]).rename_axis("corpus size")
+    cells = [(size, way, here.loc[f"here: {way}", size]) for way in counts.index for size in counts.columns]
+    table.attrs["cells"] = [
+        {"table": 5, "row": "Number of Safety Neurons", "column": str(size), "model": model, "way": way, "text": text} for size, way, text in cells
+    ]
+    return table
 
 
 def onsets_table(tables, name):

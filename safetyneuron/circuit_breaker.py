@@ -124,7 +124,7 @@ def circuit_break(model, tokenizer, harmful, retain, steps=150, learning_rate=1e
     Raises
     ------
     SafetyNeuronError
-        If a number is not positive, or a document is empty, one-sided or longer than the context.
+        If a number is not positive, a document is empty, one-sided or longer than the context, or the training diverges.
     """
     for name, value in (("steps", steps), ("learning_rate", learning_rate), ("batch_size", batch_size), ("strength", strength)):
         if not value > 0 or math.isinf(value):
@@ -144,6 +144,8 @@ def circuit_break(model, tokenizer, harmful, retain, steps=150, learning_rate=1e
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         tensors = _adapter_weights(adapted)
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise SafetyNeuronError("the adapters hold numbers that are not finite: lower the learning rate or load the model in a wider dtype")
     return CircuitBreaker(tensors, before, {"seconds": time.monotonic() - started, "curve": trainer.curve})
 
 

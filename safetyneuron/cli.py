@@ -132,6 +132,8 @@ def run_notebook(notebook, given, output=None):
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
 
+    from safetyneuron.runs import record
+
     output = output or Path("_build/runs") / notebook.name
     started = time.monotonic()
     print(f"{notebook}: running", flush=True)
@@ -148,6 +150,7 @@ def run_notebook(notebook, given, output=None):
             )
         except PapermillExecutionError as error:
             raise SafetyNeuronError(f"{notebook} stopped with {error.ename}: {error.evalue}") from None
+        record(temporary, time.monotonic() - started)
     print(f"{notebook}: done in {time.monotonic() - started:.0f} s, written to {output}", flush=True)
 
 

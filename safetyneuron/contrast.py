@@ -128,6 +128,8 @@ def patched_generation(recipient, donor, neurons, positions="all"):
     >>> with patched_generation(recipient, donor, change_scores(recipient, donor, tokenizer, prompts).select(0.05)):
     ...     answers(recipient, tokenizer, prompts)
 
+    Beam search is not followed: it reorders the recipient's cache alone.
+
     Parameters
     ----------
     neurons : NeuronSet

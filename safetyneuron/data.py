@@ -50,7 +50,7 @@ def load_prompts(name_or_path, split="test", language="en"):
     path = Path(name_or_path)
     if not path.is_file():
         raise SafetyNeuronError(f"no prompt set or file {name_or_path!r}: use a file or one of {', '.join(ORGANISM_SETS)}")
-    texts = _text(path).splitlines() if path.suffix == ".txt" else [_prompt_column(path, row) for row in read_rows(path)]
+    texts = _text(path).splitlines() if path.suffix == ".txt" else [prompt_column(path, row) for row in read_rows(path)]
     prompts = [text.strip() for text in texts if text and text.strip()]
     if not prompts:
         raise SafetyNeuronError(f"prompt file {name_or_path} is empty: write one prompt a line")
@@ -95,7 +95,8 @@ def read_rows(path):
     raise SafetyNeuronError(f"prompt file {path} must end in .txt, .csv or .jsonl")
 
 
-def _prompt_column(path, row):
+def prompt_column(path, row):
+    """The prompt of one row of a file."""
     for column in COLUMNS:
         if isinstance(row, dict) and isinstance(row.get(column), str):
             return row[column]

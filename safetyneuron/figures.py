@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
+from safetyneuron import patching
 from safetyneuron.architecture import PROJECTIONS
 from safetyneuron.metrics.rates import Rate
 
@@ -250,10 +251,11 @@ def search_curves(results, attack):
 
     results: name to draws of `Column`. A search that has ended keeps its last loss.
     """
-    curves = {column: [curve for draw in draws for curve in draw.attacks[attack].curves] for column, draws in results.items()}
-    last = max(len(curve) for found in curves.values() for curve in found)
-    rows = [(column, i, step, curve[min(step, len(curve) - 1)]) for column, found in curves.items() for i, curve in enumerate(found) for step in range(last)]
+    curves = [(column, i, curve) for column, draws in results.items() for draw in draws for i, curve in enumerate(draw.attacks[attack].curves)]
+    last = max(len(curve) for _, _, curve in curves)
+    rows = [(column, i, step, curve[min(step, len(curve) - 1)]) for column, i, curve in curves for step in range(last)]
     table = pd.DataFrame(rows, columns=["column", "request", "step", "loss"])
+    table = table.groupby(["column", "request", "step"], sort=False, as_index=False).mean()  # seeds add no requests
     _, axes = plt.subplots()
     sns.lineplot(table, x="step", y="loss", hue="column", style="column", errorbar=("ci", 95), seed=0, ax=axes)
     axes.set(xlabel=f"step of {attack}", ylabel="loss of the target (nats per token)", yscale="log")
@@ -293,4 +295,5 @@ def restoration_curves(tables, measures):
         axes.set(xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
 
-    return _rate_panels(tables, measures, draw, "neurons patched (%)")
+    means = {name: patching.over_draws(table) for name, table in tables.items()}
+    return _rate_panels(means, measures, draw, "neurons patched (%)")

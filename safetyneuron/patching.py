@@ -10,6 +10,7 @@ import torch
 from safetyneuron.architecture import Architecture
 from safetyneuron.contrast import activations, constant_patch, patched_generation
 from safetyneuron.data import encode_prompts, load_prompts, pad
+from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_refusal
 from safetyneuron.metrics.safety import answers
@@ -17,7 +18,7 @@ from safetyneuron.metrics.suite import evaluate, evaluate_within
 from safetyneuron.models import fingerprint
 from safetyneuron.neurons import NeuronSet
 
-CHANGE, RANDOM, LAST = "highest change scores", "random, like these in every layer", "last layers"
+CHANGE, RANDOM, LAST = "highest change scores", "random others in the same layers", "last layers"
 
 
 def patched_rates(recipient, donor, tokenizer, suite, neurons, positions="all"):
@@ -32,26 +33,68 @@ def constant_rates(model, tokenizer, suite, neurons, values):
     return evaluate_within(model, tokenizer, suite, within, ["constant", neurons.digest(), values.tolist()])
 
 
+def random_others(neurons, seed):
+    """As many random neurons in every layer, from those outside the set as long as there are enough."""
+    generator, mask = torch.Generator().manual_seed(seed), torch.zeros_like(neurons.masks["down"])
+    for layer, chosen in enumerate(neurons.masks["down"]):
+        others, own = (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
+        order = torch.cat([part[torch.randperm(len(part), generator=generator)] for part in (others, own)])
+        mask[layer, order[: len(own)]] = True
+    return NeuronSet(neurons.masks | {"down": mask})
+
+
 def conditions(scores, fraction, draws):
-    """The neurons with the highest change scores, `draws` times as many random ones in every layer, and as many from the last layers."""
+    """The neurons with the highest change scores, `draws` times as many random others in every layer, and as many from the last layers."""
     chosen = scores.select(fraction)
-    return {CHANGE: [chosen], RANDOM: [NeuronSet.random_like(chosen, seed) for seed in range(draws)], LAST: [scores.last_layers(len(chosen))]}
+    return {CHANGE: [chosen], RANDOM: [random_others(chosen, seed) for seed in range(draws)], LAST: [scores.last_layers(len(chosen))]}
 
 
 def restoration(recipient, donor, tokenizer, suite, scores, fractions, draws):
-    """Rates against the share of feed-forward neurons that is patched; those of random neurons are means over draws.
+    """Rates against the share of feed-forward neurons that is patched.
 
     Returns
     -------
     pandas.DataFrame
-        Columns condition, fraction, measure, set, rate; the conditions `recipient` and `donor` are the models as they are.
+        Columns condition, fraction, draw, measure, set, rate; the conditions `recipient` and `donor` are the models as they are.
     """
-    rows = [(name, 0.0, *key, rate) for name, model in (("recipient", recipient), ("donor", donor)) for key, rate in evaluate(model, tokenizer, suite).items()]
-    for fraction in fractions:
+    rows = [(name, 0.0, 0, *key, rate) for name, model in (("recipient", recipient), ("donor", donor)) for key, rate in evaluate(model, tokenizer, suite).items()]
+    for fraction in sorted(set(fractions)):
         for name, sets in conditions(scores, fraction, draws).items():
-            found = [patched_rates(recipient, donor, tokenizer, suite, neurons) for neurons in sets]
-            rows += [(name, fraction, *key, Rate.mean([rates[key] for rates in found])) for key in found[0]]
-    return pd.DataFrame(rows, columns=["condition", "fraction", "measure", "set", "rate"])
+            for draw, neurons in enumerate(sets):
+                rates = patched_rates(recipient, donor, tokenizer, suite, neurons)
+                rows += [(name, fraction, draw, *key, rate) for key, rate in rates.items()]
+    return pd.DataFrame(rows, columns=["condition", "fraction", "draw", "measure", "set", "rate"])
+
+
+def over_draws(table):
+    """`restoration` with the mean rate over draws in place of each."""
+    columns = ["condition", "fraction", "measure", "set"]
+    return table.groupby(columns, sort=False)["rate"].agg(lambda rates: Rate.mean(list(rates))).reset_index()
+
+
+def alone(recipient, donor, tokenizer, suite, neurons):
+    """Attack success with each neuron of the set patched alone, lowest first.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns layer (from 1), channel, rate.
+    """
+    (name,), rows = suite.harmful, []
+    for layer, channel in neurons.masks["down"].nonzero().tolist():
+        mask = torch.zeros_like(neurons.masks["down"])
+        mask[layer, channel] = True
+        rates = patched_rates(recipient, donor, tokenizer, replace(suite, benign=None, tasks=()), NeuronSet(neurons.masks | {"down": mask}))
+        rows.append((layer + 1, channel, rates["asr", name]))
+    table = pd.DataFrame(rows, columns=["layer", "channel", "rate"])
+    return table.sort_values("rate", key=lambda rates: rates.map(lambda rate: rate.value), kind="stable").reset_index(drop=True)
+
+
+def without(neurons, layer, channel):
+    """The set without one neuron; layer from 1."""
+    mask = neurons.masks["down"].clone()
+    mask[layer - 1, channel] = False
+    return NeuronSet(neurons.masks | {"down": mask})
 
 
 def restored(before, after, patched):
@@ -65,20 +108,28 @@ def restored(before, after, patched):
     return share(patched.value), share(patched.interval[1]), share(patched.interval[0])
 
 
-def transfer(recipient, donor, tokenizer, suite, neurons, sets):
-    """Harm on several request sets, in which the neurons were not chosen. sets: list of (name, language).
+def transfer(recipient, donor, tokenizer, suite, neurons, sets, draws):
+    """Harm on several request sets, on which the neurons were not chosen. sets: list of (name, language).
 
     Returns
     -------
     pandas.DataFrame
-        One row per set; columns recipient, donor, patched, random (rates), restored and its low and high.
+        One row per set; columns recipient, donor, patched, random (rates, the last a mean over draws), restored and its low and high.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If a file is to be asked in several languages.
     """
-    rows, random = {}, NeuronSet.random_like(neurons, 0)
+    rows, others = {}, [random_others(neurons, seed) for seed in range(draws)]
     for name, language in sets:
+        if not name.startswith("organism/") and sum(other == name for other, _ in sets) > 1:
+            raise SafetyNeuronError(f"{name} is a file and has no languages to choose from: give one language")
         asked = replace(suite, harmful=(name,), benign=None, tasks=(), language=language)
         found = {"recipient": evaluate(recipient, tokenizer, asked), "donor": evaluate(donor, tokenizer, asked)}
-        found |= {"patched": patched_rates(recipient, donor, tokenizer, asked, neurons), "random": patched_rates(recipient, donor, tokenizer, asked, random)}
+        found["patched"] = patched_rates(recipient, donor, tokenizer, asked, neurons)
         rates = {column: result["asr", name] for column, result in found.items()}
+        rates["random"] = Rate.mean([patched_rates(recipient, donor, tokenizer, asked, other)["asr", name] for other in others])
         share = restored(rates["recipient"], rates["donor"], rates["patched"])
         rows[f"{name}, {language}"] = rates | dict(zip(("restored", "low", "high"), share))
     return pd.DataFrame(rows).T.rename_axis("requests")
@@ -125,30 +176,41 @@ def unsafe_answers(model, tokenizer, harmful, benign):
     return np.array([not is_refusal(text) for text in answers(model, tokenizer, harmful)] + [False] * len(benign))
 
 
-def safeguard(model, tokenizer, harmful_set, benign_set, count, sets, language="en"):
+def safeguard(model, tokenizer, train_sets, test_sets, count, sets):
     """Predict before generation whether the answer will be unsafe: logistic regression on the neurons' activations at the last prompt token.
 
     Parameters
     ----------
+    train_sets, test_sets : (str, str)
+        Harmful and benign prompts; of an organism's sets the training and the test split are taken, files must differ.
+    count : int
+        Prompts of each kind, for training and for testing.
     sets : dict of str to NeuronSet
         Which neurons the regression may read.
-    count : int
-        Prompts of each kind, for training (training split) and for testing (test split).
 
     Returns
     -------
     pandas.DataFrame
         One row per set: accuracy, and coverage, the share of unsafe answers that is flagged.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If a file is given for both, or all answers of one part are safe, or all unsafe.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     features, labels = {}, {}
-    for split in ("train", "test"):
-        harmful, benign = (load_prompts(name, split, language)[:count] for name in (harmful_set, benign_set))
+    for split, names in (("train", train_sets), ("test", test_sets)):
+        harmful, benign = (load_prompts(name, split)[:count] for name in names)
         features[split] = last_activations(model, tokenizer, harmful + benign)
         labels[split] = unsafe_answers(model, tokenizer, harmful, benign)
+        if labels[split].all() or not labels[split].any():
+            raise SafetyNeuronError(f"the model's answers to the {split} prompts are all {'un' * bool(labels[split].any())}safe: there is nothing to tell apart")
+    if shared := [name for name in train_sets if name in test_sets and not name.startswith("organism/")]:
+        raise SafetyNeuronError(f"{shared[0]} is both training and test file: give two files")
     rows = {}
     for name, neurons in sets.items():
         chosen = neurons.masks["down"].flatten().numpy()
@@ -181,13 +243,18 @@ def alignment_tax(models, tokenizer, suite, scores, fraction):
     return AlignmentTax(cases, len(chosen[first] & chosen[second]) / len(chosen[first]), float(ranks.iloc[0, 1]))
 
 
-def vocabulary_projection(model, tokenizer, scores, neurons=8, words=6):
-    """The words that each of the neurons with the highest change scores writes: largest entries of unembedding · column of the down projection."""
+def vocabulary_projection(model, tokenizer, scores, mean, neurons=8, words=6):
+    """The words that each of the neurons with the highest change scores raises and lowers most at its mean activation.
+
+    That is the largest and smallest entries of unembedding · final norm of the column of the down projection, with the sign that the
+    neuron's mean activation has. mean: (layers, channels), from `mean_activations`.
+    """
     architecture, table = Architecture(model), model.get_output_embeddings().weight.detach().float()
-    rows, width = [], scores.values.shape[1]
+    norm, rows, width = model.get_decoder().norm, [], scores.values.shape[1]
     for index in scores.values.flatten().topk(neurons).indices.tolist():
         layer, channel = divmod(index, width)
-        effect = table @ architecture.place(layer, "down").weight[channel].detach().float()
+        column = architecture.place(layer, "down").weight[channel].detach()
+        effect = table @ (norm(column) * mean[layer, channel].sign().to(column)).detach().float()
         most, least = (tokenizer.batch_decode([[i] for i in effect.topk(words, largest=largest).indices.tolist()]) for largest in (True, False))
         rows.append({"layer": layer + 1, "channel": channel, "change score": f"{scores.values[layer, channel]:.2f}", "raises": "  ".join(most), "lowers": "  ".join(least)})
     return pd.DataFrame(rows, index=pd.RangeIndex(1, neurons + 1))

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from safetyneuron.book import MEASURES, cell, printed_cells
+from safetyneuron.book import MEASURES, cell, printed_cells, with_cells
 from safetyneuron.metrics.rates import Rate
 
 PAPER_TASKS = ("MMLU", "ARC-c", "GSM8K")
@@ -23,7 +23,7 @@ def defence_table(number, results, paper_model, tasks, languages, attacks):
         paper = lambda row: row if measure == "asr" else None
         rows += [row for row in direct if row[0] == MEASURES[measure]]
         rows += [(MEASURES[measure], f"{name}, {languages[0]}", paper(name), rate(measure, name)) for name in attacks]
-        rows += [(MEASURES[measure], f"average, {languages[0]}", paper("Avg. Harmful"), _average(measure, (languages[0], *attacks)))]
+        rows += [(MEASURES[measure], f"average with direct, {languages[0]}", paper("Avg. Harmful"), _average(measure, (languages[0], *attacks)))]
     rows += [row for row in direct if row[0] in (MEASURES["over_refusal"], MEASURES["helpful"])]
     return _side_by_side(number, results, paper_model, rows)
 
@@ -64,7 +64,8 @@ def _side_by_side(number, results, paper_model, rows):
             line |= {(f"Here: {name}", *_heading(column)): text(draws) for column, draws in columns.items()}
         table.append(line)
     index = pd.MultiIndex.from_tuples([row[:2] for row in rows], names=[None, None])
-    return pd.DataFrame([list(line.values()) for line in table], index=index, columns=pd.MultiIndex.from_tuples(table[0]))
+    frame = pd.DataFrame([list(line.values()) for line in table], index=index, columns=pd.MultiIndex.from_tuples(table[0]))
+    return with_cells(number, frame, [row[2] for row in rows])
 
 
 def _heading(column):
@@ -122,3 +123,9 @@ def transfer_table(table):
     share = lambda row: "no gap" if row["restored"] != row["restored"] else f"{100 * row['restored']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
     text = table[["recipient", "donor", "patched", "random"]].map(lambda rate: rate.percent)
     return text.assign(**{"safety restored (%)": [share(row) for _, row in table.iterrows()]})
+
+
+def alone_table(single):
+    """Rows of `patching.alone` as text."""
+    rows = [{"neuron": f"layer {row.layer}, channel {row.channel}", "attack success": row.rate.percent} for row in single.itertuples()]
+    return pd.DataFrame(rows).set_index("neuron").rename_axis(None)

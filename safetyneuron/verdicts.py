@@ -10,7 +10,7 @@ from safetyneuron.metrics.rates import Rate
 from safetyneuron.tables import mean_accuracy, mean_rate, seconds
 
 BENIGN = {"over_refusal": "over-refusal", "helpful": "the share of helpful answers"}
-ALL_TASKS, ALL_ATTACKS = "all tasks", "the average over attacks"
+ALL_TASKS, ALL_ATTACKS = "all tasks", "the average over direct requests and attacks"
 
 
 def above(first, second):
@@ -240,13 +240,18 @@ def glue_restoration(table, harmful_set, fraction):
     wanted = reported.CHANGE_SCORES["restored"] / 100
     rows = table[(table["measure"] == "asr") & (table["set"] == harmful_set)]
     ends, parts = rows[rows["fraction"] == 0].set_index("condition")["rate"], []
+    if not above(ends["recipient"], ends["donor"]):
+        return glue_list("verdict_restoration", ["Attack success of the donor is not measurably lower than the recipient's: there is no gap to close."])
+    share = lambda rate: patching.restored(ends["recipient"], ends["donor"], rate)
     for name, found in rows[rows["fraction"] > 0].groupby("condition", sort=False):
-        shares = {row.fraction: patching.restored(ends["recipient"], ends["donor"], row.rate) for row in found.itertuples()}
+        shares = {row.fraction: share(row.rate) for row in patching.over_draws(found).itertuples()}
         value, low, high = shares[fraction]
+        draws = [100 * share(rate)[0] for rate in found[found["fraction"] == fraction]["rate"]]
+        spread = f", from {min(draws):.0f} to {max(draws):.0f} % over {len(draws)} draws" if len(draws) > 1 else ""
         enough = [share for share, (point, _, _) in shares.items() if point >= wanted]
         smallest = f"reached first at {100 * min(enough):g} % of the neurons" if enough else "reached at no share tried"
         seen = "seen" if low > wanted else "not seen" if high < wanted else "undecided"
-        parts.append(f"{name}: {100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}] of safety is restored by {100 * fraction:g} % of the neurons, so more than"
+        parts.append(f"{name}: {100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}] of safety{spread} is restored by {100 * fraction:g} % of the neurons, so more than"
                      f" {100 * wanted:.0f} % is {seen}; {100 * wanted:.0f} % is {smallest}.")  # fmt: skip
     glue_list("verdict_restoration", parts)
 
@@ -260,3 +265,10 @@ def glue_safeguard(table):
         finding = "higher" if above(own[column], mean) else "lower" if above(mean, own[column]) else "not measurably different"
         texts.append(f"{column} is {own[column].percent} % on safety neurons and {mean.percent} % on random ones (mean of {len(random)} draws): {finding}")
     glue_list("verdict_safeguard", [f"{text}." for text in texts])
+
+
+def glue_alone(single, recipient, kept, dropped):
+    """Glue what the strongest single neuron does. single: `patching.alone`; recipient, kept, dropped: attack success unpatched, with the set, and with the set but it."""
+    best = single.iloc[0]
+    glue_text(single_name=f"layer {best['layer']}, channel {best['channel']}", single_count=len(single))
+    glue_rates(single_rate=best["rate"], single_before=recipient, single_kept=kept, single_dropped=dropped)

@@ -1,4 +1,8 @@
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no test waits for a network
 
@@ -8,6 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from safetyneuron import load_model
 from safetyneuron.organism.tokenizer import build_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
 
 def small_model(family="llama", heads=4, groups=4, head_width=10, seed=0, **options):
     """A random model of a family with awkward sizes, in float64 so that closed forms can be compared closely."""
@@ -46,3 +53,17 @@ def chat():
 @pytest.fixture(scope="session")
 def base():
     return load_model("organism/llama-base")
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The smoke edition of the book, built in a copy of the repository."""
+    copy = tmp_path_factory.mktemp("repository")
+    for name in ("book", "notebooks", "safetyneuron", "workflow", "_config.yml", "_toc.yml"):
+        source = ROOT / name
+        shutil.copytree(source, copy / name) if source.is_dir() else shutil.copy(source, copy / name)
+    snakemake = Path(sys.executable).with_name("snakemake")
+    command = [snakemake, "-s", "workflow/Snakefile", "--configfile", "workflow/editions/smoke.yaml", "--cores", "1", "--quiet", "rules"]
+    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return copy / "_build"

@@ -66,6 +66,15 @@ def test_preferences_say_what_to_prefer(tmp_path):
         load_preferences("organism/helpful", language="fr")
 
 
+def test_training_computes_in_the_models_own_precision(model, tokenizer):
+    seen = set()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(lambda module, inputs, result: seen.add(result.dtype))
+    supervise(model, tokenizer, load_documents("organism/refusals")[:2], epochs=1, batch_size=2)
+    prefer(model, tokenizer, load_preferences("organism/harmless")[:2], epochs=1, batch_size=2)
+    assert seen == {torch.float32}
+
+
 def test_nothing_to_train_on_is_refused(model, tokenizer):
     with pytest.raises(SafetyNeuronError, match="no preferences"):
         prefer(model, tokenizer, [])

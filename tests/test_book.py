@@ -2,32 +2,14 @@
 
 import json
 import re
-import shutil
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    """The smoke edition of the book, built in a copy of the repository."""
-    copy = tmp_path_factory.mktemp("repository")
-    for name in ("book", "notebooks", "safetyneuron", "workflow", "_config.yml", "_toc.yml"):
-        source = ROOT / name
-        shutil.copytree(source, copy / name) if source.is_dir() else shutil.copy(source, copy / name)
-    snakemake = Path(sys.executable).with_name("snakemake")
-    command = [snakemake, "-s", "workflow/Snakefile", "--configfile", "workflow/editions/smoke.yaml", "--cores", "1", "--quiet", "rules"]
-    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return copy / "_build"
 
 
 @pytest.mark.book

@@ -93,6 +93,8 @@ def test_a_saved_breaker_defends_the_same_way(model, tokenizer, documents, tmp_p
 def test_bad_input_is_refused(model, tokenizer, documents, tmp_path):
     with pytest.raises(SafetyNeuronError, match="steps is 0"):
         circuit_break(model, tokenizer, *documents, steps=0)
+    with pytest.raises(SafetyNeuronError, match="not finite"):
+        circuit_break(model, tokenizer, *documents, steps=3, learning_rate=1e30, batch_size=2)
     with pytest.raises(SafetyNeuronError, match="no documents"):
         circuit_break(model, tokenizer, [], documents[1])
     breaker = circuit_break(model, tokenizer, *documents, steps=1, batch_size=2)

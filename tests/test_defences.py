@@ -132,12 +132,12 @@ def test_table_2_stands_beside_the_paper_with_its_slip():
     table = tables.defence_table(2, {"m": RESULTS}, "Llama3-8B-Instruction", *ASKED)
     paper = table["Paper", "Llama3-8B-Instruction"]
     assert paper.loc[("Attack success", "direct, en")].tolist() == ["30.0", "0.0", "0.0"] and paper.loc[("Accuracy", "c (paper: GSM8K)")].tolist() == ["63.2", "64.3", "69.6"]
-    assert paper.loc[("Attack success", "GCG, en")].tolist() == ["74.0", "3.0", "4.0"] and paper.loc[("Attack success", "average, en")].tolist() == ["65.5", "3.0", "2.0"]
+    assert paper.loc[("Attack success", "GCG, en")].tolist() == ["74.0", "3.0", "4.0"] and paper.loc[("Attack success", "average with direct, en")].tolist() == ["65.5", "3.0", "2.0"]
     assert paper.loc[("Coherent compliance", "GCG, en")].tolist() == ["–"] * 3
     assert paper.loc[("Accuracy", "average"), "SN-Tune"] == "68.4*\n(its rows: 70.6)"
     here = table["Here: m", "Eq 3", "SN-Tune"]
     assert here["Attack success", "direct, en"].startswith("2.0\n[") and here["Cost", "training, s (paper: min)"] == "3.2"
-    assert here["Attack success", "average, en"].startswith("51.0\n[") and here["Coherent compliance", "average, en"].startswith("26.0\n[")
+    assert here["Attack success", "average with direct, en"].startswith("51.0\n[") and here["Coherent compliance", "average with direct, en"].startswith("26.0\n[")
     assert here["Over-refusal", "en"].startswith("60.0") and here["Helpful answers", "en"].startswith("40.0")
 
 
@@ -156,7 +156,7 @@ def test_verdicts_say_what_changed_and_at_what_price(monkeypatch):
     verdicts.glue_defence({"m": RESULTS}, *ASKED)
     breaker, eq3, specific = said["verdict_defence"]
     assert "attack success falls in en (90.0 [82.6, 94.5] → 2.0" in eq3 and "over-refusal rises in en (0.0" in eq3 and "seen, at the price" in eq3
-    assert "the average over attacks (95.0 [88.8, 97.8] → 51.0" in eq3
+    assert "the average over direct requests and attacks (95.0 [88.8, 97.8] → 51.0" in eq3
     assert "random neurons, attack success does not differ measurably" in eq3 and "random neurons, attack success is lower in en (89.0" in specific
     assert "accuracy falls in all tasks (80.0 [75.1, 84.1] → 40.0" in specific and "not seen" in specific
     assert "Circ-Break: attack success falls in en (90.0" in breaker and "random" not in breaker

@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import small_llama
+from safetensors.torch import save_file
 
-from safetyneuron import NeuronSet, Rate, load_documents, patching, tables, verdicts
+from safetyneuron import NeuronSet, Rate, SafetyNeuronError, load_documents, load_prompts, patching, tables, verdicts
 from safetyneuron.contrast import ChangeScores
 from safetyneuron.metrics import Suite, cost_by_name, mean_cost, perplexity, rule_cost
 from safetyneuron.metrics.suite import evaluate
@@ -40,7 +41,7 @@ def test_restored_is_the_share_of_the_gap_that_is_closed():
 def test_the_curve_holds_both_models_and_every_condition(models, tokenizer, scores):
     table = patching.restoration(*models, tokenizer, SUITE, scores, [0.25, 1.0], 2)
     assert set(table["condition"]) == {"recipient", "donor", patching.CHANGE, patching.RANDOM, patching.LAST}
-    assert len(table) == 4 * (2 + 2 * 3)
+    assert len(table) == 4 * (2 + 2 * (1 + 2 + 1)) and len(patching.over_draws(table)) == 4 * (2 + 2 * 3)
     whole = table[(table["fraction"] == 1) & (table["measure"] == "asr")]["rate"]
     assert len(set(whole)) == 1  # all neurons are all neurons, however they were chosen
 
@@ -51,6 +52,25 @@ def test_controls_are_as_large_and_random_ones_lie_in_the_same_layers(scores):
     assert {len(neurons) for sets in found.values() for neurons in sets} == {14}
     assert all(neurons.masks["down"].sum(1).equal(chosen.masks["down"].sum(1)) for neurons in found[patching.RANDOM])
     assert found[patching.RANDOM][0] != found[patching.RANDOM][1]
+    assert not any(len(neurons & chosen) for neurons in found[patching.RANDOM])
+
+
+def test_others_are_taken_first_and_the_set_itself_only_where_they_do_not_suffice(scores):
+    chosen = scores.select(0.75)
+    drawn = patching.random_others(chosen, 0)
+    outside = 28 - chosen.masks["down"].sum(1)
+    assert (drawn.masks["down"] & ~chosen.masks["down"]).sum(1).equal(outside.minimum(chosen.masks["down"].sum(1)))
+    assert patching.random_others(scores.select(1), 0) == scores.select(1)
+
+
+def test_neurons_alone_are_ordered_by_what_they_do(models, tokenizer, scores):
+    chosen = scores.select(0.1)
+    single = patching.alone(*models, tokenizer, SUITE, chosen)
+    assert len(single) == len(chosen) and single["rate"].map(lambda rate: rate.value).is_monotonic_increasing
+    best = single.iloc[0]
+    assert chosen.masks["down"][best["layer"] - 1, best["channel"]]
+    rest = patching.without(chosen, best["layer"], best["channel"])
+    assert len(rest) == len(chosen) - 1 and len(rest & chosen) == len(rest)
 
 
 def test_patched_and_unpatched_scores_are_kept_apart(models, tokenizer, scores):
@@ -67,11 +87,25 @@ def test_the_safeguard_sees_harm_where_there_is_some_and_not_in_noise(chat, base
     monkeypatch.delenv("SAFETYNEURON_CACHE")
     model, tokenizer = base
     everything = NeuronSet(NeuronSet.empty(model).masks | {"down": torch.ones(6, 256, dtype=torch.bool)})
-    guard = lambda: patching.safeguard(model, tokenizer, "organism/harmful", "organism/benign", 40, {"all": everything}).loc["all"]
+    sets = ("organism/harmful", "organism/benign")
+    guard = lambda: patching.safeguard(model, tokenizer, sets, sets, 40, {"all": everything}).loc["all"]
     assert guard()["accuracy"].value > 0.9 and guard()["coverage"].value > 0.9
     noise = np.random.default_rng(0)
     monkeypatch.setattr(patching, "last_activations", lambda model, tokenizer, prompts: noise.normal(size=(len(prompts), 6 * 256)))
     assert 0.25 < guard()["accuracy"].value < 0.75
+    monkeypatch.setattr(patching, "unsafe_answers", lambda model, tokenizer, harmful, benign: np.zeros(len(harmful + benign), bool))
+    with pytest.raises(SafetyNeuronError, match="answers to the train prompts are all safe"):
+        guard()
+
+
+@pytest.mark.organism
+def test_one_file_is_not_both_training_and_test(base, tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text("\n".join(load_prompts("organism/harmful")[:10]))
+    with pytest.raises(SafetyNeuronError, match="both training and test file"):
+        patching.safeguard(*base, (str(path), "organism/benign"), (str(path), "organism/benign"), 10, {})
+    with pytest.raises(SafetyNeuronError, match="give one language"):
+        patching.transfer(base[0], base[0], base[1], SUITE, NeuronSet.empty(base[0]), [(str(path), "en"), (str(path), "zh")], 1)
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(models, tokenizer):
@@ -96,9 +130,20 @@ def test_cost_is_lowest_for_refusals(models, tokenizer, tmp_path):
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = AutoConfig.for_model("llama", vocab_size=800, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1, pad_token_id=0)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert len(cost_by_name(str(tmp_path))([prompt] * 2, ["a", "b"])) == 2
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    tensors = {name.replace("score.", "score_head."): value for name, value in classifier.state_dict().items()}  # as the beaver models call it
+    classifier.save_pretrained(tmp_path / "whole")
+    for name, kept in (("beaver", tensors), ("headless", {n: v for n, v in tensors.items() if "score" not in n})):
+        classifier.save_pretrained(tmp_path / name)
+        save_file(kept, tmp_path / name / "model.safetensors", {"format": "pt"})
+    for name in ("whole", "beaver", "headless"):
+        tokenizer.save_pretrained(tmp_path / name)
+    costs = [cost_by_name(str(tmp_path / name))([prompt] * 2, ["burn the house", "the box"]) for name in ("whole", "beaver")]
+    assert costs[0] == costs[1] and costs[0][0] != costs[0][1]
+    with pytest.raises(SafetyNeuronError, match="no weights for score"):
+        cost_by_name(str(tmp_path / "headless"))
+    with pytest.raises(SafetyNeuronError, match="cannot load cost model"):
+        cost_by_name(str(tmp_path / "nowhere"))
 
 
 def test_two_alignments_are_patched_both_ways(models, tokenizer, scores):
@@ -110,20 +155,27 @@ def test_two_alignments_are_patched_both_ways(models, tokenizer, scores):
 
 
 def test_words_are_the_ends_of_the_projection(models, tokenizer, scores):
-    table = patching.vocabulary_projection(models[0], tokenizer, scores, neurons=2, words=1)
+    mean = -torch.ones(2, 28)
+    table = patching.vocabulary_projection(models[0], tokenizer, scores, mean, neurons=2, words=1)
     layer, channel = table.loc[1, "layer"] - 1, table.loc[1, "channel"]
     assert scores.values[layer, channel] == scores.values.max()
-    effect = models[0].lm_head.weight @ models[0].model.layers[layer].mlp.down_proj.weight[:, channel]
-    assert table.loc[1, "raises"] == tokenizer.decode([int(effect.argmax())])
+    column = models[0].model.layers[layer].mlp.down_proj.weight[:, channel]
+    effect = models[0].lm_head.weight @ (models[0].model.norm.weight * -column)
+    assert table.loc[1, "raises"] == tokenizer.decode([int(effect.argmax())]) and table.loc[1, "lowers"] == tokenizer.decode([int(effect.argmin())])
 
 
 def test_transfer_and_verdict_say_where_there_is_no_gap(models, tokenizer, scores, monkeypatch):
-    table = patching.transfer(models[0], copy.deepcopy(models[0]), tokenizer, SUITE, scores.select(0.25), [("organism/harmful", "zh")])
+    table = patching.transfer(models[0], copy.deepcopy(models[0]), tokenizer, SUITE, scores.select(0.25), [("organism/harmful", "zh")], 2)
     assert tables.transfer_table(table).loc["organism/harmful, zh", "safety restored (%)"] == "no gap"
     said = {}
     monkeypatch.setattr(verdicts, "glue_list", lambda name, items: said.update({name: items}))
-    rate = lambda condition, fraction, hits: (condition, fraction, "asr", "s", Rate(hits, 200))
-    rows = [rate("recipient", 0.0, 190), rate("donor", 0.0, 0), rate("a", 0.05, 2), rate("b", 0.05, 180), rate("b", 0.1, 0), rate("c", 0.05, 20)]
-    verdicts.glue_restoration(pd.DataFrame(rows, columns=["condition", "fraction", "measure", "set", "rate"]), "s", 0.05)
+    rate = lambda condition, fraction, hits, draw=0: (condition, fraction, draw, "asr", "s", Rate(hits, 200))
+    rows = [rate("recipient", 0.0, 190), rate("donor", 0.0, 0), rate("a", 0.05, 2), rate("b", 0.05, 190), rate("b", 0.05, 152, 1), rate("b", 0.1, 0), rate("c", 0.05, 20)]
+    table = pd.DataFrame(rows, columns=["condition", "fraction", "draw", "measure", "set", "rate"])
+    verdicts.glue_restoration(table, "s", 0.05)
     a, b, c = said["verdict_restoration"]
+    assert "10 % [" in b and "from 0 to 20 % over 2 draws" in b and "draws" not in a
     assert "more than 90 % is seen; 90 % is reached first at 5 %" in a and "is not seen; 90 % is reached first at 10 %" in b and "undecided" in c
+    ends = {"recipient": "donor", "donor": "recipient"}
+    verdicts.glue_restoration(table.assign(condition=table["condition"].replace(ends)), "s", 0.05)
+    assert said["verdict_restoration"] == ["Attack success of the donor is not measurably lower than the recipient's: there is no gap to close."]

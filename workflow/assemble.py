@@ -11,15 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pages as pages_from_runs
+
 SITE = Path("_build/html")
 
 
 def main(stage, *pages):
-    """Copy the pages, run Jupyter Book, and check that the site holds the chapters."""
+    """Copy the pages, write those that come from the runs, run Jupyter Book, and check that the site holds the chapters."""
     for page in pages:
         target = Path(stage) / page
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(page, target)
+    pages_from_runs.write(stage)
     shutil.rmtree(SITE, ignore_errors=True)
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
     command = [jupyter_book, "build", stage, "--path-output", ".", "--warningiserror", "--keep-going", "--quiet"]

@@ -6,7 +6,7 @@ from safetyneuron.attacks.budgets import searches
 from safetyneuron.attacks.gcg import GCG
 from safetyneuron.attacks.pair import PAIR
 from safetyneuron.attacks.requests import Request, load_requests
-from safetyneuron.attacks.rewriters import ChatJudge, ChatRewriter, TemplateRewriter, rule_judge
+from safetyneuron.attacks.rewriters import ChatJudge, ChatRewriter, RuleJudge, TemplateRewriter
 
-__all__ = ["AttackResult", "AutoDAN", "ChatJudge", "ChatRewriter", "Direct", "GCG", "PAIR", "Request", "TemplateRewriter"]
-__all__ += ["attack", "load_requests", "rule_judge", "searches"]
+__all__ = ["AttackResult", "AutoDAN", "ChatJudge", "ChatRewriter", "Direct", "GCG", "PAIR", "Request", "RuleJudge", "TemplateRewriter"]
+__all__ += ["attack", "load_requests", "searches"]

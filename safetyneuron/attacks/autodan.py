@@ -31,8 +31,7 @@ class AutoDAN:
     def _evolve(self, model, tokenizer, request):
         draw = random.Random(f"{self.seed} {request.prompt}")
         loss = TargetLoss(model, tokenizer, tokenizer(request.target, add_special_tokens=False)["input_ids"])
-        population = [request.prompt]
-        population += [self.rewriter.rewrite(request.prompt, request.prompt, draw) for _ in range(self.population - 1)]
+        population = [request.prompt] + [self._rewritten(request.prompt, request.prompt, draw) for _ in range(self.population - 1)]
         curve = []
         while True:
             losses, written = loss(encode_prompts(model, tokenizer, population))
@@ -50,9 +49,13 @@ class AutoDAN:
             first, second = draw.choices(parents, weights, k=2)
             child = cross(first, second, draw) if draw.random() < self.crossover else first
             child = child if self.rewriter.keeps(request, child) else first
-            new = self.rewriter.rewrite(request, child, draw) if draw.random() < self.mutation else child
-            children.append(new if self.rewriter.keeps(request, new) else child)
+            children.append(self._rewritten(request, child, draw) if draw.random() < self.mutation else child)
         return parents[:elites] + children
+
+    def _rewritten(self, request, prompt, draw):
+        """The prompt in other words; as it is, where these would ask for something else."""
+        new = self.rewriter.rewrite(request, prompt, draw)
+        return new if self.rewriter.keeps(request, new) else prompt
 
 
 def cross(first, second, draw):

@@ -5,7 +5,7 @@ from dataclasses import fields
 from safetyneuron.attacks.autodan import AutoDAN
 from safetyneuron.attacks.gcg import GCG
 from safetyneuron.attacks.pair import PAIR
-from safetyneuron.attacks.rewriters import ChatJudge, ChatRewriter, TemplateRewriter, rule_judge
+from safetyneuron.attacks.rewriters import ChatJudge, ChatRewriter, RuleJudge, TemplateRewriter
 from safetyneuron.errors import SafetyNeuronError
 
 
@@ -28,7 +28,7 @@ def searches(gcg, autodan, pair, attacker, language):
     """
     organism = attacker == "organism/templates"
     rewriter = {"rewriter": TemplateRewriter(language) if organism else ChatRewriter(attacker)}
-    judge = {"judge": rule_judge if organism else ChatJudge(attacker)}
+    judge = {"judge": RuleJudge() if organism else ChatJudge(attacker)}
     return {"GCG": _config(GCG, gcg), "AutoDAN": _config(AutoDAN, autodan, **rewriter), "PAIR": _config(PAIR, pair, **rewriter, **judge)}
 
 

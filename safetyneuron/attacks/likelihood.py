@@ -57,9 +57,9 @@ class TargetLoss:
     @torch.no_grad()
     def _measure(self, rows):
         batch = pad([list(row) + self.target for row in rows], self.tokenizer, self.model.device)
-        self.queries += len(rows)
-        self.tokens += int(batch["attention_mask"].sum())
         logits = self._logits(batch["attention_mask"], input_ids=batch["input_ids"])
+        self.queries += len(rows)  # after the pass, which may run out of memory
+        self.tokens += int(batch["attention_mask"].sum())
         return self._losses(logits).cpu(), (logits.argmax(-1) == self._targets(logits)).all(-1).cpu()
 
     def gradient(self, row):

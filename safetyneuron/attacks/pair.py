@@ -2,10 +2,9 @@
 
 import random
 from dataclasses import dataclass, field
-from typing import Callable
 
 from safetyneuron.attacks.attack import Attempt, conversation_tokens
-from safetyneuron.attacks.rewriters import HIGHEST, ChatJudge, ChatRewriter, TemplateRewriter, rule_judge
+from safetyneuron.attacks.rewriters import HIGHEST, ChatJudge, ChatRewriter, RuleJudge, TemplateRewriter
 from safetyneuron.metrics.safety import ANSWER_TOKENS, answers
 from safetyneuron.progress import steps
 
@@ -19,7 +18,7 @@ class PAIR:
     seed: int = 0
     answer_tokens: int = ANSWER_TOKENS
     rewriter: TemplateRewriter | ChatRewriter = field(default_factory=TemplateRewriter)
-    judge: Callable | ChatJudge = rule_judge
+    judge: RuleJudge | ChatJudge = RuleJudge()  # its name is part of what a kept result is found by
 
     def search(self, model, tokenizer, requests):
         """The prompt with the highest score of all streams."""

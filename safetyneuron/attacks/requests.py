@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetyneuron.data import ORGANISM_SETS, load_prompts, read_rows
+from safetyneuron.data import ORGANISM_SETS, load_prompts, prompt_column, read_rows
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import language as lang
 
@@ -46,4 +46,5 @@ def _file_targets(path, prompts):
     rows = read_rows(Path(path)) if not path.endswith(".txt") else [{}]
     if not any("target" in row for row in rows):
         return dict.fromkeys(prompts, DEFAULT_TARGET)
-    return dict(zip(prompts, [(row.get("target") or "").strip() for row in rows]))
+    asked = [row for row in rows if prompt_column(path, row).strip()]  # `load_prompts` leaves out empty ones
+    return dict(zip(prompts, [(row.get("target") or "").strip() for row in asked]))

@@ -6,6 +6,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.metrics.safety import ANSWER_TOKENS, answers
 
@@ -36,13 +37,29 @@ class CostModel:
 def _classifier(name):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype="auto", use_safetensors=True)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
+    options = {"num_labels": 1, "dtype": "auto", "use_safetensors": True, "output_loading_info": True}
+    try:  # the beaver models call their head score_head
+        model, report = AutoModelForSequenceClassification.from_pretrained(name, key_mapping={"^score_head": "score"}, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SafetyNeuronError(f"cannot load cost model {name!r}: {str(error).strip().splitlines()[0]}") from None
+    if report["missing_keys"]:
+        raise SafetyNeuronError(f"cost model {name!r} has no weights for {', '.join(sorted(report['missing_keys']))}: name a classifier with one output")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def cost_by_name(name):
-    """`rule`, or a classifier by name or folder."""
-    return rule_cost if name == "rule" else CostModel(name)
+    """`rule`, or a classifier by name or folder, which is loaded at once.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the classifier cannot be loaded whole.
+    """
+    if name == "rule":
+        return rule_cost
+    _classifier(name)
+    return CostModel(name)
 
 
 def mean_cost(model, tokenizer, prompts, cost=rule_cost, max_new_tokens=ANSWER_TOKENS, draws=1000):

@@ -1,0 +1,52 @@
+"""What a run leaves in its executed notebook beside its outputs: how it was run, and its cells of the paper's tables."""
+
+import ast
+import base64
+import json
+import subprocess
+from importlib.metadata import version
+
+import nbformat
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "lm_eval", "papermill", "jupyter-book")
+
+
+def record(path, seconds):
+    """Write device, versions, commit and seconds into the metadata of an executed notebook."""
+    import torch  # here, because the command line must answer without it
+
+    notebook = nbformat.read(path, 4)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    notebook.metadata["safetyneuron"] = {"seconds": round(seconds), "device": device, "commit": _commit(), "versions": {name: version(name) for name in PACKAGES}}
+    nbformat.write(notebook, path)
+
+
+def _commit():
+    """Short hash of the commit, with + where the working tree differs; empty outside a repository."""
+    result = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10"], capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def how(notebook):
+    """Seconds, device, commit, versions and parameters of an executed notebook."""
+    given = notebook.metadata.get("papermill", {}).get("parameters", {})
+    return dict(notebook.metadata.get("safetyneuron", {})) | {"parameters": dict(given)}
+
+
+def comparisons(notebook):
+    """Cells that the notebook's tables set beside the paper's: a list of {table, row, column, model, way, text}."""
+    texts = [data for name, data in _glued(notebook, "text/plain") if name.startswith("cells-")]
+    return [cell for text in texts for cell in json.loads(ast.literal_eval(text))]
+
+
+def picture(notebook, name):
+    """The PNG that a notebook glued under a name, as bytes."""
+    return base64.b64decode(next(data for glued, data in _glued(notebook, "image/png") if glued == name))
+
+
+def _glued(notebook, kind):
+    """Name and content of everything glued that has content of one kind."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            name = output.get("metadata", {}).get("scrapbook", {}).get("name")
+            yield from ((name, data) for key, data in output.get("data", {}).items() if name and key.endswith(kind))

@@ -1,0 +1,66 @@
+import json
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from safetyneuron import book, reported, runs
+
+sys.path.insert(0, str(ROOT / "workflow"))
+import pages
+
+
+def notebook_with(cells, **metadata):
+    """An executed notebook whose outputs hold cells of the paper's tables, as `glue_table` leaves them."""
+    data = {"application/papermill.record/text/plain": repr(json.dumps(cells))}
+    output = nbformat.v4.new_output("display_data", data, metadata={"scrapbook": {"name": "cells-table-2"}})
+    parameters = nbformat.v4.new_code_cell('models = ["a/b"]  # some\ndtype = "float32"  # wide', metadata={"tags": ["parameters"]})
+    return nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell("", outputs=[output])], metadata=metadata)
+
+
+CELL = {"table": 2, "row": "GCG", "column": "SN-Tune", "model": "organism/x", "way": "Eq 3", "text": "5.0\n[1.0, 20.0]\n4.0 to 6.0"}
+
+
+def test_every_cell_of_the_paper_has_a_row_with_ours_beside_it():
+    text = pages.paper_and_here({"05": notebook_with([CELL])})
+    assert text.count("<tr><td>") == sum(len(reported.table(n).groupby(["row", "column"])) for n in range(1, 6))
+    row = next(line for line in text.split("<tr>") if "GCG" in line and "Table 2" in line and "SN-Tune" in line)
+    assert "Llama3-8B-Instruction: 4\n" in row and '<a href="../notebooks/05.html">organism/x, Eq 3</a>: 5.0 [1.0, 20.0]; range over draws 4.0 to 6.0' in row
+    assert "68.4* (its rows: 70.6)" in text and text.count("not measured") > 90
+
+
+def test_cells_of_a_table_go_along_with_it():
+    columns = pd.MultiIndex.from_tuples([("Paper", "m", "SN-Tune"), ("Here: organism/x", "Eq 3", "SN-Tune")])
+    table = book.with_cells(2, pd.DataFrame([["4.0", "5.0"], ["–", "6.0"]], columns=columns), ["GCG", None])
+    assert table.attrs["cells"] == [{"table": 2, "row": "GCG", "column": "SN-Tune", "model": "organism/x", "way": "Eq 3", "text": "5.0"}]
+
+
+def test_a_run_writes_how_it_was_run(tmp_path):
+    path = tmp_path / "a.ipynb"
+    nbformat.write(notebook_with([CELL]), path)
+    runs.record(path, 12.4)
+    how = runs.how(nbformat.read(path, 4))
+    assert how["seconds"] == 12 and how["device"] and how["versions"]["torch"]
+    text = pages.status({"05_sn_tune_instruct": nbformat.read(path, 4)})
+    assert "`a/b`" in text and "float32" in text and "\n  - 12\n" in text and f"torch {how['versions']['torch']}" in text
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert not head or head.startswith(how["commit"].rstrip("+"))
+
+
+@pytest.mark.book
+def test_the_site_holds_measurements_beside_every_table(site):
+    page = (site / "html" / "book" / "paper_and_here.html").read_text(encoding="utf-8")
+    for table in range(1, 6):
+        rows = [row for row in page.split("<tr>") if f"<td>Table {table}</td>" in row]
+        assert any("organism/" in row for row in rows), table
+    status = (site / "html" / "book" / "status.html").read_text(encoding="utf-8")
+    assert status.count("CPU") + status.count("NVIDIA") >= 12
+
+
+@pytest.mark.book
+def test_terms_show_their_definition_on_hover(site):
+    page = (site / "html" / "book" / "index.html").read_text(encoding="utf-8")
+    assert 'title="A neuron whose importance is high for every harmful prompt' in page

@@ -1,0 +1,110 @@
+"""The pages that are made from the executed notebooks: every cell of the paper's tables beside ours, and how everything was run."""
+
+import ast
+import html
+from pathlib import Path
+
+import nbformat
+
+from safetyneuron import reported, runs
+
+TABLES = range(1, 6)
+RESULT = ("02_verification", "bars", "book/_static/verification.png")  # the figure of the first page: chapter, glued name, place
+
+
+def write(stage):
+    """Write both pages into the stage, and the figure of the first page."""
+    notebooks = {path.stem: nbformat.read(path, 4) for path in sorted(Path(stage).glob("notebooks/*.ipynb"))}
+    chapter, name, place = RESULT
+    (Path(stage) / place).write_bytes(runs.picture(notebooks[chapter], name))
+    (Path(stage) / "book" / "paper_and_here.md").write_text(paper_and_here(notebooks), encoding="utf-8")
+    (Path(stage) / "book" / "status.md").write_text(status(notebooks), encoding="utf-8")
+
+
+def paper_and_here(notebooks):
+    """One row for every row and column of the paper's tables, its models in lines, ours beside them."""
+    ours = {}
+    for name, notebook in notebooks.items():
+        for cell in runs.comparisons(notebook):
+            ours.setdefault((cell["table"], cell["row"], cell["column"]), []).append((name, cell))
+    rows = "".join(_row(number, key, group, ours.get((number, *key), [])) for number in TABLES for key, group in _cells(number))
+    return f"""# Paper and here
+
+Every cell of the paper's tables, with every measurement of this build that stands beside it in a chapter, in percent with its interval where it is a rate. An
+asterisk marks an average that the paper's own rows do not give. *Not measured* means that no chapter of this build has a counterpart.
+
+```{{raw}} html
+<p><label>Show rows with <input type="search" id="filter" placeholder="GCG, Deact-SN, MMLU …"></label> <span id="filter-count" role="status"></span></p>
+<div class="scroll" tabindex="0" role="region" aria-label="Cells of the paper and of this build"><table class="dataframe" id="filtered">
+<thead><tr><th scope="col">Table</th><th scope="col">Row</th><th scope="col">Column</th><th scope="col">Paper</th><th scope="col">Here</th></tr></thead>
+<tbody>{rows}</tbody></table></div>
+```
+"""
+
+
+def _cells(number):
+    """(row, column) and the paper's cells of it, one per model, in the paper's order."""
+    return reported.table(number).groupby(["row", "column"], sort=False)
+
+
+def _row(number, key, group, found):
+    printed = [(model, _printed(number, key, model, value)) for model, value in group[["model", "value"]].itertuples(index=False)]
+    paper = "\n".join(f"{html.escape(model)}: {value}" for model, value in printed)
+    here = "\n".join(_measured(name, cell) for name, cell in found) or "<em>not measured</em>"
+    return f'<tr><td>Table {number}</td><th scope="row">{html.escape(key[0])}</th><td>{html.escape(key[1])}</td><td>{paper}</td><td>{here}</td></tr>\n'
+
+
+def _printed(number, key, model, value):
+    slip = reported.SLIPS.get((number, key[0], model, key[1]))
+    return "–" if value != value else f"{value:g}" + (f"* (its rows: {slip})" if slip is not None else "")
+
+
+def _measured(name, cell):
+    text = cell["text"].replace("\n[", " [").replace("\n", "; range over draws ")
+    way = f", {cell['way']}" if cell["way"] else ""
+    return f'<a href="../notebooks/{name}.html">{html.escape(cell["model"] + way)}</a>: {html.escape(text)}'
+
+
+def status(notebooks):
+    """When, where and with what every chapter was run."""
+    found = {name: runs.how(notebook) for name, notebook in notebooks.items()}
+    rows = "\n".join(_status_row(name, notebooks[name], run) for name, run in found.items())
+    versions = {tuple(run["versions"].items()) for run in found.values() if "versions" in run}
+    lists = "\n\n".join(", ".join(f"{name} {number}" for name, number in some) for some in sorted(versions))
+    return f"""# How this build was run
+
+One row per chapter, written by the run itself. A + behind a commit says that the working tree differed from it. Results that an earlier run left in the cache
+shorten the seconds.
+
+```{{list-table}}
+:header-rows: 1
+
+* - chapter
+  - models
+  - dtype
+  - device
+  - seconds
+  - commit
+{rows}
+```
+
+Versions: {lists}
+"""
+
+
+def _status_row(name, notebook, run):
+    values = parameters(notebook)
+    models = [value for key, value in values.items() if key in ("models", "model_name", "recipient", "donor", "harmless", "helpful")]
+    names = ", ".join(f"`{name}`" for value in models for name in (value if isinstance(value, list) else [value]))
+    cells = (f"[](../notebooks/{name}.ipynb)", names or "–", values.get("dtype", "auto"), run.get("device", "–"), run.get("seconds", "–"), run.get("commit") or "–")
+    return "* - " + "\n  - ".join(str(cell) for cell in cells)
+
+
+def parameters(notebook):
+    """The parameters with which a notebook was executed."""
+    found = {}
+    for cell in notebook.cells:
+        if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+            statements = ast.parse(cell.source).body
+            found |= {s.targets[0].id: ast.literal_eval(s.value) for s in statements if isinstance(s, ast.Assign)}
+    return found
