@@ -161,13 +161,16 @@ def table_1(results, paper_model, harmful_sets, tasks):
     printed = printed_cells(1, paper_model)
     papers = dict(zip(harmful_sets, TABLE_1_ROWS["harmful"])) | dict(zip(tasks, TABLE_1_ROWS["capability"]))
     rows, heads, paper_rows = [], [], []
-    for measure, name in _keys(results):
-        paper_row = papers.get(name) if measure in ("asr", "accuracy") else None
+    averages = {"asr": ("Avg. Harmful", harmful_sets), "accuracy": ("Avg. Capability", tasks)}
+    lines = [(measure, papers.get(name) if measure in averages else None, [name]) for measure, name in _keys(results)]
+    lines += [(measure, paper_row, names) for measure, (paper_row, names) in averages.items()]
+    for measure, paper_row, names in sorted(lines, key=lambda line: list(MEASURES).index(line[0])):
         paper_rows.append(paper_row)
+        name = names[0] if len(names) == 1 else "average"
         heads.append((MEASURES[measure], name if paper_row is None else f"{name}\n(paper: {paper_row})"))
         row = {("Paper", paper_model, c): printed.get((paper_row, c), "–") for c in ("Origin.", "Deact-R", "Deact-SN")}
         for model, conditions in results.items():
-            row |= {(f"Here: {model}", *_heading(c)): cell(draws, (measure, name)) for c, draws in conditions.items()}
+            row |= {(f"Here: {model}", *_heading(c)): cell(_over_sets(draws, measure, names), "mean") for c, draws in conditions.items()}
         rows.append(row)
     columns = pd.MultiIndex.from_tuples(rows[0])
     index = pd.MultiIndex.from_tuples(heads, names=["%", "set"])
@@ -185,6 +188,11 @@ def with_cells(number, table, paper_rows):
         for r, row in enumerate(paper_rows) if row for i, model, way, column in here
     ]  # fmt: skip
     return table
+
+
+def _over_sets(draws, measure, names):
+    """Every draw's mean rate over sets or tasks, under the key `mean`."""
+    return [{"mean": Rate.mean([draw[measure, name] for name in names])} for draw in draws]
 
 
 def _keys(results):

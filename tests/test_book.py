@@ -68,3 +68,16 @@ def test_editions_name_only_notebooks_and_parameters_that_exist():
         for name, given in edition["notebooks"].items():
             source = "".join(line for c in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells if "parameters" in c.metadata.get("tags", []) for line in c.source)
             assert all(re.search(rf"^{parameter} = ", source, re.M) for parameter in given)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_exercise_has_a_solution_that_runs_and_a_value_to_check(path):
+    cells = nbformat.read(path, 4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    labels = re.findall(r"```{exercise}.*?\n:label: (\S+)\n(.*?)```", text, re.S)
+    assert len(labels) >= 3 and text.count("{solution-end}") == len(labels)
+    for label, question in labels:
+        start = next(i for i, cell in enumerate(cells) if f"{{solution-start}} {label}\n" in cell.source)
+        (check,) = re.findall(r"{glue:text}`(\w+)`", question)
+        assert cells[start + 1].cell_type == "code" and f"{check}=" in cells[start + 1].source  # so every build runs it
+        assert "{solution-end}" in cells[start + 2].source

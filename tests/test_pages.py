@@ -64,3 +64,9 @@ def test_the_site_holds_measurements_beside_every_table(site):
 def test_terms_show_their_definition_on_hover(site):
     page = (site / "html" / "book" / "index.html").read_text(encoding="utf-8")
     assert 'title="A neuron whose importance is high for every harmful prompt' in page
+
+
+@pytest.mark.book
+def test_tables_are_numbered_as_tables(site):
+    page = (site / "html" / "notebooks" / "02_verification.html").read_text(encoding="utf-8")
+    assert page.count('caption-number">Table ') == 2 and page.count('caption-number">Fig. ') == 1
