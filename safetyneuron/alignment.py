@@ -23,6 +23,7 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import frozen
 from safetyneuron.organism import organism_folder
 from safetyneuron.progress import TrainingLine
+from safetyneuron.tuning import quiet_settings
 
 PREFERENCES = ("organism/harmless", "organism/helpful")
 SIDES = ("prompt", "chosen", "rejected")
@@ -220,20 +221,13 @@ def _quiet():
 
 def _arguments(folder, model, epochs, learning_rate, batch_size, seed):
     return dict(
-        output_dir=folder,
         num_train_epochs=epochs,
         learning_rate=learning_rate,
         per_device_train_batch_size=batch_size,
         lr_scheduler_type="cosine",
         weight_decay=0.1,
-        seed=seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
         gradient_checkpointing=False,
         bf16=False,  # trl's default would compute in half precision
         max_length=None,
-        use_cpu=model.device.type == "cpu",
+        **quiet_settings(folder, model, seed),
     )

@@ -21,7 +21,7 @@ from safetyneuron.documents import encode_documents
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import fingerprint, frozen
 from safetyneuron.progress import TrainingLine
-from safetyneuron.tuning import OneDevice
+from safetyneuron.tuning import OneDevice, quiet_settings
 
 TARGETS = (10 / 32, 20 / 32)  # depths at which harmful states are turned away: layers 10 and 20 of 32 in the original
 RANK, ALPHA, DROPOUT = 16, 16, 0.05
@@ -216,18 +216,11 @@ def _states(model, inputs):
 
 def _arguments(folder, model, steps, learning_rate, batch_size, seed):
     return OneDevice(
-        output_dir=folder,
         max_steps=steps,
         learning_rate=learning_rate,
         per_device_train_batch_size=batch_size,
         lr_scheduler_type="linear",
         weight_decay=0.0,
-        seed=seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
         remove_unused_columns=False,
-        use_cpu=model.device.type == "cpu",
+        **quiet_settings(folder, model, seed),
     )

@@ -248,9 +248,23 @@ class OneDevice(TrainingArguments):
         return False
 
 
-def _arguments(folder, model, keep, epochs, learning_rate, batch_size, accumulation, warmup_steps, seed):
-    return OneDevice(
+def quiet_settings(folder, model, seed):
+    """What every training of this package asks of the trainer: a logged loss for each update, no bars, no reports, no files of its own."""
+    return dict(
         output_dir=str(folder),
+        seed=seed,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+    )
+
+
+def _arguments(folder, model, keep, epochs, learning_rate, batch_size, accumulation, warmup_steps, seed):
+    checkpoints = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 2} if keep else {}
+    return OneDevice(
         num_train_epochs=epochs,
         learning_rate=learning_rate,
         per_device_train_batch_size=batch_size,
@@ -259,14 +273,6 @@ def _arguments(folder, model, keep, epochs, learning_rate, batch_size, accumulat
         lr_scheduler_type=SCHEDULE,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        seed=seed,
-        logging_steps=1,
         logging_nan_inf_filter=False,  # it would show such a loss as 0
-        save_strategy="steps" if keep else "no",
-        save_steps=20,
-        save_total_limit=2,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        use_cpu=next(model.parameters()).device.type == "cpu",
+        **quiet_settings(folder, model, seed) | checkpoints,
     )
