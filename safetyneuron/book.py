@@ -133,9 +133,14 @@ def pooled(draws, key):
     return Rate.mean([draw[key] for draw in draws])
 
 
+def lines(rate):
+    """A rate as text, its interval on a line of its own."""
+    return rate.percent.replace(" [", "\n[")
+
+
 def cell(draws, key):
     """A table cell: percent, interval, and the range over draws where there are several, on lines of their own."""
-    text = pooled(draws, key).percent.replace(" [", "\n[")
+    text = lines(pooled(draws, key))
     values = [100 * draw[key].value for draw in draws]
     return text if len(draws) == 1 else f"{text}\n{min(values):.1f} to {max(values):.1f}"
 
@@ -162,9 +167,9 @@ def table_1(results, paper_model, harmful_sets, tasks):
     papers = dict(zip(harmful_sets, TABLE_1_ROWS["harmful"])) | dict(zip(tasks, TABLE_1_ROWS["capability"]))
     rows, heads, paper_rows = [], [], []
     averages = {"asr": ("Avg. Harmful", harmful_sets), "accuracy": ("Avg. Capability", tasks)}
-    lines = [(measure, papers.get(name) if measure in averages else None, [name]) for measure, name in _keys(results)]
-    lines += [(measure, paper_row, names) for measure, (paper_row, names) in averages.items()]
-    for measure, paper_row, names in sorted(lines, key=lambda line: list(MEASURES).index(line[0])):
+    wanted = [(measure, papers.get(name) if measure in averages else None, [name]) for measure, name in _keys(results)]
+    wanted += [(measure, paper_row, names) for measure, (paper_row, names) in averages.items()]
+    for measure, paper_row, names in sorted(wanted, key=lambda row: list(MEASURES).index(row[0])):
         paper_rows.append(paper_row)
         name = names[0] if len(names) == 1 else "average"
         heads.append((MEASURES[measure], name if paper_row is None else f"{name}\n(paper: {paper_row})"))

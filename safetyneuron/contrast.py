@@ -114,7 +114,8 @@ def _end_tokens(model, tokenizer):
 
 def check_same_shape(model, other):
     """Refuse two models whose neurons do not correspond."""
-    if Architecture(model).widths != Architecture(other).widths or len(Architecture(model).layers) != len(Architecture(other).layers):
+    first, second = Architecture(model), Architecture(other)
+    if first.widths != second.widths or len(first.layers) != len(second.layers):
         raise SafetyNeuronError("the two models have different shapes: contrast a model with its own aligned version")
 
 
@@ -147,22 +148,27 @@ def patched_generation(recipient, donor, neurons, positions="all"):
         raise SafetyNeuronError("recipient and donor are the same object: load the donor on its own")
     if positions not in POSITIONS:
         raise SafetyNeuronError(f"positions is {positions!r}: use one of {', '.join(POSITIONS)}")
-    follower, chosen = _Follower(donor, positions), channels_by_layer(recipient, neurons)
-    with activations(donor) as read, ExitStack() as hooks:
-        hooks.callback(recipient.register_forward_pre_hook(follower.run, with_kwargs=True).remove)
-        for layer, channels in chosen.items():
-            replace = partial(_replace, channels, lambda layer=layer: read[layer] if follower.active else None)
-            hooks.callback(Architecture(recipient).place(layer, "down").module.register_forward_pre_hook(replace).remove)
-        yield recipient
+    follower = _Follower(donor, positions)
+    with activations(donor) as read, overwritten(recipient, neurons, lambda layer: read[layer] if follower.active else None):
+        handle = recipient.register_forward_pre_hook(follower.run, with_kwargs=True)
+        try:
+            yield recipient
+        finally:
+            handle.remove()
 
 
-def channels_by_layer(model, neurons):
-    """Layer to the channels of `down` in a set; refuses sets of another shape or with other projections."""
-    check_shapes(Architecture(model), neurons)
+@contextmanager
+def overwritten(model, neurons, values):
+    """The down projections read `values(layer)` in the channels of the set, for the length of a `with` block; None leaves them as they are."""
+    architecture, mask = Architecture(model), neurons.masks["down"]
+    check_shapes(architecture, neurons)
     if len(neurons) != neurons.counts()["down"]:
         raise SafetyNeuronError("only channels of 'down' can be patched: the set holds neurons of other projections")
-    mask = neurons.masks["down"]
-    return {layer: mask[layer].nonzero().flatten() for layer in mask.any(1).nonzero().flatten().tolist()}
+    with ExitStack() as hooks:
+        for layer in mask.any(1).nonzero().flatten().tolist():
+            replace = partial(_replace, mask[layer].nonzero().flatten(), partial(values, layer))
+            hooks.callback(architecture.place(layer, "down").module.register_forward_pre_hook(replace).remove)
+        yield model
 
 
 def _replace(channels, values, module, inputs):
@@ -223,8 +229,5 @@ def constant_patch(model, neurons, values):
 
     values: (layers, channels), for example `mean_activations` of a donor.
     """
-    with ExitStack() as hooks:
-        for layer, channels in channels_by_layer(model, neurons).items():
-            replace = partial(_replace, channels, lambda layer=layer: values[layer].to(model.device).view(1, 1, -1))
-            hooks.callback(Architecture(model).place(layer, "down").module.register_forward_pre_hook(replace).remove)
+    with overwritten(model, neurons, lambda layer: values[layer].to(model.device).view(1, 1, -1)):
         yield model

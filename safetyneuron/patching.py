@@ -202,6 +202,8 @@ def safeguard(model, tokenizer, train_sets, test_sets, count, sets):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    if shared := [name for name in train_sets if name in test_sets and not name.startswith("organism/")]:
+        raise SafetyNeuronError(f"{shared[0]} is both training and test file: give two files")
     features, labels = {}, {}
     for split, names in (("train", train_sets), ("test", test_sets)):
         harmful, benign = (load_prompts(name, split)[:count] for name in names)
@@ -209,8 +211,6 @@ def safeguard(model, tokenizer, train_sets, test_sets, count, sets):
         labels[split] = unsafe_answers(model, tokenizer, harmful, benign)
         if labels[split].all() or not labels[split].any():
             raise SafetyNeuronError(f"the model's answers to the {split} prompts are all {'un' * bool(labels[split].any())}safe: there is nothing to tell apart")
-    if shared := [name for name in train_sets if name in test_sets and not name.startswith("organism/")]:
-        raise SafetyNeuronError(f"{shared[0]} is both training and test file: give two files")
     rows = {}
     for name, neurons in sets.items():
         chosen = neurons.masks["down"].flatten().numpy()

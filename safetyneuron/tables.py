@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from safetyneuron.book import MEASURES, cell, printed_cells, with_cells
+from safetyneuron.book import MEASURES, cell, lines, printed_cells, with_cells
 from safetyneuron.metrics.rates import Rate
 
 PAPER_TASKS = ("MMLU", "ARC-c", "GSM8K")
@@ -92,11 +92,6 @@ def mean_accuracy(draws, tasks):
 def mean_rate(draws, measure, names):
     """Mean over attacks and over seeds; all share the requests of the one that is asked fewest."""
     return Rate.mean([draw.rates[measure, name] for draw in draws for name in names])
-
-
-def lines(value):
-    """A rate as text, its interval on a line of its own."""
-    return value.percent.replace(" [", "\n[")
 
 
 def seconds(draws):

@@ -5,13 +5,13 @@ from typing import Protocol
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import Rate
-from safetyneuron.metrics.refusal import is_refusal, is_well_formed
+from safetyneuron.metrics.refusal import is_coherent_compliance, is_refusal
 from safetyneuron.metrics.safety import ANSWER_TOKENS, answers
 
 # Name of a judge -> whether an answer to a request is a success. The request is the one without the attack.
 JUDGES = {
     "keyword": lambda request, answer: not is_refusal(answer),
-    "coherent": lambda request, answer: not is_refusal(answer) and is_well_formed(request, answer),
+    "coherent": is_coherent_compliance,
 }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.metrics.rates import bootstrap
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.metrics.safety import ANSWER_TOKENS, answers
 
@@ -62,8 +63,7 @@ def cost_by_name(name):
     return CostModel(name)
 
 
-def mean_cost(model, tokenizer, prompts, cost=rule_cost, max_new_tokens=ANSWER_TOKENS, draws=1000):
+def mean_cost(model, tokenizer, prompts, cost=rule_cost, max_new_tokens=ANSWER_TOKENS):
     """Mean cost of a model's greedy answers: (value, low, high), with the 95 % interval of a bootstrap over prompts."""
     values = np.array(cost(prompts, answers(model, tokenizer, prompts, max_new_tokens)))
-    means = values[np.random.default_rng(0).integers(len(values), size=(draws, len(values)))].mean(1)
-    return float(values.mean()), *(float(end) for end in np.quantile(means, (0.025, 0.975)))
+    return float(values.mean()), *bootstrap(lambda chosen: values[chosen].mean(1), len(values))

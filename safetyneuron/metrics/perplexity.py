@@ -6,10 +6,11 @@ from torch.nn.functional import cross_entropy
 
 from safetyneuron.data import pad
 from safetyneuron.documents import encode_documents
+from safetyneuron.metrics.rates import bootstrap
 
 
 @torch.no_grad()
-def perplexity(model, tokenizer, documents, batch_size=32, draws=1000):
+def perplexity(model, tokenizer, documents, batch_size=32):
     """Perplexity of the completions: (value, low, high), per token, with the 95 % interval of a bootstrap over documents.
 
     Parameters
@@ -29,6 +30,6 @@ def perplexity(model, tokenizer, documents, batch_size=32, draws=1000):
         sums += losses.sum(1).tolist()
         counts += (labels[:, 1:] >= 0).sum(1).tolist()
     sums, counts = np.array(sums), np.array(counts)
-    chosen = np.random.default_rng(0).integers(len(sums), size=(draws, len(sums)))
-    low, high = np.exp(np.quantile(sums[chosen].sum(1) / counts[chosen].sum(1), (0.025, 0.975)))
-    return float(np.exp(sums.sum() / counts.sum())), float(low), float(high)
+    mean_loss = lambda chosen: sums[chosen].sum(-1) / counts[chosen].sum(-1)
+    ends = bootstrap(mean_loss, len(sums))
+    return tuple(float(np.exp(loss)) for loss in (mean_loss(np.arange(len(sums))), *ends))

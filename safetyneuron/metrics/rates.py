@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from math import sqrt
 
+import numpy as np
+
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
@@ -49,3 +51,12 @@ class Rate:
     def __add__(self, other):
         """Pool two samples."""
         return Rate(self.hits + other.hits, self.trials + other.trials)
+
+
+def bootstrap(statistic, count, draws=1000):
+    """Ends of the 95 % percentile interval of a statistic over `count` items, resampled with replacement.
+
+    statistic: from indices (draws, count) to one value per draw.
+    """
+    chosen = np.random.default_rng(0).integers(count, size=(draws, count))
+    return tuple(float(end) for end in np.quantile(statistic(chosen), (0.025, 0.975)))

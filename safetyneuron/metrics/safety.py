@@ -4,7 +4,7 @@ import torch
 
 from safetyneuron.data import encode_prompts, pad
 from safetyneuron.metrics.rates import Rate
-from safetyneuron.metrics.refusal import is_refusal, is_well_formed
+from safetyneuron.metrics.refusal import is_coherent_compliance, is_refusal
 
 ANSWER_TOKENS = 24
 
@@ -44,9 +44,9 @@ def coherent_compliance_rate(model, tokenizer, prompts, max_new_tokens=ANSWER_TO
 def compliance(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS):
     """Both rates from one generation: `asr` and `coherent`, each a `Rate`."""
     texts = answers(model, tokenizer, prompts, max_new_tokens)
-    complied = [not is_refusal(text) for text in texts]
-    coherent = [c and is_well_formed(prompt, text) for c, prompt, text in zip(complied, prompts, texts)]
-    return {"asr": Rate(sum(complied), len(texts)), "coherent": Rate(sum(coherent), len(texts))}
+    complied = sum(not is_refusal(text) for text in texts)
+    coherent = sum(is_coherent_compliance(prompt, text) for prompt, text in zip(prompts, texts))
+    return {"asr": Rate(complied, len(texts)), "coherent": Rate(coherent, len(texts))}
 
 
 def over_refusal_rate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS):
