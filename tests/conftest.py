@@ -1,7 +1,10 @@
+import functools
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no test waits for a network
@@ -14,6 +17,7 @@ from safetyneuron import load_model
 from safetyneuron.organism.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parent.parent
+VIEWS = {"light": (1400, 900), "dark": (1400, 900), "phone": (390, 844)}
 
 
 def small_model(family="llama", heads=4, groups=4, head_width=10, seed=0, **options):
@@ -50,6 +54,12 @@ def chat():
     return load_model("organism/llama-chat")
 
 
+@pytest.fixture
+def fresh_chat():
+    """The aligned organism for a test that leaves hooks on it."""
+    return load_model("organism/llama-chat")
+
+
 @pytest.fixture(scope="session")
 def base():
     return load_model("organism/llama-base")
@@ -67,3 +77,59 @@ def site(tmp_path_factory):
     result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return copy / "_build"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves files without printing every request."""
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site / "html")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no browser: install Debian's chromium and chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    quiet = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking"]
+    for argument in [*quiet, "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+def show(browser, url, view):
+    """Open a page in one view."""
+    width, height = VIEWS[view]
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": view == "phone"}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    scheme = "dark" if view == "dark" else "light"
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.get(url)
+    settled = "Promise.allSettled(document.getAnimations().map(a => a.finished)).then(() => arguments[0]())"
+    browser.execute_async_script(settled)  # colours fade when the theme is chosen
+    if "playground" in url:
+        loaded(browser)
+
+
+def loaded(browser):
+    """Wait until the playground has given its first answer or said why not."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    texts = "return ['status', 'changed-verdict'].map(name => document.getElementById(`play-${name}`).textContent)"
+    status, _ = WebDriverWait(browser, 60, 0.05).until(lambda b: ((found := b.execute_script(texts))[1] or "stopped" in found[0]) and found)
+    assert status == ""

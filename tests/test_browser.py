@@ -1,67 +1,17 @@
 """The built site in a real browser: Debian's Chromium through Selenium."""
 
-import functools
-import shutil
-import threading
 from html.parser import HTMLParser
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlparse
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, VIEWS, show
 
 PAGES = [f"notebooks/{path.stem}.html" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-PAGES += [f"book/{name}.html" for name in ("index", "paper_and_here", "status", "rerun", "teachers", "glossary", "bibliography")]
-VIEWS = {"light": (1400, 900), "dark": (1400, 900), "phone": (390, 844)}
+PAGES += [f"book/{name}.html" for name in ("index", "playground", "paper_and_here", "status", "rerun", "teachers", "glossary", "bibliography")]
 
 pytestmark = [pytest.mark.book, pytest.mark.browser]
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    """Serves files without printing every request."""
-
-    def log_message(self, *_):
-        """Nothing."""
-
-
-@pytest.fixture(scope="module")
-def address(site):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site / "html")))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("no browser: install Debian's chromium and chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    quiet = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking"]
-    for argument in [*quiet, "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
-
-
-def show(browser, url, view):
-    """Open a page in one view."""
-    width, height = VIEWS[view]
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": view == "phone"}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    scheme = "dark" if view == "dark" else "light"
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    browser.get(url)
-    settled = "Promise.allSettled(document.getAnimations().map(a => a.finished)).then(() => arguments[0]())"
-    browser.execute_async_script(settled)  # colours fade when the theme is chosen
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -72,8 +22,8 @@ def test_pages_load_without_error_overflow_or_outside_request(browser, address, 
     assert browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
     broken = "return [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
     assert browser.execute_script(broken) == []
-    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
-    assert [name for name in loaded if not name.startswith((address, "data:", "blob:"))] == []
+    requested = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [name for name in requested if not name.startswith((address, "data:", "blob:"))] == []
     if view != "phone":
         assert browser.execute_script("return document.documentElement.dataset.theme") == view
 
@@ -122,11 +72,12 @@ def test_every_internal_link_and_anchor_resolves(site):
     assert missing == []
 
 
-def test_the_keyboard_reaches_everything(browser, address):
+@pytest.mark.parametrize("page", ["book/index.html", "book/playground.html", "book/paper_and_here.html", "notebooks/02_verification.html"])
+def test_the_keyboard_reaches_everything(browser, address, page):
     from selenium.webdriver.common.keys import Keys
 
-    show(browser, address + "book/index.html", "light")
-    visible = """return [...document.querySelectorAll('a[href], button, input, select, summary')].filter(
+    show(browser, address + page, "light")
+    visible = """return [...document.querySelectorAll('a[href], button, input:not([type=radio]), input:checked, select, summary')].filter(
         e => e.checkVisibility({visibilityProperty: true}) && e.tabIndex >= 0 && !e.disabled && e.offsetWidth).length"""
     wanted = browser.execute_script(visible)
     browser.execute_script("window.reached = new Set(); document.addEventListener('focusin', e => window.reached.add(e.target))")
