@@ -47,6 +47,7 @@ def glue_figure(name, axes):
 def glue_table(name, table):
     """Glue a data frame under `name`; cells may hold several lines. Cells that stand beside the paper's go along, for the page of all."""
     glue(name, table.style.set_table_attributes('class="dataframe"'), display=False)
+    glue_text(**{f"csv-{name}": table.to_csv()})
     if "cells" in table.attrs:
         glue_text(**{f"cells-{name}": json.dumps(table.attrs["cells"])})
 
@@ -59,6 +60,7 @@ def glue_data(name, table):
         parts = {"": "value", " low": ("interval", 0), " high": ("interval", 1), " trials": "trials"}
         for suffix, part in parts.items():
             flat[f"{column}{suffix}"] = [getattr(r, part) if isinstance(part, str) else getattr(r, part[0])[part[1]] for r in rates]
+    glue_text(**{f"csv-{name}": flat.to_csv(index=False)})
     content = base64.b64encode(flat.to_csv(index=False).encode()).decode()
     link = f'<a download="{name}.csv" href="data:text/csv;base64,{content}">Download the data of this figure ({name}.csv)</a>'
     glue(f"data-{name}", HTML(link), display=False)

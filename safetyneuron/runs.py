@@ -33,10 +33,22 @@ def how(notebook):
     return dict(notebook.metadata.get("safetyneuron", {})) | {"parameters": dict(given)}
 
 
+def texts(notebook):
+    """Every text that the notebook glued, name to text."""
+    found = {name.rpartition("/")[2]: data for name, data in _glued(notebook, "text/plain")}
+    return {name: ast.literal_eval(data) for name, data in found.items() if data.startswith(("'", '"'))}
+
+
 def comparisons(notebook):
     """Cells that the notebook's tables set beside the paper's: a list of {table, row, column, model, way, text}."""
-    texts = [data for name, data in _glued(notebook, "text/plain") if name.startswith("cells-")]
-    return [cell for text in texts for cell in json.loads(ast.literal_eval(text))]
+    return [cell for name, text in texts(notebook).items() if name.startswith("cells-") for cell in json.loads(text)]
+
+
+def data(notebook):
+    """The numbers behind the notebook's tables and figures, name to CSV, and every other glued text as `values`."""
+    found = texts(notebook)
+    values = {name: text for name, text in found.items() if not name.startswith(("cells-", "csv-", "check_"))}
+    return {name.removeprefix("csv-"): text for name, text in found.items() if name.startswith("csv-")}, values
 
 
 def picture(notebook, name):

@@ -9,6 +9,8 @@ from safetyneuron.book import EQ3, ORIGIN, RANDOM, SPECIFIC, glue_list, glue_rat
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.tables import mean_accuracy, mean_rate, seconds
 
+WAYS = {"eq3": mechanism.EQ3, "specific": mechanism.SPECIFIC}  # part of a glued name -> way of choosing
+RESTORED = {patching.CHANGE: "restored_chosen", patching.RANDOM: "restored_random", patching.LAST: "restored_last"}  # condition -> glued name
 BENIGN = {"over_refusal": "over-refusal", "helpful": "the share of helpful answers"}
 ALL_TASKS, ALL_ATTACKS = "all tasks", "the average over direct requests and attacks"
 
@@ -61,6 +63,10 @@ def glue_resilience(tables, name):
     """Glue what Figure 2 shows: onset, collapse and the highest attack success of both ways of choosing, for every model."""
     parts = [f"{m}, {c}: {_resilience(t[t['set'] == name], c)}" for m, t in tables.items() for c in (mechanism.EQ3, mechanism.SPECIFIC)]
     glue_list("verdict_resilience", [f"{part}." for part in parts])
+    first = next(iter(tables.values()))
+    found = {label: mechanism.onset_and_collapse(first[first["set"] == name], c, "asr") for label, c in WAYS.items()}
+    glue_text(**{f"onset_{label}": _share(onset) for label, (onset, _) in found.items()})
+    glue_text(**{f"collapse_{label}": _share(collapse) for label, (_, collapse) in found.items()})
 
 
 def _resilience(table, condition):
@@ -91,6 +97,10 @@ def glue_places(by_structure, by_layer):
             f" majority in attention is {seen}; the first half of the layers holds {half:.0%}"
         )
     glue_list("verdict_places", [f"{part}." for part in parts])
+    first = by_structure.index.get_level_values("model")[0]
+    for label, name in WAYS.items():
+        attention = by_structure.loc[first, name, "attention"]
+        glue_text(**{f"attention_{label}": f"{attention['share of the set']:.0%}, {attention['enrichment']:.1f} times chance"})
 
 
 def glue_depth(tables):
@@ -102,6 +112,8 @@ def glue_depth(tables):
         from_front = "not at all" if forward != forward else f"with the first {forward:.0f} of {count} layers"
         from_back = "not at all" if backward != backward else f"with layers {backward:.0f} to {count}"
         parts.append(f"{model}: safety collapses {from_front} when layers are taken from the front, and {from_back} from the back")
+        if len(parts) == 1:
+            glue_text(from_front=from_front, from_back=from_back)
     glue_list("verdict_depth", [f"{part}." for part in parts])
 
 
@@ -115,10 +127,12 @@ def glue_languages(matrices, random, rates):
     seen = [f"{'seen' if 100 * means[n] < reported.OVERLAP_BELOW else 'not seen'} for {n}" for n in (mechanism.EQ3, mechanism.SPECIFIC)]
     glue_text(verdict_overlap=f"Mean overlap of two languages is {', '.join(texts)}; random sets of that size share {100 * random:.1f} %. "
               f"An overlap below {reported.OVERLAP_BELOW} % is {' and '.join(seen)}.")  # fmt: skip
+    glue_text(overlap_random=f"{random:.0%}", **{f"overlap_{label}": f"{means[name]:.0%}" for label, name in WAYS.items()})
     rise = {on: {off: rates.loc[off, on].value - rates.loc["none", on].value for off in rates.index[1:]} for on in rates.columns}
     own = [on for on in rates.columns if above(rates.loc[on, on], rates.loc["none", on])]
     most = [on for on in own if max(rise[on], key=rise[on].get) == on]
     others = [f"{off} on {on}" for on in rates.columns for off in rates.index[1:] if off != on and above(rates.loc[off, on], rates.loc["none", on])]
+    glue_text(own_languages=f"{len(own)} of {len(rates.columns)}", other_languages=f"{len(others)} of {len(rates.columns) * (len(rates.columns) - 1)}")
     glue_text(verdict_causal=f"A language's own neurons raise its attack success measurably in {len(own)} of {len(rates.columns)} languages"
               f" and more than any other language's in {len(most)}; another language's neurons do in {len(others)} of {len(rates.columns) * (len(rates.columns) - 1)} pairs.")  # fmt: skip
 
@@ -142,6 +156,10 @@ def glue_defence(results, tasks, languages, attacks):
                 phrases.append(_change(after, random, "asr", everywhere, "against as many random neurons, attack success", "is lower", "is higher", "does not differ"))
             parts.append(f"{model}, {name}: {'; '.join(phrases)}. Safer under direct requests by the keyword rule, without a measurable loss of capability: {_safer(after, before, languages)}.")
     glue_list("verdict_defence", parts)
+    rates = _summaries(next(iter(results.values())), tasks, languages, attacks)
+    for label, name in {"origin": defences.ORIGIN, "broken": defences.CIRCUIT_BREAK, "sn": defences.EQ3, "rsn": defences.SPECIFIC}.items():
+        direct, attacked, accuracy = (rates[name][key] for key in (("asr", languages[0]), ("asr", ALL_ATTACKS), ("accuracy", ALL_TASKS)))
+        glue_rates(**{f"direct_{label}": direct, f"attacked_{label}": attacked, f"accuracy_{label}": accuracy})
 
 
 def glue_differences(results, tasks, languages, attacks):
@@ -202,6 +220,9 @@ def glue_downstream(results, languages, task):
         after = [compare(rates[name], origin, f"{name} against Origin:") for name in defences.DOWNSTREAM_NAMES.values()]
         parts.append(f"{run}, attack success after fine-tuning. {'; '.join(after)}; {compare(rsn, sn, 'RSN-Tune against SN-Tune:')}.")
     glue_list("verdict_downstream", parts)
+    found = next(iter(results.values()))
+    for label, name in {"before": defences.BEFORE, "origin": defences.ORIGIN, "sn": defences.SN, "rsn": defences.RSN}.items():
+        glue_rates(**{f"harm_{label}": Rate.mean([draw.rates["asr", language] for draw in found[name] for language in languages])})
 
 
 def glue_documents(tables, measured_set):
@@ -216,6 +237,7 @@ def glue_documents(tables, measured_set):
             accuracy = table[(table["measure"] == "accuracy") & (table["condition"] == condition)].sort_values("documents")["rate"]
             kept = f"falls from {accuracy.iloc[0].percent} to {accuracy.iloc[-1].percent} %" if above(accuracy.iloc[0], accuracy.iloc[-1]) else "does not fall measurably"
             parts.append(f"{model}, {condition}: attack success is measurably lower {fewest}, and {last.percent} % at the most; accuracy {kept}")
+            glue_text(**{f"documents_{where}": f"{fewest} ({model})" for where, m in _ends(tables).items() if m == model and condition == table["condition"].iloc[0]})
     glue_list("verdict_documents", [f"{part}." for part in parts])
 
 
@@ -228,11 +250,18 @@ def glue_grid(tables, harmful_set, benign_set, task):
         usable = safe & (value("over_refusal", benign_set) < 0.5)
         accuracy = value("accuracy", task)
         kept = safe & (accuracy > accuracy.max() - 0.1)
+        glue_text(**{f"grid_{where}": f"{safe.sum()} of {len(safe)} cells, {usable.sum()} of them usable ({model})" for where, m in _ends(tables).items() if m == model})
         parts.append(
             f"{model}: attack success is below 10 % in {safe.sum()} of {len(safe)} cells; accuracy is within 10 points of the best cell in {kept.sum()} of these, and fewer"
             f" than half of the benign requests are refused in {usable.sum()}; the lowest accuracy of the grid is {100 * accuracy.min():.0f} %"
         )
     glue_list("verdict_grid", [f"{part}." for part in parts])
+
+
+def _ends(tables):
+    """The first model, aligned, and the last, which is not."""
+    names = list(tables)
+    return {"first": names[0], "last": names[-1]}
 
 
 def glue_restoration(table, harmful_set, fraction):
@@ -241,6 +270,7 @@ def glue_restoration(table, harmful_set, fraction):
     rows = table[(table["measure"] == "asr") & (table["set"] == harmful_set)]
     ends, parts = rows[rows["fraction"] == 0].set_index("condition")["rate"], []
     if not above(ends["recipient"], ends["donor"]):
+        glue_text(**dict.fromkeys(RESTORED.values(), "no gap to close"))
         return glue_list("verdict_restoration", ["Attack success of the donor is not measurably lower than the recipient's: there is no gap to close."])
     share = lambda rate: patching.restored(ends["recipient"], ends["donor"], rate)
     for name, found in rows[rows["fraction"] > 0].groupby("condition", sort=False):
@@ -248,12 +278,27 @@ def glue_restoration(table, harmful_set, fraction):
         value, low, high = shares[fraction]
         draws = [100 * share(rate)[0] for rate in found[found["fraction"] == fraction]["rate"]]
         spread = f", from {min(draws):.0f} to {max(draws):.0f} % over {len(draws)} draws" if len(draws) > 1 else ""
+        glue_text(**{RESTORED[name]: f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"})
         enough = [share for share, (point, _, _) in shares.items() if point >= wanted]
         smallest = f"reached first at {100 * min(enough):g} % of the neurons" if enough else "reached at no share tried"
         seen = "seen" if low > wanted else "not seen" if high < wanted else "undecided"
         parts.append(f"{name}: {100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}] of safety{spread} is restored by {100 * fraction:g} % of the neurons, so more than"
                      f" {100 * wanted:.0f} % is {seen}; {100 * wanted:.0f} % is {smallest}.")  # fmt: skip
     glue_list("verdict_restoration", parts)
+
+
+def glue_transfer(table):
+    """Glue on how many of the request sets with a gap patching restores what the paper says."""
+    wanted = reported.CHANGE_SCORES["restored"] / 100
+    gaps = table[table["restored"] == table["restored"]]
+    glue_text(transferred=f"{sum(gaps['restored'] > wanted)} of {len(gaps)} request sets with a gap")
+
+
+def glue_general(rates):
+    """Glue the tasks in which the patched recipient's accuracy is measurably lower than the recipient's."""
+    before, after = rates["recipient"], rates["recipient, patched"]
+    lost = [name for measure, name in before if measure == "accuracy" and above(before[measure, name], after[measure, name])]
+    glue_text(general_lost=f"falls measurably on {', '.join(lost)}" if lost else "falls measurably on no task")
 
 
 def glue_safeguard(table):
@@ -263,6 +308,7 @@ def glue_safeguard(table):
     for column in ("accuracy", "coverage"):
         mean = Rate.mean(list(random[column]))
         finding = "higher" if above(own[column], mean) else "lower" if above(mean, own[column]) else "not measurably different"
+        glue_text(**{f"safeguard_{column}": f"{own[column].percent} %, random neurons {mean.percent} %"})
         texts.append(f"{column} is {own[column].percent} % on safety neurons and {mean.percent} % on random ones (mean of {len(random)} draws): {finding}")
     glue_list("verdict_safeguard", [f"{text}." for text in texts])
 

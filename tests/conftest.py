@@ -74,7 +74,8 @@ def site(tmp_path_factory):
         shutil.copytree(source, copy / name) if source.is_dir() else shutil.copy(source, copy / name)
     snakemake = Path(sys.executable).with_name("snakemake")
     command = [snakemake, "-s", "workflow/Snakefile", "--configfile", "workflow/editions/smoke.yaml", "--cores", "1", "--quiet", "rules"]
-    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    addresses = {"BOOK_REPOSITORY": "https://github.com/example/book", "BOOK_JUPYTERHUB": "https://hub.example.org"}
+    result = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=os.environ | addresses)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return copy / "_build"
 

@@ -81,3 +81,17 @@ def test_every_exercise_has_a_solution_that_runs_and_a_value_to_check(path):
         (check,) = re.findall(r"{glue:text}`(\w+)`", question)
         assert cells[start + 1].cell_type == "code" and f"{check}=" in cells[start + 1].source  # so every build runs it
         assert "{solution-end}" in cells[start + 2].source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_chapter_has_the_same_skeleton(path):
+    text = "\n\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+    steps = [r"\*\*The (paper's )?(claims?|question)\.\*\*", r"\*\*In short\.\*\*", r"\*Prerequisites: .*Runs? in|\*Prerequisites: .* runs in"]
+    steps += [r"^## Paper and here$", r"^## What this does not show$", r"^## Exercises$", r"\*\*What's next\.\*\*"]
+    places = [re.search(step, text, re.M) for step in steps]
+    assert all(places), [step for step, place in zip(steps, places) if not place]
+    assert [place.start() for place in places] == sorted(place.start() for place in places)
+    table = text.partition("## Paper and here\n\n")[2].partition("\n\n")[0]
+    assert table.count("\n") >= 2 and "{glue:text}" in table and "{numref}" in table
+    assert "```{admonition} Definition" in text
+    assert path.stem == "00_organism" or "{term}" in text

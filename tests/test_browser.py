@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, VIEWS, show
 
 PAGES = [f"notebooks/{path.stem}.html" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-PAGES += [f"book/{name}.html" for name in ("index", "playground", "paper_and_here", "status", "rerun", "teachers", "glossary", "bibliography")]
+PAGES += [f"book/{name}.html" for name in ("index", "playground", "paper_and_here", "released_code", "status", "rerun", "teachers", "glossary", "bibliography")]
 
 pytestmark = [pytest.mark.book, pytest.mark.browser]
 
@@ -92,3 +92,28 @@ def test_the_filter_shows_matching_rows_only(browser, address):
     shown = browser.execute_script("return [...document.querySelectorAll('#filtered tbody tr')].filter(r => !r.hidden).map(r => r.textContent)")
     assert len(shown) == 3 and all("Table 3" in text for text in shown)
     assert browser.find_element("id", "filter-count").text.startswith("3 of ")
+
+
+def test_arrow_keys_go_through_all_slides_and_every_figure_shows(browser, address):
+    from selenium.webdriver.common.keys import Keys
+
+    show(browser, address + "_static/slides/index.html", "light")
+    count = browser.execute_script("return Reveal.getTotalSlides()")
+    assert count >= 15
+    for _ in range(count - 1):
+        browser.find_element("tag name", "body").send_keys(Keys.ARROW_RIGHT)
+    assert browser.execute_script("return Reveal.isLastSlide()")
+    images = browser.execute_script("return [...document.images].map(i => [i.complete && i.naturalWidth > 0, i.alt])")
+    assert len(images) == count - 1 and all(shown and alt for shown, alt in images)
+    requested = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert all(name.startswith(address) for name in requested)
+    assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_a_printed_chapter_is_complete_and_has_nothing_around_it(browser, address):
+    show(browser, address + "notebooks/02_verification.html", "light")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    seen = "return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility({visibilityProperty: true})).length"
+    assert browser.execute_script(seen, ".bd-sidebar-primary, .bd-sidebar-secondary, .bd-header-article, p.downloads") == 0
+    assert browser.execute_script(seen, ".solution .highlight") == browser.execute_script("return document.querySelectorAll('.solution .highlight').length") >= 3
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

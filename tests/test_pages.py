@@ -1,6 +1,9 @@
+import html
 import json
+import re
 import subprocess
 import sys
+import zipfile
 
 import nbformat
 import pandas as pd
@@ -10,6 +13,7 @@ from conftest import ROOT
 from safetyneuron import book, reported, runs
 
 sys.path.insert(0, str(ROOT / "workflow"))
+import assemble
 import pages
 
 
@@ -69,4 +73,47 @@ def test_terms_show_their_definition_on_hover(site):
 @pytest.mark.book
 def test_tables_are_numbered_as_tables(site):
     page = (site / "html" / "notebooks" / "02_verification.html").read_text(encoding="utf-8")
-    assert page.count('caption-number">Table ') == 2 and page.count('caption-number">Fig. ') == 1
+    assert page.count('caption-number">Our Table ') == 2 and page.count('caption-number">Our Figure ') == 1
+
+
+@pytest.mark.book
+def test_chapters_refer_to_tables_and_figures_of_others_by_number(site):
+    page = (site / "html" / "notebooks" / "08_ablations.html").read_text(encoding="utf-8")
+    for anchor in ("05_sn_tune_instruct.html#tab-2", "06_sn_tune_base.html#tab-3", "#fig-grid"):
+        assert re.search(rf'href="[^"]*{anchor}"><span class="std std-numref">Our (Table|Figure) \d+<', page), anchor
+
+
+@pytest.mark.book
+def test_texts_of_a_chapter_stand_on_other_pages(site):
+    found = runs.texts(nbformat.read(site / "stage" / "smoke" / "notebooks" / "A1_parallel_detection.ipynb", 4))
+    page = html.unescape((site / "html" / "book" / "released_code.html").read_text(encoding="utf-8"))
+    assert found["effect_q_scale"] in page and found["effect_v_index"] in page
+
+
+@pytest.mark.book
+def test_every_chapter_can_be_downloaded_with_its_data(site):
+    for path in (site / "stage" / "smoke" / "notebooks").glob("*.ipynb"):
+        page = (site / "html" / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
+        assert f"../_sources/notebooks/{path.name}" in page and f"../_static/data/{path.stem}.zip" in page
+        with zipfile.ZipFile(site / "html" / "_static" / "data" / f"{path.stem}.zip") as archive:
+            tables = {name: pd.read_csv(archive.open(name)) for name in archive.namelist() if name.endswith(".csv")}
+            values, given = (json.loads(archive.read(name)) for name in ("values.json", "parameters.json"))
+        assert given and all(len(table) for table in tables.values())
+        assert set(re.findall(r"glue:text}`(\w+)`", path.read_text(encoding="utf-8"))) <= set(values) | {n for n in runs.texts(nbformat.read(path, 4)) if n.startswith("check_")}
+    assert tables  # the last one's
+
+
+@pytest.mark.book
+def test_launch_buttons_open_the_source_notebook_at_its_path(site):
+    page = html.unescape((site / "html" / "notebooks" / "02_verification.html").read_text(encoding="utf-8"))
+    assert "https://mybinder.org/v2/gh/example/book/main?urlpath=lab/tree/notebooks/02_verification.ipynb" in page
+    assert "https://colab.research.google.com/github/example/book/blob/main/notebooks/02_verification.ipynb" in page
+    assert "https://hub.example.org/hub/user-redirect/git-pull?repo=https%3A//github.com/example/book" in page
+    assert "notebooks/02_verification.ipynb" in page.partition("https://hub.example.org")[2][:300]
+
+
+def test_without_a_repository_there_are_no_launch_buttons(tmp_path):
+    config = tmp_path / "_config.yml"
+    config.write_text("title: a\n")
+    assemble.add_launch_buttons(config, None, "https://hub.example.org")
+    assert config.read_text() == "title: a\n"

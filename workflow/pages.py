@@ -1,7 +1,10 @@
-"""The pages that are made from the executed notebooks: every cell of the paper's tables beside ours, and how everything was run."""
+"""What is made from the executed notebooks: the page of every cell of the paper's tables, how everything was run, slides, and data to download."""
 
 import ast
 import html
+import json
+import re
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -11,14 +14,75 @@ from safetyneuron import reported, runs
 TABLES = range(1, 6)
 RESULT = ("02_verification", "bars", "book/_static/verification.png")  # the figure of the first page: chapter, glued name, place
 
+KEY_FIGURES = (
+    ("00_organism", "training-curve"),
+    ("01_detection", "survival"),
+    ("02_verification", "bars"),
+    ("03_mechanism", "sweep"),
+    ("03_mechanism", "places-bars"),
+    ("03_mechanism", "depth"),
+    ("04_languages", "overlap"),
+    ("05_sn_tune_instruct", "attacks"),
+    ("06_sn_tune_base", "attacks-base"),
+    ("08_ablations", "documents"),
+    ("08_ablations", "grid"),
+    ("09_activation_contrast", "restoration"),
+    ("A1_parallel_detection", "rules"),
+    ("A2_detection_corpus", "corpus"),
+)
+
 
 def write(stage):
-    """Write both pages into the stage, and the figure of the first page."""
+    """Write the pages into the stage, the figure of the first page, the slides, and every chapter's data."""
     notebooks = {path.stem: nbformat.read(path, 4) for path in sorted(Path(stage).glob("notebooks/*.ipynb"))}
     chapter, name, place = RESULT
     (Path(stage) / place).write_bytes(runs.picture(notebooks[chapter], name))
     (Path(stage) / "book" / "paper_and_here.md").write_text(paper_and_here(notebooks), encoding="utf-8")
     (Path(stage) / "book" / "status.md").write_text(status(notebooks), encoding="utf-8")
+    static = Path(stage) / "book" / "_static"
+    (static / "data").mkdir(exist_ok=True)
+    for name, notebook in notebooks.items():
+        write_data(notebook, static / "data" / f"{name}.zip")
+    write_slides(notebooks, static / "slides")
+
+
+def write_data(notebook, path):
+    """A zip archive of the chapter's tables and figures as CSV, its glued values and its parameters."""
+    tables, values = runs.data(notebook)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in tables.items():
+            archive.writestr(f"{name}.csv", text)
+        archive.writestr("values.json", json.dumps(values, ensure_ascii=False, indent=1))
+        archive.writestr("parameters.json", json.dumps(parameters(notebook), ensure_ascii=False, indent=1))
+
+
+def write_slides(notebooks, folder):
+    """One slide for every key figure, under the claim of its chapter."""
+    folder.mkdir(exist_ok=True)
+    sections = ""
+    for chapter, name in KEY_FIGURES:
+        notebook = notebooks[chapter]
+        (folder / f"{chapter}-{name}.png").write_bytes(runs.picture(notebook, name))
+        sections += _slide(chapter, name, "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"))
+    template = Path(__file__).with_name("slides.html").read_text(encoding="utf-8")
+    (folder / "index.html").write_text(template.replace("SECTIONS", sections), encoding="utf-8")
+
+
+def _slide(chapter, name, text):
+    title = re.search(r"(?m)^# (.*)", text)[1]
+    claim = re.search(r"\*\*The (?:paper's )?(?:claims?|question)\.\*\* (.*?)\n\n", text, re.S)[1]
+    alt = re.search(rf"```{{glue:figure}} {name}\n.*?:alt: (.*?)\n", text, re.S)[1]
+    link = f"../../notebooks/{chapter}.html"
+    return f"""<section><h2><a href="{link}">{_plain(title)}</a></h2><p class="claim">{_plain(claim)}</p>
+<img src="{chapter}-{name}.png" alt="{html.escape(alt)}"></section>
+"""
+
+
+def _plain(text):
+    """Prose without its roles and emphasis."""
+    text = re.sub(r"\s*\{cite:\w+\}`[^`]*`", "", text)
+    text = re.sub(r"\{\w+\}`([^<`]*?)(?: <[^`]*>)?`", r"\1", text)
+    return html.escape(re.sub(r"[*`]", "", text), quote=False)
 
 
 def paper_and_here(notebooks):

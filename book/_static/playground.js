@@ -1,12 +1,13 @@
 // The page "Playground": the organism in the browser, with switches before its neurons.
 const files = new URL("./playground/", import.meta.url);
+const runtime = new URL("./runtime/", import.meta.url);
 const find = (name) => document.getElementById(`play-${name}`);
 const read = async (name) => (await fetch(new URL(name, files))).json();
 const make = (tag, text, options = {}) => Object.assign(document.createElement(tag), { textContent: text }, options);
 
 async function load() {
-  const [ort, { Tokenizer }] = await Promise.all([import(`${files}ort.wasm.bundle.min.mjs`), import(`${files}tokenizers.min.mjs`)]);
-  ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", files).href };
+  const [ort, { Tokenizer }] = await Promise.all([import(`${runtime}ort.wasm.bundle.min.mjs`), import(`${runtime}tokenizers.min.mjs`)]);
+  ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", runtime).href };
   ort.env.wasm.numThreads = 1; // more need headers that static hosts do not send
   const names = ["organism.json", "tokenizer.json", "tokenizer_config.json"];
   const [facts, ...words] = await Promise.all(names.map(read));
