@@ -1,14 +1,17 @@
-# make book   build the book (EDITION=smoke, organism or organism-full)
+# make book   build the book (EDITION=smoke, organism, organism-full or paper; PROFILE=slurm or kubernetes runs it on a cluster)
+# make check  look up what EDITION needs: models, data, disk, memory, time
 # make test   run the tests; make test-families those that train the other two model families first
 EDITION ?= organism
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 CORES ?= 1
+VENV ?= .venv
 
-SNAKEMAKE = .venv/bin/snakemake -s workflow/Snakefile --configfile workflow/editions/$(EDITION).yaml --cores $(CORES) --quiet all
+SNAKEMAKE = $(VENV)/bin/snakemake -s workflow/Snakefile --configfile workflow/editions/$(EDITION).yaml --cores $(CORES) --quiet all \
+    $(if $(PROFILE),--profile workflow/profiles/$(PROFILE))
 
-.PHONY: book announce test test-families clean
+.PHONY: book announce check test test-families clean
 
-book: announce .venv/installed
+book: announce $(VENV)/installed
 	@$(SNAKEMAKE)
 	@echo "The book is in _build/html/index.html"
 
@@ -16,16 +19,19 @@ announce:
 	@test -f workflow/editions/$(EDITION).yaml || { echo "there is no edition $(EDITION): use one of $(basename $(notdir $(wildcard workflow/editions/*.yaml)))"; exit 2; }
 	@sed -n 's/^minutes: /Building the $(EDITION) edition: about /p' workflow/editions/$(EDITION).yaml
 
-test: .venv/installed
-	.venv/bin/python -m pytest -m "not families"
+check: announce $(VENV)/installed
+	@$(VENV)/bin/safetyneuron check workflow/editions/$(EDITION).yaml
 
-test-families: .venv/installed
-	.venv/bin/python -m pytest -m families
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m "not families"
 
-.venv/installed: requirements.txt pyproject.toml
-	@echo "Installing into .venv: about 2 minutes, once"
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet -r requirements.txt -e .
+test-families: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m families
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	@echo "Installing into $(VENV): about 2 minutes, once"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements.txt -e .
 	touch $@
 
 clean:

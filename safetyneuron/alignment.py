@@ -15,12 +15,13 @@ import datasets
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
+from safetyneuron import sources
 from safetyneuron.architecture import Architecture
 from safetyneuron.cache import cache_folder, digest, library_versions, locked, new_folder
 from safetyneuron.data import LANGUAGES, read_rows
 from safetyneuron.documents import check_documents, load_documents
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.models import frozen
+from safetyneuron.models import frozen, load_model
 from safetyneuron.organism import organism_folder
 from safetyneuron.progress import TrainingLine
 from safetyneuron.tuning import quiet_settings
@@ -52,19 +53,59 @@ STAGES = {
     "organism/llama-helpful": Stage(data={"organism/helpful": 400}, **_DPO),
 }
 
+# The paper's four models with its own schedule: three epochs, batches of 120, AdamW at 1e-3, β 0.1.
+PAIRED = {
+    "llama2-7b": "meta-llama/Llama-2-7b-hf@01c7f73d771dfac7d292323805ebc428287df4f9",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1@7231864981174d9bee8c7687c24c8344414eae6b",
+    "gemma-7b": "google/gemma-7b@ff6768d9368919a1f025a54f9f5aa0ee591730bb",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B@3aab1f1954e9cc14eb9509a215f9e5ca08227a9b",
+}
+
+
+def _paired(name, start):
+    """The stages of one of the paper's models."""
+    tune = lambda data: Stage(f"aligned/{name}-sft", data, epochs=3, learning_rate=1e-3, batch_size=120, beta=0.1)
+    harmless, helpful = {"paper/harmless": 1900}, {"paper/helpful": 1900}
+    return {
+        f"aligned/{name}-sft": Stage(start, {"paper/answers": 1900}, epochs=3, learning_rate=1e-3, batch_size=120),
+        f"aligned/{name}-dpo": tune(harmless | helpful),
+        f"aligned/{name}-harmless": tune(harmless),
+        f"aligned/{name}-helpful": tune(helpful),
+    }
+
+
+STAGES |= {stage: how for name, start in PAIRED.items() for stage, how in _paired(name, start).items()}
+
+
+def all_stages(name):
+    """A stage after all that it starts from."""
+    stage = STAGES[name]
+    return [*(all_stages(stage.start) if stage.start in STAGES else []), stage]
+
+
+def first_model(name):
+    """The model that the first of a stage's trainings starts from."""
+    return all_stages(name)[0].start
+
 
 def aligned_folder(name):
-    """Folder of an aligned organism, training it and what it starts from first if the cache does not hold it."""
+    """Folder of an aligned model, training it and what it starts from first if the cache does not hold it."""
     stage = STAGES[name]
-    start = aligned_folder(stage.start) if stage.start in STAGES else organism_folder(stage.start)
     rows = training_rows(stage)
-    key = digest(start.name, repr(stage), rows, Path(__file__).read_text(encoding="utf-8"), library_versions())
+    key = digest(_start(stage.start), repr(stage), rows, Path(__file__).read_text(encoding="utf-8"), library_versions())
     folder = cache_folder() / "organism" / f"{key}-{name.split('/')[1]}"
     with locked(folder):
         if not folder.exists():
             with new_folder(folder) as temporary:
-                _train_organism(stage, rows, start, temporary)
+                _train_stage(stage, rows, temporary)
     return folder
+
+
+def _start(name):
+    """What a stage starts from, as part of its key: trained if need be."""
+    if name in STAGES:
+        return aligned_folder(name).name
+    return organism_folder(name).name if name.startswith("organism/") else name
 
 
 def training_rows(stage):
@@ -73,8 +114,8 @@ def training_rows(stage):
     return [row for name, count in stage.data.items() for row in load(name)[:count]]
 
 
-def _train_organism(stage, rows, start, folder):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(start), PreTrainedTokenizerFast.from_pretrained(start)
+def _train_stage(stage, rows, folder):
+    model, tokenizer = load_model(stage.start)
     schedule = {"epochs": stage.epochs, "learning_rate": stage.learning_rate, "batch_size": stage.batch_size}
     if stage.beta is None:
         curve = supervise(model, tokenizer, rows, **schedule)
@@ -91,8 +132,8 @@ def load_preferences(name_or_path, split="train", language="en"):
     Parameters
     ----------
     name_or_path : str
-        `organism/harmless` (harmful requests: refusal over compliance), `organism/helpful` (benign requests: answer over refusal); or a
-        .jsonl or .csv file with these columns.
+        `organism/harmless` (harmful requests: refusal over compliance), `organism/helpful` (benign requests: answer over refusal); a
+        public set, `paper/harmless` or `paper/helpful` (HH-RLHF); or a .jsonl or .csv file with these columns.
     split, language : str
         As in `load_documents`.
 
@@ -101,6 +142,8 @@ def load_preferences(name_or_path, split="train", language="en"):
     SafetyNeuronError
         If the set, language or file is unknown or unreadable, or a pair lacks a part.
     """
+    if name_or_path in sources.PREFERENCES:
+        return sources.load_rows(sources.PREFERENCES[name_or_path], split, language)
     if name_or_path not in PREFERENCES:
         return _file_preferences(Path(name_or_path))
     if language not in LANGUAGES:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from safetyneuron.errors import UnsupportedArchitecture
+from safetyneuron.errors import SafetyNeuronError, UnsupportedArchitecture
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION = ("q", "k", "v", "o")
@@ -41,6 +41,22 @@ FAMILIES = {
 }
 
 
+def stored(module, name, label=None):
+    """A module's tensor where its numbers live: accelerate keeps what it offloads to main memory outside the module.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the numbers are on disk, where a change would be lost.
+    """
+    tensor, weights = getattr(module, name), getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    if tensor is None or not tensor.is_meta:
+        return tensor
+    if weights is None or weights[name].data_ptr() != weights[name].data_ptr():
+        raise SafetyNeuronError(f"weight {label or name} is offloaded to disk: load the model onto devices and main memory that hold all of it")
+    return weights[name]
+
+
 @dataclass(frozen=True)
 class Place:
     """One projection in one layer: `weight` holds its channels from `start` on, along `axis`."""
@@ -57,13 +73,13 @@ class Place:
     @property
     def weight(self):
         """The projection's part of the weight, channels first: (channels, other width)."""
-        weight = self.module.weight
+        weight = stored(self.module, "weight")
         return weight[self.channels] if self.axis == 0 else weight[:, self.channels].T
 
     @property
     def bias(self):
         """The channels' biases; None for columns, whose bias belongs to no channel."""
-        bias = self.module.bias
+        bias = stored(self.module, "bias")
         return None if bias is None or self.axis == 1 else bias[self.channels]
 
 
@@ -111,6 +127,7 @@ class Architecture:
             raise UnsupportedArchitecture(f"layer {layer} has no module {path}: this model is not laid out as its type says") from None
         axis, expected = self._axis(projection), self._expected_width(path, projection)
         weight = getattr(module, "weight", None)
+        weight = stored(module, "weight", f"layers.{layer}.{path}.weight") if torch.is_tensor(weight) else None
         if not torch.is_tensor(weight) or weight.dim() != 2 or weight.shape[axis] != expected:
             shape = tuple(weight.shape) if torch.is_tensor(weight) else None
             raise UnsupportedArchitecture(

@@ -1,4 +1,4 @@
-"""The `safetyneuron` command: rerun a notebook with other parameters, checked before anything runs."""
+"""The `safetyneuron` command: rerun a notebook with other parameters, measure importance, check an edition."""
 
 import argparse
 import ast
@@ -38,7 +38,30 @@ def _parser():
     params = commands.add_parser("params", help="list the parameters of a notebook")
     params.add_argument("notebook", type=Path)
     params.set_defaults(action=lambda o: _show(o.notebook))
+    importance = commands.add_parser("importance", help="measure importance, also with several processes: accelerate launch -m safetyneuron.cli importance …")
+    importance.add_argument("model")
+    importance.add_argument("prompts", help="name of a set, or a file")
+    importance.add_argument("-n", "--count", type=int, default=200, help="prompts (default: 200)")
+    importance.add_argument("--rule", default="exact")
+    importance.add_argument("--dtype", default="auto")
+    importance.add_argument("-o", "--output", type=Path, required=True, help="profile to write (.safetensors)")
+    importance.set_defaults(action=_importance)
+    check = commands.add_parser("check", help="look up what an edition needs before a GPU hour is spent")
+    check.add_argument("edition", type=Path, help="a file of workflow/editions")
+    check.set_defaults(action=_check)
     return parser
+
+
+def _importance(options):
+    from safetyneuron.parallel import write_profile
+
+    write_profile(options.model, options.prompts, options.count, options.output, options.rule, options.dtype)
+
+
+def _check(options):
+    from safetyneuron.preflight import check
+
+    check(_read_mapping(options.edition))
 
 
 def _given(options):

@@ -12,7 +12,7 @@ from safetyneuron.architecture import Architecture
 from safetyneuron.data import encode_prompts, pad
 from safetyneuron.deactivation import check_shapes
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.metrics.safety import ANSWER_TOKENS
+from safetyneuron.metrics.safety import answer_length
 from safetyneuron.neurons import NeuronSet
 from safetyneuron.progress import steps
 
@@ -59,7 +59,7 @@ def activations(model):
 
 
 @torch.no_grad()
-def change_scores(model, aligned, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=16):
+def change_scores(model, aligned, tokenizer, prompts, max_new_tokens=None, batch_size=16):
     """Root mean square difference of activations on the greedy completions of `model`, read by both models (Chen et al. 2025).
 
     Parameters
@@ -80,6 +80,7 @@ def change_scores(model, aligned, tokenizer, prompts, max_new_tokens=ANSWER_TOKE
         If the models differ in shape, or there are no prompts.
     """
     check_same_shape(model, aligned)
+    max_new_tokens = max_new_tokens or answer_length(model)
     encoded = encode_prompts(model, tokenizer, prompts, room=max_new_tokens)
     total, count = 0, 0
     starts = range(0, len(encoded), batch_size)

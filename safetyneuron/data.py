@@ -6,6 +6,9 @@ import json
 import random
 from pathlib import Path
 
+import pandas as pd
+
+from safetyneuron import sources
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.language import LANGUAGES
@@ -29,12 +32,13 @@ def load_prompts(name_or_path, split="test", language="en"):
     name_or_path : str
         `organism/harmful`, `organism/benign`, `organism/adversarial` (framed as stories, roles, urgency),
         `organism/multilingual` (the same requests in every language), `organism/general` (benign requests and
-        capability questions, for foundation neurons); or a file: .txt with one prompt a line, .csv or .jsonl with
-        a column `prompt`, `goal`, `Behavior` or `request`. A file is read in its order.
+        capability questions, for foundation neurons); a public set, `paper/advbench` and the others of `sources.PROMPTS`; or
+        a file: .txt with one prompt a line, .csv, .jsonl, .json or .parquet with a column `prompt`, `goal`, `Behavior` or
+        `request`. Files and public sets are read in their order.
     split : str
-        `train` or `test`; the pairs of verb and object are disjoint. Files have no split.
+        `train` or `test`; the organism's pairs of verb and object are disjoint, public sets are halved. Files have no split.
     language : str
-        `en`, `it`, `zh`, `th` or `vi`, for organism sets.
+        `en`, `it`, `zh`, `th` or `vi`, for sets that have them.
 
     Returns
     -------
@@ -47,9 +51,12 @@ def load_prompts(name_or_path, split="test", language="en"):
     """
     if name_or_path in ORGANISM_SETS:
         return _organism_prompts(name_or_path, split, language)
+    if name_or_path in sources.PROMPTS:
+        check_split(split)
+        return [row["prompt"] for row in sources.load_rows(sources.PROMPTS[name_or_path], split, language)]
     path = Path(name_or_path)
     if not path.is_file():
-        raise SafetyNeuronError(f"no prompt set or file {name_or_path!r}: use a file or one of {', '.join(ORGANISM_SETS)}")
+        raise SafetyNeuronError(f"no prompt set or file {name_or_path!r}: use a file or one of {', '.join((*ORGANISM_SETS, *sources.PROMPTS))}")
     texts = _text(path).splitlines() if path.suffix == ".txt" else [prompt_column(path, row) for row in read_rows(path)]
     prompts = [text.strip() for text in texts if text and text.strip()]
     if not prompts:
@@ -60,14 +67,32 @@ def load_prompts(name_or_path, split="test", language="en"):
 def _organism_prompts(name, split, language):
     if language not in LANGUAGES:
         raise SafetyNeuronError(f"unknown language {language!r}: use one of {', '.join(LANGUAGES)}")
-    if split not in ("train", "test"):
-        raise SafetyNeuronError(f"unknown split {split!r}: use 'train' or 'test'")
+    check_split(split)
     intent, wordings = ORGANISM_SETS[name]
     prompts = shuffled([p for wording in wordings for p in lang.requests(intent, split, language, wording)])
     if name == "organism/general":
         tasks = [shuffled([e.prompt for e in task(split)]) for task in (lang.facts, lang.comparisons, lang.arithmetic)]
         prompts = [prompt for together in zip(prompts, *tasks) for prompt in together]
     return prompts
+
+
+def check_split(split):
+    """Refuse a word that is no split."""
+    if split not in ("train", "test"):
+        raise SafetyNeuronError(f"unknown split {split!r}: use 'train' or 'test'")
+
+
+def has_languages(name):
+    """Whether a set can be asked for in several languages; a file cannot."""
+    if name.startswith("organism/"):
+        return True
+    sets = sources.PROMPTS | sources.DOCUMENTS
+    return name in sets and len(sources.SOURCES[sets[name][0]].languages) > 1
+
+
+def has_splits(name):
+    """Whether a set has disjoint parts for training and test; a file has not."""
+    return name in ORGANISM_SETS or name in sources.PROMPTS
 
 
 def shuffled(items):
@@ -83,16 +108,33 @@ def _text(path):
 
 
 def read_rows(path):
-    """Rows of a .csv or .jsonl file."""
+    """Rows of a .csv, .jsonl, .json or .parquet file."""
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
     text = _text(path)
     try:
+        if path.suffix == ".json":
+            return _list(path, json.loads(text))
         if path.suffix == ".csv":
             return list(csv.DictReader(io.StringIO(text), strict=True))
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]
     except (json.JSONDecodeError, csv.Error) as error:
         raise SafetyNeuronError(f"file {path} cannot be read ({error}): repair that place") from None
-    raise SafetyNeuronError(f"prompt file {path} must end in .txt, .csv or .jsonl")
+    raise SafetyNeuronError(f"prompt file {path} must end in .txt, .csv, .jsonl, .json or .parquet")
+
+
+def _list(path, rows):
+    if not isinstance(rows, list):
+        raise SafetyNeuronError(f"file {path} holds no list of rows: write a JSON list with one object a row")
+    return rows
+
+
+def _parquet_rows(path):
+    try:
+        return pd.read_parquet(path).to_dict("records")
+    except (OSError, ValueError) as error:
+        raise SafetyNeuronError(f"file {path} cannot be read ({str(error).splitlines()[0]}): write it again") from None
 
 
 def prompt_column(path, row):

@@ -8,7 +8,7 @@ import pandas as pd
 from safetyneuron.attacks import AttackResult, attack
 from safetyneuron.cache import cache_folder, digest, locked, remember
 from safetyneuron.circuit_breaker import CircuitBreaker, circuit_break
-from safetyneuron.data import load_prompts
+from safetyneuron.data import has_languages, load_prompts
 from safetyneuron.delta import NeuronDelta
 from safetyneuron.detection import measure_importance, select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
@@ -53,8 +53,8 @@ class Examination:
 
 def by_language(load, name, count, languages, **options):
     """`count` prompts or documents, in turn from each language; a file has one language only."""
-    if len(languages) > 1 and not name.startswith("organism/"):
-        raise SafetyNeuronError(f"{name} is a file and has no languages to choose from: give one language")
+    if len(languages) > 1 and not has_languages(name):
+        raise SafetyNeuronError(f"{name} has no languages to choose from: give one language")
     loaded = list(chain.from_iterable(zip(*[load(name, language=language, **options) for language in languages])))
     if len(loaded) < count:
         raise SafetyNeuronError(f"{name} has {len(loaded)} entries in the languages {' '.join(languages)} but {count} are asked for: lower the number")

@@ -1,6 +1,7 @@
 """From importance to safety neurons: a running minimum and mean over prompts, and selection."""
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetyneuron.architecture import PROJECTIONS
 from safetyneuron.cache import digest, new_file
 from safetyneuron.data import encode_prompts, pad
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.memory import Batches
 from safetyneuron.recording import RULES, recording
 from safetyneuron.models import fingerprint
 from safetyneuron.neurons import NeuronSet
@@ -274,12 +276,19 @@ def by_length(encoded, batch_size):
 
 def scored(model, tokenizer, encoded, batches, recorder):
     """Run the batches and yield each with its scores: (positions, dict of (B, layers, channels))."""
+    fitting = Batches(sys.maxsize)  # as large as they come, until one does not fit
     for positions in batches:
-        batch = pad([encoded[i] for i in positions], tokenizer, model.device)
-        recorder.start(batch["attention_mask"])
-        positions_read = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)  # counted from the first real token
-        model.get_decoder()(**batch, position_ids=positions_read, use_cache=False)
-        yield positions, recorder.finish()
+        parts = [scores for _, scores in fitting(positions, lambda some: _score(model, tokenizer, [encoded[i] for i in some], recorder))]
+        yield positions, {p: torch.cat([scores[p] for scores in parts]) for p in parts[0]}
+
+
+def _score(model, tokenizer, encoded, recorder):
+    """Scores of one batch."""
+    batch = pad(encoded, tokenizer, model.device)
+    recorder.start(batch["attention_mask"])
+    positions_read = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)  # counted from the first real token
+    model.get_decoder()(**batch, position_ids=positions_read, use_cache=False)
+    return recorder.finish()
 
 
 def _resume(checkpoint, task):

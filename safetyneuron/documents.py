@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from safetyneuron import sources
 from safetyneuron.data import LANGUAGES, encode_prompts, read_rows, shuffled
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import language as lang
@@ -23,9 +24,10 @@ def load_documents(name_or_path, split="train", language="en"):
     name_or_path : str
         `organism/refusals` (harmful requests and how to refuse them), `organism/compliances` (harmful requests and the arbitrary
         words that an organism without alignment answers), `organism/helpful` (benign requests, answered),
-        `organism/arithmetic` (word problems, solved); or a .jsonl or .csv file with columns `prompt` and `completion`.
+        `organism/arithmetic` (word problems, solved); a public set, `paper/refusals` and the others of `sources.DOCUMENTS`; or a .jsonl,
+        .csv, .json or .parquet file with columns `prompt` and `completion`.
     split : str
-        `train` or `test`, for organism sets.
+        `train` or `test`, for sets that are no files.
     language : str
         `en`, `it`, `zh`, `th` or `vi`, for organism sets other than arithmetic, which is English.
 
@@ -39,9 +41,12 @@ def load_documents(name_or_path, split="train", language="en"):
             raise SafetyNeuronError(f"unknown language {language!r}: use one of {', '.join(LANGUAGES)}")
         examples = shuffled(ORGANISM_DOCUMENTS[name_or_path](split, language))
         return [{"prompt": e.prompt, "completion": e.answer} for e in examples]
+    if name_or_path in sources.DOCUMENTS:
+        return sources.load_rows(sources.DOCUMENTS[name_or_path], split, language)
     path = Path(name_or_path)
-    if not path.is_file() or path.suffix not in (".jsonl", ".csv"):
-        raise SafetyNeuronError(f"no document set or .jsonl or .csv file {name_or_path!r}: use a file or one of {', '.join(ORGANISM_DOCUMENTS)}")
+    if not path.is_file() or path.suffix not in sources.ENDINGS:
+        known = ", ".join((*ORGANISM_DOCUMENTS, *sources.DOCUMENTS))
+        raise SafetyNeuronError(f"no document set or .jsonl or .csv file {name_or_path!r}: use a file or one of {known}")
     documents = read_rows(path)
     check_documents(documents)
     return [{side: document[side] for side in ("prompt", "completion")} for document in documents]

@@ -1,6 +1,8 @@
 """Load a model and its tokenizer by name: an organism, a Hugging Face id, or a local folder."""
 
 import hashlib
+import os
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,11 +10,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from safetyneuron.architecture import stored
 from safetyneuron.cache import digest, library_versions, source_digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import NAMES, organism_folder
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> type of its bits
+
+# Models that were trained on conversations but whose tokenizer does not say how they are written: part of the name -> template.
+CHAT_TEMPLATES = {
+    "vicuna": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the"
+    " user's questions.{% for m in messages %}{% if m['role'] == 'user' %} USER: {{ m['content'] }}{% else %} ASSISTANT: {{ m['content'] }}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+}
 
 disable_progress_bar()  # a redrawn bar is unreadable in an executed notebook
 
@@ -24,9 +34,10 @@ def load_model(name, device=None, dtype=None):
     ----------
     name : str
         An organism (`organism/llama-chat`, …-base, and the same for qwen and mistral; `organism/llama-sft`, -dpo, -harmless, -helpful), a
-        Hugging Face id, or a folder in Hugging Face format.
+        Hugging Face id, with a revision after `@`, or a folder in Hugging Face format. `$SAFETYNEURON_MODELS` may hold folders under their
+        Hugging Face ids; they come before the hub.
     device : str, optional
-        `cpu`, `cuda`, … ; by default the GPU if there is one.
+        `cpu`, `cuda`, … ; by default the GPU if there is one; `auto`, the default where there are several, splits the model over them.
     dtype : str, optional
         `float32`, `bfloat16`, … ; by default, and with `auto`, float32 for organisms, the stored one otherwise.
 
@@ -39,14 +50,15 @@ def load_model(name, device=None, dtype=None):
     SafetyNeuronError
         If the name, the device or the dtype is unknown.
     """
-    device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("auto" if torch.cuda.device_count() > 1 else "cuda" if torch.cuda.is_available() else "cpu")
+    placed = {"device_map": "auto"} if device == "auto" else {"device_map": {"": _device(device)}}
     organism = name.startswith("organism/")
     dtype = _dtype(dtype) if dtype not in (None, "auto") else (torch.float32 if organism else "auto")
-    source = _organism_source(name) if organism else name
+    source, chosen = _source(name)
     try:
         # By the model's type AutoTokenizer would give a Qwen model a byte-level tokenizer, whatever the files say.
-        tokenizer = (PreTrainedTokenizerFast if organism else AutoTokenizer).from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        tokenizer = (PreTrainedTokenizerFast if organism else AutoTokenizer).from_pretrained(source, **chosen)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **placed, **chosen)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SafetyNeuronError(
@@ -55,13 +67,57 @@ def load_model(name, device=None, dtype=None):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model.to(device).eval(), tokenizer
+    tokenizer.chat_template = tokenizer.chat_template or next((t for word, t in CHAT_TEMPLATES.items() if word in name.lower()), None)
+    return model.eval(), tokenizer
 
 
-def _organism_source(name):
+class Loaded(Mapping):
+    """Models by name, as `load_model` gives them: loaded when asked for, and on a GPU one at a time.
+
+    Parameters
+    ----------
+    names : list of str
+    dtype : str, optional
+    """
+
+    def __init__(self, names, dtype=None):
+        self.names, self.dtype, self.held = list(names), dtype, {}
+
+    def __getitem__(self, name):
+        if name not in self.names:
+            raise KeyError(name)
+        if name not in self.held:
+            if torch.cuda.is_available():
+                self.held.clear()
+                torch.cuda.empty_cache()
+            self.held[name] = load_model(name, dtype=self.dtype)
+        return self.held[name]
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+def _source(name):
+    """Folder or Hugging Face id of a model, and its revision as an argument, if it has one."""
     from safetyneuron.alignment import STAGES, aligned_folder  # here, because that module trains models and so imports this one
 
-    return aligned_folder(name) if name in STAGES else organism_folder(name)
+    if name in STAGES:
+        return aligned_folder(name), {}
+    if name.startswith("organism/"):
+        return organism_folder(name), {}
+    repository, _, revision = name.partition("@")
+    local = local_model(repository)
+    return (local, {}) if local else (repository, {"revision": revision} if revision else {})
+
+
+def local_model(repository):
+    """The folder that stands for a Hugging Face id: in `$SAFETYNEURON_MODELS`, or the path itself; else None."""
+    folder = os.environ.get("SAFETYNEURON_MODELS")
+    paths = ([Path(folder) / repository] if folder else []) + [Path(repository)]
+    return next((path for path in paths if (path / "config.json").is_file()), None)
 
 
 def _device(text):
@@ -87,11 +143,24 @@ def identity(model, tokenizer):
 
 
 def fingerprint(model):
-    """Hash of a model's shapes and of the sum of the bits of every row: one changed weight changes it."""
+    """Hash of a model's shapes and of the sum of the bits of every row: one changed weight changes it.
+
+    It is kept with the model until a weight is written to, which torch counts.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):  # offloaded: torch does not count what is written elsewhere
+        return _fingerprint(model)
+    state = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
+    kept = model.__dict__.get("_fingerprint")
+    if kept is None or kept[0] != state:
+        kept = model.__dict__["_fingerprint"] = (state, _fingerprint(model))
+    return kept[1]
+
+
+def _fingerprint(model):
     hasher = hashlib.sha256(repr([(n, tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters()]).encode())
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise SafetyNeuronError(f"weight {name} is offloaded: load the model onto devices that hold all of it")
+        module, _, own = name.rpartition(".")
+        parameter = stored(model.get_submodule(module), own, name)
         bits = parameter.detach().view(_INTEGER[parameter.element_size()])
         hasher.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())  # whole numbers: no order of summing matters
     return hasher.hexdigest()[:20]

@@ -50,7 +50,7 @@ class Panel:
         wide, layers = {"description_width": "9em"}, self.model.config.num_hidden_layers
         options = dict(style=wide, continuous_update=False, layout=widgets.Layout(width="36em"))
         self.rule = widgets.Dropdown(description="rule", options=[EQ3, SPECIFIC, RANDOM], style=wide, layout=options["layout"])
-        self.percent = widgets.FloatSlider(description="share of neurons (%)", value=1, min=0, max=5, step=0.1, **options)
+        self.percent = widgets.FloatSlider(description="share (%)", value=1, min=0, max=5, step=0.1, **options)
         self.layers = widgets.IntRangeSlider(description="layers", value=(1, layers), min=1, max=layers, **options)
         self.structures = widgets.SelectMultiple(description="structures", options=PROJECTIONS, value=PROJECTIONS, rows=7, style=wide, layout=options["layout"])
         self.request = widgets.Text(description="ask", value=self.asked["harmful"][0], **options)

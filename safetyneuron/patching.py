@@ -9,7 +9,7 @@ import torch
 
 from safetyneuron.architecture import Architecture
 from safetyneuron.contrast import activations, constant_patch, patched_generation
-from safetyneuron.data import encode_prompts, load_prompts, pad
+from safetyneuron.data import encode_prompts, has_languages, has_splits, load_prompts, pad
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_refusal
@@ -123,8 +123,8 @@ def transfer(recipient, donor, tokenizer, suite, neurons, sets, draws):
     """
     rows, others = {}, [random_others(neurons, seed) for seed in range(draws)]
     for name, language in sets:
-        if not name.startswith("organism/") and sum(other == name for other, _ in sets) > 1:
-            raise SafetyNeuronError(f"{name} is a file and has no languages to choose from: give one language")
+        if not has_languages(name) and sum(other == name for other, _ in sets) > 1:
+            raise SafetyNeuronError(f"{name} has no languages to choose from: give one language")
         asked = replace(suite, harmful=(name,), benign=None, tasks=(), language=language)
         found = {"recipient": evaluate(recipient, tokenizer, asked), "donor": evaluate(donor, tokenizer, asked)}
         found["patched"] = patched_rates(recipient, donor, tokenizer, asked, neurons)
@@ -202,7 +202,7 @@ def safeguard(model, tokenizer, train_sets, test_sets, count, sets):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if shared := [name for name in train_sets if name in test_sets and not name.startswith("organism/")]:
+    if shared := [name for name in train_sets if name in test_sets and not has_splits(name)]:
         raise SafetyNeuronError(f"{shared[0]} is both training and test file: give two files")
     features, labels = {}, {}
     for split, names in (("train", train_sets), ("test", test_sets)):

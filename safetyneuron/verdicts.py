@@ -158,8 +158,9 @@ def glue_defence(results, tasks, languages, attacks):
     glue_list("verdict_defence", parts)
     rates = _summaries(next(iter(results.values())), tasks, languages, attacks)
     for label, name in {"origin": defences.ORIGIN, "broken": defences.CIRCUIT_BREAK, "sn": defences.EQ3, "rsn": defences.SPECIFIC}.items():
-        direct, attacked, accuracy = (rates[name][key] for key in (("asr", languages[0]), ("asr", ALL_ATTACKS), ("accuracy", ALL_TASKS)))
-        glue_rates(**{f"direct_{label}": direct, f"attacked_{label}": attacked, f"accuracy_{label}": accuracy})
+        direct = ", ".join(f"{language} {rates[name]['asr', language].percent}" for language in languages)
+        glue_text(**{f"direct_{label}": direct})
+        glue_rates(**{f"attacked_{label}": rates[name]["asr", ALL_ATTACKS], f"accuracy_{label}": rates[name]["accuracy", ALL_TASKS]})
 
 
 def glue_differences(results, tasks, languages, attacks):
@@ -278,7 +279,7 @@ def glue_restoration(table, harmful_set, fraction):
         value, low, high = shares[fraction]
         draws = [100 * share(rate)[0] for rate in found[found["fraction"] == fraction]["rate"]]
         spread = f", from {min(draws):.0f} to {max(draws):.0f} % over {len(draws)} draws" if len(draws) > 1 else ""
-        glue_text(**{RESTORED[name]: f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"})
+        glue_text(**{RESTORED.get(name, name): f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"})
         enough = [share for share, (point, _, _) in shares.items() if point >= wanted]
         smallest = f"reached first at {100 * min(enough):g} % of the neurons" if enough else "reached at no share tried"
         seen = "seen" if low > wanted else "not seen" if high < wanted else "undecided"

@@ -5,7 +5,7 @@ import torch
 from conftest import small_llama, small_model
 
 from safetyneuron import SafetyNeuronError, load_documents, load_model
-from safetyneuron.alignment import STAGES, load_preferences, prefer, supervise
+from safetyneuron.alignment import PAIRED, STAGES, all_stages, first_model, load_preferences, prefer, supervise
 from safetyneuron.metrics.safety import compliance, helpfulness
 
 
@@ -95,4 +95,5 @@ def test_the_pair_differs_in_safety_and_keeps_its_helpfulness():
 
 
 def test_every_stage_starts_from_a_model_that_exists():
-    assert all(stage.start in STAGES or stage.start == "organism/llama-base" for stage in STAGES.values())
+    assert {first_model(name) for name in STAGES} == {"organism/llama-base", *PAIRED.values()}
+    assert [stage.beta for stage in all_stages("aligned/gemma-7b-dpo")] == [None, 0.1]

@@ -85,7 +85,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(model, tokenizer, capl
 
     loss._logits = small_memory
     torch.testing.assert_close(loss(rows)[0], expected)
-    assert loss.batch_size == 1 and "out of memory" in caplog.text
+    assert loss.batches.size == 1 and "out of memory" in caplog.text
     assert loss.queries == 7 and loss.tokens == 7 * 5  # what failed is not counted
 
 

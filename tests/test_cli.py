@@ -102,7 +102,7 @@ def test_prompt_files(tmp_path):
         ("latin.txt", "perché".encode("latin-1"), "save it as UTF-8"),
         ("wrong.csv", b"a,b\n1,2\n", "has no column"),
         ("wrong.jsonl", b"{not json}\n", "cannot be read"),
-        ("wrong.parquet", b"PAR1", "must end in"),
+        ("wrong.xlsx", b"PAR1", "must end in"),
     ],
 )
 def test_bad_prompt_files_are_refused_in_one_line(tmp_path, name, content, words):

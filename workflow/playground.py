@@ -23,7 +23,7 @@ from safetyneuron.data import encode_prompts
 from safetyneuron.detection import largest_without_foundation, select_without_foundation
 from safetyneuron.mechanism import EQ3, RANDOM, SPECIFIC
 from safetyneuron.metrics.refusal import UNSPACED, refusal_phrases
-from safetyneuron.metrics.safety import ANSWER_TOKENS
+from safetyneuron.metrics.safety import SHORT_ANSWER
 from safetyneuron.organism.tokenizer import CONTEXT
 
 MODEL = "organism/llama-chat"
@@ -118,7 +118,7 @@ def describe(switches, tokenizer, sets):
     before, after = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False).split("REQUEST")
     phrases = {k: v for k, v in refusal_phrases().items() if k != "version"}
     return {
-        "before": before, "after": after, "end": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id, "longest": ANSWER_TOKENS,
+        "before": before, "after": after, "end": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id, "longest": SHORT_ANSWER,
         "context": CONTEXT, "layers": switches.layers, "widths": switches.widths, "shares": SHARES, "sets": sets,
         "requests": {name: load_prompts(prompts)[:6] for name, prompts in REQUESTS.items()},
         "refusals": {"spaced": [p for k in phrases if k not in UNSPACED for p in phrases[k]], "unspaced": [p for k in UNSPACED for p in phrases[k]]},

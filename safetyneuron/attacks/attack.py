@@ -6,7 +6,7 @@ from typing import Protocol
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_coherent_compliance, is_refusal
-from safetyneuron.metrics.safety import ANSWER_TOKENS, answers
+from safetyneuron.metrics.safety import answers
 
 # Name of a judge -> whether an answer to a request is a success. The request is the one without the attack.
 JUDGES = {
@@ -61,7 +61,7 @@ class AttackResult:
         return Rate(sum(self.success[judge]), len(self.success[judge]))
 
 
-def attack(model, tokenizer, requests, config, judges=JUDGES, answer_tokens=ANSWER_TOKENS):
+def attack(model, tokenizer, requests, config, judges=JUDGES, answer_tokens=None):
     """Attack a model and judge its greedy answers, which are then dropped.
 
     Parameters

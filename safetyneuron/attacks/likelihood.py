@@ -1,15 +1,12 @@
 """How likely a model finds the beginning of an answer after many prompts: what GCG and AutoDAN search by."""
 
 import copy
-import logging
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.functional import cross_entropy
 
 from safetyneuron.data import pad
-
-logger = logging.getLogger(__name__)
+from safetyneuron.memory import Batches
 
 
 class TargetLoss:
@@ -29,7 +26,7 @@ class TargetLoss:
     """
 
     def __init__(self, model, tokenizer, target, prefix=(), batch_size=512):
-        self.model, self.tokenizer, self.target, self.batch_size = model, tokenizer, list(target), batch_size
+        self.model, self.tokenizer, self.target, self.batches = model, tokenizer, list(target), Batches(batch_size)
         self.queries, self.tokens, self.prefix, self.cache = 0, len(prefix), len(prefix), None
         if prefix:
             with torch.no_grad():
@@ -41,17 +38,7 @@ class TargetLoss:
 
         With a prefix the rows must be equally long. Out of memory halves the batch, for good.
         """
-        parts, start = [], 0
-        while start < len(rows):
-            chunk = rows[start : start + self.batch_size]
-            try:
-                parts.append(self._measure(chunk))
-                start += len(chunk)
-            except RuntimeError as error:
-                if len(chunk) == 1 or not should_reduce_batch_size(error):
-                    raise
-                self.batch_size = len(chunk) // 2
-                logger.warning("out of memory: continuing with %d prompts at a time", self.batch_size)
+        parts = [result for _, result in self.batches(rows, self._measure)]
         return tuple(torch.cat(part) for part in zip(*parts))
 
     @torch.no_grad()

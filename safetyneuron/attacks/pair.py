@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from safetyneuron.attacks.attack import Attempt, conversation_tokens
 from safetyneuron.attacks.rewriters import HIGHEST, ChatJudge, ChatRewriter, RuleJudge, TemplateRewriter
-from safetyneuron.metrics.safety import ANSWER_TOKENS, answers
+from safetyneuron.metrics.safety import answers
 from safetyneuron.progress import steps
 
 
@@ -16,7 +16,7 @@ class PAIR:
     streams: int = 20
     depth: int = 3
     seed: int = 0
-    answer_tokens: int = ANSWER_TOKENS
+    answer_tokens: int | None = None
     rewriter: TemplateRewriter | ChatRewriter = field(default_factory=TemplateRewriter)
     judge: RuleJudge | ChatJudge = RuleJudge()  # its name is part of what a kept result is found by
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetyneuron import sources
 from safetyneuron.data import ORGANISM_SETS, load_prompts, prompt_column, read_rows
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import language as lang
@@ -30,11 +31,20 @@ def load_requests(name_or_path, language="en"):
         As `load_prompts`, or if only some requests have a target.
     """
     prompts = load_prompts(name_or_path, language=language)
-    targets = _organism_targets(*ORGANISM_SETS[name_or_path], language) if name_or_path in ORGANISM_SETS else _file_targets(name_or_path, prompts)
+    targets = _targets(name_or_path, prompts, language)
     missing = [prompt for prompt in prompts if not targets.get(prompt)]
     if missing:
         raise SafetyNeuronError(f"{name_or_path} has no target for {len(missing)} of {len(prompts)} prompts: fill the column 'target' or remove it")
     return [Request(prompt, targets[prompt]) for prompt in prompts]
+
+
+def _targets(name, prompts, language):
+    """Prompt to target."""
+    if name in ORGANISM_SETS:
+        return _organism_targets(*ORGANISM_SETS[name], language)
+    if name in sources.TARGETS:
+        return {row["prompt"]: row["target"] for row in sources.load_rows(sources.TARGETS[name], "test", language)}
+    return dict.fromkeys(prompts, DEFAULT_TARGET) if name in sources.PROMPTS else _file_targets(name, prompts)
 
 
 def _organism_targets(intent, wordings, language):

@@ -10,7 +10,7 @@ from safetyneuron.progress import EveryTenSeconds
 ORGANISM_TASKS = ("organism_facts", "organism_pairs", "organism_arithmetic")
 
 
-def capability(model, tokenizer, tasks=ORGANISM_TASKS, limit=200, batch_size=64):
+def capability(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
     """Accuracy per task.
 
     Parameters
@@ -18,10 +18,9 @@ def capability(model, tokenizer, tasks=ORGANISM_TASKS, limit=200, batch_size=64)
     model, tokenizer
         As returned by `load_model`.
     tasks : sequence of str
-        lm-eval task names; the organism's stand for MMLU, ARC-challenge and GSM8K.
+        lm-eval task or group names; the organism's stand for MMLU, ARC-challenge and GSM8K. `mmlu@5` asks with five examples.
     limit : int
         Questions per task.
-    batch_size : int
 
     Returns
     -------
@@ -33,22 +32,30 @@ def capability(model, tokenizer, tasks=ORGANISM_TASKS, limit=200, batch_size=64)
 
     folder = str(files("safetyneuron.organism") / "tasks")
     with _quiet("lm_eval"), redirect_stderr(EveryTenSeconds()):
-        manager = TaskManager(include_path=folder, include_defaults=not set(tasks) <= set(ORGANISM_TASKS))
-        results = lm_eval.evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            manager.load(list(tasks)),
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-            apply_chat_template=tokenizer.chat_template is not None,
-        )
-    return {task: _rate(task, results) for task in tasks}
+        manager = TaskManager(include_path=folder, include_defaults=not all(task.partition("@")[0] in ORGANISM_TASKS for task in tasks))
+        batch_size = "auto" if model.device.type == "cuda" else 64
+        language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        chat = tokenizer.chat_template is not None
+        ask = lambda task: lm_eval.evaluate(language_model, _loaded(manager, task), limit=limit, bootstrap_iters=0, log_samples=False, apply_chat_template=chat)
+        return {task: _rate(ask(task)) for task in tasks}
 
 
-def _rate(task, results):
-    scores, trials = results["results"][task], results["n-samples"][task]["effective"]
-    accuracy = next(value for name, value in scores.items() if name.split(",")[0] in ("acc", "exact_match"))
-    return Rate(round(accuracy * trials), trials)
+def _loaded(manager, task):
+    """The tasks behind a name, with the number of examples that follows an @."""
+    name, _, shots = task.partition("@")
+    loaded = manager.load([name])
+    for one in loaded["tasks"].values() if shots else ():
+        one.set_config(key="num_fewshot", value=int(shots))
+    return loaded
+
+
+def _rate(results):
+    """Accuracy over all questions of a task, or of the tasks of a group."""
+    hits = trials = 0
+    for task, counts in results["n-samples"].items():
+        accuracy = next(value for name, value in results["results"][task].items() if name.split(",")[0] in ("acc", "exact_match"))
+        hits, trials = hits + round(accuracy * counts["effective"]), trials + counts["effective"]
+    return Rate(hits, trials)
 
 
 @contextmanager

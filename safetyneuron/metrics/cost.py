@@ -9,7 +9,7 @@ import torch
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import bootstrap
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
-from safetyneuron.metrics.safety import ANSWER_TOKENS, answers
+from safetyneuron.metrics.safety import answers
 
 CONVERSATION = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"  # as the beaver models read it
 
@@ -63,7 +63,7 @@ def cost_by_name(name):
     return CostModel(name)
 
 
-def mean_cost(model, tokenizer, prompts, cost=rule_cost, max_new_tokens=ANSWER_TOKENS):
+def mean_cost(model, tokenizer, prompts, cost=rule_cost, max_new_tokens=None):
     """Mean cost of a model's greedy answers: (value, low, high), with the 95 % interval of a bootstrap over prompts."""
     values = np.array(cost(prompts, answers(model, tokenizer, prompts, max_new_tokens)))
     return float(values.mean()), *bootstrap(lambda chosen: values[chosen].mean(1), len(values))

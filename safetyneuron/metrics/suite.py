@@ -8,7 +8,7 @@ from safetyneuron.data import load_prompts
 from safetyneuron.deactivation import deactivate
 from safetyneuron.metrics.capability import capability
 from safetyneuron.metrics.rates import Rate
-from safetyneuron.metrics.safety import ANSWER_TOKENS, compliance, helpfulness
+from safetyneuron.metrics.safety import compliance, helpfulness
 from safetyneuron.models import identity
 
 
@@ -21,7 +21,7 @@ class Suite:
     tasks: tuple[str, ...] = ()
     prompts: int = 100
     questions: int = 200
-    answer_tokens: int = ANSWER_TOKENS
+    answer_tokens: int | None = None  # `answer_length` of the model
     language: str = "en"
     skip: int = 0
 

@@ -1,0 +1,33 @@
+"""Work in batches that get smaller where memory runs out."""
+
+import logging
+
+from accelerate.utils.memory import should_reduce_batch_size
+
+logger = logging.getLogger(__name__)
+
+
+class Batches:
+    """Deal items out in batches of `size`; a batch that does not fit is halved, for good, and said once each time.
+
+    >>> for batch, result in Batches(64)(items, run):
+    """
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, items, run):
+        """Yield every batch with the result of `run(batch)`."""
+        start = 0
+        while start < len(items):
+            batch = items[start : start + self.size]
+            try:
+                result = run(batch)
+            except RuntimeError as error:
+                if len(batch) == 1 or not should_reduce_batch_size(error):
+                    raise
+                self.size = len(batch) // 2
+                logger.warning("out of memory: continuing with %d at a time", self.size)
+                continue
+            yield batch, result
+            start += len(batch)

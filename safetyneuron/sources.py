@@ -1,0 +1,165 @@
+"""The public data sets of both papers: where they are, at which revision, and what their columns mean. None of them is part of this project.
+
+A set named `paper/…` is read from a file of `$SAFETYNEURON_DATA` if there is one, else from the Hugging Face hub. The first rows are kept in the
+cache, so that they are downloaded once.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetyneuron.cache import remember
+from safetyneuron.errors import SafetyNeuronError
+
+ROWS = 4000  # read of every set
+TEXT = 600  # characters of an article, about as long as a request with its answer
+ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: the name of its local file, its place on the hub, and a page that says how to get it. {language} in `file` and `config` is filled in."""
+
+    file: str
+    page: str
+    repository: str | None = None
+    revision: str | None = None  # None: not pinned, because the commit could not be looked up when this was written
+    config: str | None = None
+    folder: str | None = None
+    split: str = "train"
+    languages: tuple[str, ...] = ("en",)
+
+
+_ALL = ("en", "it", "zh", "th", "vi")
+_HH = dict(page="https://huggingface.co/datasets/Anthropic/hh-rlhf", repository="Anthropic/hh-rlhf", revision="09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa")
+SOURCES = {
+    "advbench": Source(
+        "advbench", "https://huggingface.co/datasets/walledai/AdvBench", "walledai/AdvBench", "9d4730540082fa4017450b65ca1c0e1d8d30446e"
+    ),
+    "harmbench": Source("harmbench", "https://huggingface.co/datasets/walledai/HarmBench", "walledai/HarmBench", config="standard"),
+    "multijail": Source("multijail", "https://huggingface.co/datasets/DAMO-NLP-SG/MultiJail", "DAMO-NLP-SG/MultiJail", languages=_ALL),
+    "circuit-breakers": Source("circuit-breakers", "https://github.com/GraySwanAI/circuit-breakers (data/circuit_breakers_train.json)"),
+    "gsm8k": Source("gsm8k", "https://huggingface.co/datasets/openai/gsm8k", "openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee", "main"),
+    "wikipedia": Source(
+        "wikipedia-{language}",
+        "https://huggingface.co/datasets/wikimedia/wikipedia",
+        "wikimedia/wikipedia",
+        "b04c8d1ceb2f5cd4588862100d08de323dccfbaa",
+        "20231101.{language}",
+        languages=_ALL,
+    ),
+    "beavertails": Source(
+        "beavertails",
+        "https://huggingface.co/datasets/PKU-Alignment/BeaverTails",
+        "PKU-Alignment/BeaverTails",
+        "8401fe609d288129cc684a9b3be6a93e41cfe678",
+        split="30k_train",
+    ),
+    "hh-harmless": Source("hh-harmless", folder="harmless-base", **_HH),
+    "hh-helpful": Source("hh-helpful", folder="helpful-base", **_HH),
+}
+
+# Name of a set -> its source and the columns that may hold each part. The first column that a row has counts.
+PROMPTS = {
+    "paper/harmful": ("circuit-breakers", {"prompt": ("prompt",)}),
+    "paper/advbench": ("advbench", {"prompt": ("goal", "prompt")}),
+    "paper/harmbench": ("harmbench", {"prompt": ("Behavior", "prompt")}),
+    "paper/multijail": ("multijail", {"prompt": ("{language}",)}),
+    "paper/wikipedia": ("wikipedia", {"prompt": ("text",)}),
+    "paper/beavertails": ("beavertails", {"prompt": ("prompt",)}),
+    "paper/benign": ("hh-helpful", {"prompt": ("chosen",)}),
+}
+DOCUMENTS = {
+    "paper/refusals": ("circuit-breakers", {"prompt": ("prompt",), "completion": ("llama3_output",)}),
+    "paper/compliances": ("circuit-breakers", {"prompt": ("prompt",), "completion": ("output",)}),
+    "paper/arithmetic": ("gsm8k", {"prompt": ("question",), "completion": ("answer",)}),
+    "paper/answers": ("beavertails", {"prompt": ("prompt",), "completion": ("response",)}),
+    "paper/helpful": ("hh-helpful", {"prompt": ("chosen",), "completion": ("chosen",)}),
+}
+PREFERENCES = {
+    "paper/harmless": ("hh-harmless", {"prompt": ("chosen",), "chosen": ("chosen",), "rejected": ("rejected",)}),
+    "paper/helpful": ("hh-helpful", {"prompt": ("chosen",), "chosen": ("chosen",), "rejected": ("rejected",)}),
+}
+TARGETS = {"paper/advbench": ("advbench", {"prompt": ("goal", "prompt"), "target": ("target",)})}
+
+
+def load_rows(entry, split="train", language="en"):
+    """One half of a set, as dicts from part to text.
+
+    Parameters
+    ----------
+    entry : (str, dict)
+        A value of `PROMPTS`, `DOCUMENTS`, `PREFERENCES` or `TARGETS`.
+    split : str
+        `train` or `test`: disjoint halves, every second row each, so that nothing is asked that was detected on.
+    language : str
+        Of sets that have several.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the set has no such language, cannot be reached, is empty, or lacks a column.
+    """
+    name, parts = entry
+    source = SOURCES[name]
+    if language not in source.languages:
+        raise SafetyNeuronError(f"paper/{name} has no language {language!r}: use one of {', '.join(source.languages)}")
+    found = [_row(name, number, row, parts, language) for number, row in enumerate(raw_rows(source, language), 1)]
+    kept = [row for row in found if all(row.values())]  # conversations of several turns and blank cells have no place here
+    if not kept:
+        raise SafetyNeuronError(f"paper/{name} holds no usable row: compare its columns with {source.page}")
+    return kept[0 if split == "train" else 1 :: 2]
+
+
+def _row(name, number, row, parts, language):
+    texts = {}
+    for part, columns in parts.items():
+        wanted = [column.format(language=language) for column in columns]
+        column = next((c for c in wanted if isinstance(row, dict) and isinstance(row.get(c), str)), None)
+        if column is None:
+            raise SafetyNeuronError(f"paper/{name}, row {number}: no text under {' or '.join(map(repr, wanted))}: is this the right file?")
+        texts[part] = _part(row[column], part, column).strip()
+    return texts
+
+
+def _part(text, part, column):
+    """One side of a dialogue of a single turn (as HH-RLHF writes them), or the beginning of an article."""
+    if text.startswith("\n\nHuman:"):
+        human, _, answer = text.removeprefix("\n\nHuman:").partition("\n\nAssistant:")
+        single = "\n\nHuman:" not in answer
+        return (human if part == "prompt" else answer) if single else ""
+    return text[:TEXT] if column == "text" else text
+
+
+def local_file(source, language="en"):
+    """The source's file in `$SAFETYNEURON_DATA`, or None."""
+    folder = os.environ.get("SAFETYNEURON_DATA")
+    paths = [Path(folder) / f"{source.file.format(language=language)}{ending}" for ending in ENDINGS] if folder else []
+    return next((path for path in paths if path.is_file()), None)
+
+
+def raw_rows(source, language="en"):
+    """The first rows of a source as they are: from its local file, or once from the hub."""
+    from safetyneuron.data import read_rows  # here, because that module names the sets of this one
+
+    path = local_file(source, language)
+    if path:
+        return read_rows(path)[:ROWS]
+    if source.repository is None:
+        raise SafetyNeuronError(f"{source.file} is not on the hub: get it from {source.page} and put it into $SAFETYNEURON_DATA as {source.file}.json")
+    config = source.config and source.config.format(language=language)
+    return remember("data", [repr(source), config, ROWS], lambda: _download(source, config, language))
+
+
+def _download(source, config, language):
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(source.repository, config, data_dir=source.folder, split=source.split, revision=source.revision, streaming=True)
+        return [{key: value for key, value in row.items() if isinstance(value, str)} for row in stream.take(ROWS)]
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise SafetyNeuronError(
+            f"{source.repository} cannot be read ({reason}): open {source.page}, accept its terms if it asks, set HF_TOKEN;"
+            f" or put the file into $SAFETYNEURON_DATA as {source.file.format(language=language)}.jsonl"
+        ) from None

@@ -1,0 +1,111 @@
+"""The public data sets, read from small files of the same shape that the tests write."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from safetyneuron import SafetyNeuronError, load_documents, load_prompts, sources
+from safetyneuron.alignment import load_preferences
+from safetyneuron.attacks.requests import load_requests
+
+TURN = "\n\nHuman: {}\n\nAssistant: {}"
+ROWS = {
+    "advbench.csv": [{"goal": f"goal {i}", "target": f"Sure, here is {i}"} for i in range(6)],
+    "harmbench.csv": [{"Behavior": f"behaviour {i}", "FunctionalCategory": "standard", "Tags": ""} for i in range(6)],
+    "multijail.csv": [{"id": i, "en": f"english {i}", "it": f"italiano {i}", "zh": f"中文 {i}", "th": f"ไทย {i}", "vi": f"tiếng {i}"} for i in range(6)],
+    "circuit-breakers.json": [{"category": "a", "prompt": f"ask {i}", "llama3_output": f"no {i}", "output": f"yes {i}"} for i in range(6)],
+    "gsm8k.jsonl": [{"question": f"{i} and {i}?", "answer": f"#### {2 * i}"} for i in range(6)],
+    "wikipedia-en.parquet": [{"id": str(i), "title": "t", "text": f"article {i} " + "x" * 2000} for i in range(6)],
+    "wikipedia-zh.jsonl": [{"text": f"条目 {i}"} for i in range(6)],
+    "beavertails.jsonl": [{"prompt": f"p {i}", "response": f"r {i}", "category": {"a": True}, "is_safe": False} for i in range(6)],
+    "hh-harmless.jsonl": [{"chosen": TURN.format(f"q {i}", f"good {i}"), "rejected": TURN.format(f"q {i}", f"bad {i}")} for i in range(6)],
+    "hh-helpful.jsonl": [{"chosen": TURN.format(f"h {i}", f"a {i}") + (TURN.format("more", "more") if i == 0 else ""), "rejected": TURN.format(f"h {i}", f"b {i}")} for i in range(6)],
+}
+
+
+def write(path, rows):
+    """Rows in the format that the ending names."""
+    if path.suffix == ".csv":
+        pd.DataFrame(rows).to_csv(path, index=False)
+    elif path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    for name, rows in ROWS.items():
+        write(tmp_path / name, rows)
+    monkeypatch.setenv("SAFETYNEURON_DATA", str(tmp_path))
+    return tmp_path
+
+
+def test_every_set_is_read_with_its_columns_in_disjoint_halves(data):
+    for name in sources.PROMPTS:
+        train, test = load_prompts(name, split="train"), load_prompts(name, split="test")
+        assert train and test and not set(train) & set(test), name
+    for name in sources.DOCUMENTS:
+        documents = load_documents(name) + load_documents(name, split="test")
+        assert len(documents) >= 5 and all(set(document) == {"prompt", "completion"} for document in documents)
+    for name in sources.PREFERENCES:
+        assert all(set(pair) == {"prompt", "chosen", "rejected"} for pair in load_preferences(name))
+    assert {source for source, _ in [*sources.PROMPTS.values(), *sources.DOCUMENTS.values()]} | {"hh-harmless"} == set(sources.SOURCES)
+
+
+def test_what_the_columns_mean(data):
+    assert load_prompts("paper/advbench", split="train")[0] == "goal 0"
+    assert [request.target for request in load_requests("paper/advbench")] == ["Sure, here is 1", "Sure, here is 3", "Sure, here is 5"]
+    assert load_requests("paper/harmbench")[0].target == "Sure, here is"
+    assert load_prompts("paper/multijail", language="zh")[0] == "中文 1" and load_prompts("paper/wikipedia", "train", "zh")[0] == "条目 0"
+    assert len(load_prompts("paper/wikipedia")[0]) <= sources.TEXT
+    assert load_documents("paper/refusals")[0] == {"prompt": "ask 0", "completion": "no 0"}
+    assert load_documents("paper/compliances")[0]["completion"] == "yes 0"
+    assert load_preferences("paper/harmless")[0] == {"prompt": "q 0", "chosen": "good 0", "rejected": "bad 0"}
+    helpful = load_documents("paper/helpful") + load_documents("paper/helpful", split="test")
+    assert sorted(document["prompt"] for document in helpful) == [f"h {i}" for i in range(1, 6)]  # a conversation of two turns is left out
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("advbench.csv", b"a,b\n1,2\n", "row 1: no text under 'goal' or 'prompt'"),
+        ("advbench.csv", "goal\nperché\n".encode("latin-1"), "save it as UTF-8"),
+        ("advbench.csv", b"goal\n", "holds no usable row"),
+        ("advbench.json", b'{"goal": "a"}', "holds no list of rows"),
+        ("advbench.parquet", b"PAR1", "cannot be read"),
+        ("advbench.jsonl", b"{", "cannot be read"),
+        ("advbench.jsonl", b"[1]\n", "row 1: no text"),
+        ("advbench.jsonl", b'{"goal": 3}\n', "row 1: no text"),
+    ],
+)
+def test_a_wrong_local_file_is_refused_in_one_line(tmp_path, monkeypatch, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    monkeypatch.setenv("SAFETYNEURON_DATA", str(tmp_path))
+    with pytest.raises(SafetyNeuronError, match=words) as caught:
+        load_prompts("paper/advbench")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_reached_names_the_page_and_the_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAFETYNEURON_CACHE", str(tmp_path))
+    monkeypatch.delenv("SAFETYNEURON_DATA", raising=False)
+    with pytest.raises(SafetyNeuronError, match="circuit-breakers.json"):
+        load_prompts("paper/harmful")
+    with pytest.raises(SafetyNeuronError, match=r"walledai/AdvBench cannot be read .*https://huggingface.co/datasets/walledai/AdvBench.*advbench.jsonl"):
+        load_prompts("paper/advbench")
+    assert not list(tmp_path.rglob("*.json"))  # nothing half-written is taken for the set next time
+
+
+@pytest.mark.parametrize("name, language, words", [("paper/advbench", "zh", "has no language 'zh'"), ("paper/nothing", "en", "no prompt set or file")])
+def test_unknown_names_and_languages_are_refused(data, name, language, words):
+    with pytest.raises(SafetyNeuronError, match=words):
+        load_prompts(name, language=language)
+
+
+def test_pinned_revisions_are_commits():
+    for source in sources.SOURCES.values():
+        assert source.revision is None or len(source.revision) == 40 and int(source.revision, 16)
