@@ -1,6 +1,7 @@
 # make book   build the book (EDITION=smoke, organism, organism-full or paper; PROFILE=slurm or kubernetes runs it on a cluster)
 # make check  look up what EDITION needs: models, data, disk, memory, time
-# make test   run the tests; make test-families those that train the other two model families first
+# make test   run the tests; make test-families those that train the other two model families first;
+#             make test-paper the paper's chapters on random checkpoints of its architectures
 EDITION ?= organism
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 CORES ?= 1
@@ -9,7 +10,7 @@ VENV ?= .venv
 SNAKEMAKE = $(VENV)/bin/snakemake -s workflow/Snakefile --configfile workflow/editions/$(EDITION).yaml --cores $(CORES) --quiet all \
     $(if $(PROFILE),--profile workflow/profiles/$(PROFILE))
 
-.PHONY: book announce check test test-families clean
+.PHONY: book announce check test test-families test-paper clean
 
 book: announce $(VENV)/installed
 	@$(SNAKEMAKE)
@@ -23,10 +24,13 @@ check: announce $(VENV)/installed
 	@$(VENV)/bin/safetyneuron check workflow/editions/$(EDITION).yaml
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m "not families"
+	$(VENV)/bin/python -m pytest -m "not families and not paper"
 
 test-families: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m families
+
+test-paper: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m paper
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	@echo "Installing into $(VENV): about 2 minutes, once"

@@ -21,13 +21,18 @@ from safetyneuron.cache import cache_folder, digest, library_versions, locked, n
 from safetyneuron.data import LANGUAGES, read_rows
 from safetyneuron.documents import check_documents, load_documents
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.models import frozen, load_model
+from safetyneuron.models import frozen, load_model, local_model
 from safetyneuron.organism import organism_folder
 from safetyneuron.progress import TrainingLine
 from safetyneuron.tuning import quiet_settings
 
 PREFERENCES = ("organism/harmless", "organism/helpful")
 SIDES = ("prompt", "chosen", "rejected")
+# How a base model without a template of its own is taught to converse: as the authors of BeaverTails write conversations.
+CONVERSATION = (
+    "BEGINNING OF CONVERSATION:{% for m in messages %}{% if m['role'] == 'user' %} USER: {{ m['content'] }} ASSISTANT:{% else %}"
+    "{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,11 @@ def _start(name):
     """What a stage starts from, as part of its key: trained if need be."""
     if name in STAGES:
         return aligned_folder(name).name
-    return organism_folder(name).name if name.startswith("organism/") else name
+    if name.startswith("organism/"):
+        return organism_folder(name).name
+    folder = local_model(name.partition("@")[0])
+    files = sorted(Path(folder).iterdir()) if folder else []  # another file under the same name is another start
+    return [name, [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
 
 
 def training_rows(stage):
@@ -116,6 +125,7 @@ def training_rows(stage):
 
 def _train_stage(stage, rows, folder):
     model, tokenizer = load_model(stage.start)
+    tokenizer.chat_template = tokenizer.chat_template or CONVERSATION
     schedule = {"epochs": stage.epochs, "learning_rate": stage.learning_rate, "batch_size": stage.batch_size}
     if stage.beta is None:
         curve = supervise(model, tokenizer, rows, **schedule)

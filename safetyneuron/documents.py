@@ -76,7 +76,7 @@ def encode_documents(model, tokenizer, documents):
     context, data = model.config.get_text_config().max_position_embeddings, []
     for number, (prompt, document) in enumerate(zip(prompts, documents), 1):
         ids = _whole(tokenizer, prompt, document)
-        if ids[: len(prompt)] != prompt:
+        if ids is None:
             raise SafetyNeuronError(f"document {number}: the chat template writes a conversation that does not begin with its own prompt: use a tokenizer with another template")
         if len(ids) > context:
             raise SafetyNeuronError(f"document {number} has {len(ids)} tokens but the model reads {context}: shorten or remove it")
@@ -85,10 +85,17 @@ def encode_documents(model, tokenizer, documents):
 
 
 def _whole(tokenizer, prompt, document):
-    """Token ids of prompt and completion."""
+    """Token ids of prompt and completion; None if the conversation does not begin with the prompt."""
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": document["prompt"]}, {"role": "assistant", "content": document["completion"]}]
-        return tokenizer.apply_chat_template(chat, return_dict=False)
+        ids = tokenizer.apply_chat_template(chat, return_dict=False)
+        return ids if ids[: len(prompt)] == prompt else _continued(tokenizer, prompt, chat)
     if tokenizer.eos_token_id is None:
         raise SafetyNeuronError("the tokenizer has neither a chat template nor an end-of-text token: set tokenizer.eos_token")
     return prompt + tokenizer(document["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+
+def _continued(tokenizer, prompt, chat):
+    """Prompt and completion where a word piece would span both: split between them, as when the model writes."""
+    before, whole = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False), tokenizer.apply_chat_template(chat, tokenize=False)
+    return prompt + tokenizer(whole.removeprefix(before), add_special_tokens=False)["input_ids"] if whole.startswith(before) else None

@@ -74,7 +74,7 @@ def data_names(edition):
     from safetyneuron.alignment import STAGES, all_stages
 
     found = {}
-    for parameters in edition["notebooks"].values():
+    for parameters in with_defaults(edition).values():
         values = [v for value in parameters.values() for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
         values += [name for value in values if value in STAGES for stage in all_stages(value) for name in stage.data]
         languages = parameters.get("languages") or [parameters.get("language", "en")]
