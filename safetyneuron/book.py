@@ -71,6 +71,11 @@ def by_model(tables):
     return pd.concat(tables, names=["model", "row"]).droplevel("row")
 
 
+def by_model_rows(tables):
+    """Tables of several models below each other, the model in front; of one model as it is."""
+    return next(iter(tables.values())) if len(tables) == 1 else pd.concat(tables, names=["model"])
+
+
 def percent_table(table):
     """A data frame of `Rate` cells as text."""
     return table.map(lambda rate: rate.percent)

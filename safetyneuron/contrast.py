@@ -43,6 +43,10 @@ class ChangeScores:
             mask[layer, self.values[layer].topk(min(width, max(0, count - int(mask.sum())))).indices] = True
         return self._as_set(mask)
 
+    def over_projections(self):
+        """The scores as one of several projections: all other neurons rank below those of `down`."""
+        return {p: self.values.float() if p == "down" else torch.full(mask.shape, -1.0) for p, mask in self.empty.masks.items()}
+
     def _as_set(self, mask):
         return NeuronSet(self.empty.masks | {"down": mask})
 

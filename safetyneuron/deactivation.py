@@ -1,4 +1,4 @@
-"""Switch neurons off for the length of a `with` block."""
+"""Switch neurons off, or give them another model's parameters, for the length of a `with` block."""
 
 from contextlib import contextmanager
 
@@ -29,6 +29,28 @@ def deactivate(model, neurons):
     SafetyNeuronError
         If the set belongs to a model of another shape.
     """
+    with _replaced(model, neurons, lambda layer, projection: None):
+        yield model
+
+
+@contextmanager
+def transplant(model, donor, neurons):
+    """Give `neurons` the parameters that they have in another model of the same shape, for the length of a `with` block.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the set belongs to a model of another shape, or the donor has another shape.
+    """
+    other = Architecture(donor)
+    check_shapes(other, neurons)
+    with _replaced(model, neurons, other.place):
+        yield model
+
+
+@contextmanager
+def _replaced(model, neurons, source):
+    """Parameters of the neurons from the `Place` that `source(layer, projection)` gives, or zero for None."""
     architecture = Architecture(model)
     check_shapes(architecture, neurons)
     saved = []
@@ -36,7 +58,7 @@ def deactivate(model, neurons):
         with torch.no_grad():
             for projection, mask in neurons.masks.items():
                 for layer in mask.any(1).nonzero().flatten().tolist():
-                    _silence(architecture.place(layer, projection), mask[layer].nonzero().flatten(), saved)
+                    _write(architecture.place(layer, projection), source(layer, projection), mask[layer].nonzero().flatten(), saved)
         yield model
     finally:
         with torch.no_grad():
@@ -44,12 +66,12 @@ def deactivate(model, neurons):
                 tensor[channels] = original
 
 
-def _silence(place, channels, saved):
+def _write(place, source, channels, saved):
     channels = channels.to(place.weight.device)
-    for tensor in (place.weight, place.bias):
+    for tensor, new in ((place.weight, source and source.weight), (place.bias, source and source.bias)):
         if tensor is not None:
             saved.append((tensor, channels, tensor[channels].clone()))
-            tensor[channels] = 0
+            tensor[channels] = 0 if new is None else new[channels.to(new.device)].to(tensor)
 
 
 def check_shapes(architecture, neurons):

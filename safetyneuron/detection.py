@@ -180,25 +180,39 @@ def select_without_foundation(profile, general, fraction):
     SafetyNeuronError
         If the profiles are of different models, tokenizers or rules, or too few neurons differ.
     """
-    sizes, target = _difference_sizes(profile, general), len(select_fraction(profile.minimum, fraction))
-    if sizes.max() < target:
-        raise SafetyNeuronError(f"only {int(sizes.max())} neurons differ between the two sets: choose a fraction below {sizes.max() / len(sizes):.3f}")
-    share = (int((sizes >= target).nonzero()[0]) + 1) / len(sizes)
-    return select_fraction(profile.minimum, share) - select_fraction(general.minimum, share)
+    profile.check_like(general)
+    return select_difference(profile.minimum, general.minimum, fraction)
 
 
 def largest_without_foundation(profile, general):
     """The largest share that `select_without_foundation` can fill: a wider detector finds the same neurons in both."""
-    sizes = _difference_sizes(profile, general)
+    profile.check_like(general)
+    sizes = _difference_sizes(profile.minimum, general.minimum)
     return int(sizes.max()) / len(sizes)
 
 
-def _difference_sizes(profile, general):
-    """Size of N_safe without N_foundation when both take the 1, 2, … highest neurons."""
-    profile.check_like(general)
-    safe, foundation = ranks(profile.minimum), ranks(general.minimum)
-    both = torch.bincount(torch.maximum(safe, foundation), minlength=len(safe)).cumsum(0)
-    return torch.arange(1, len(safe) + 1) - both
+def select_difference(scores, others, fraction):
+    """What `scores` selects and `others` does not, both at the smallest share at which that is `fraction` of all neurons.
+
+    scores, others: dicts of (layers, channels) per projection.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If too few neurons differ.
+    """
+    sizes, target = _difference_sizes(scores, others), len(select_fraction(scores, fraction))
+    if sizes.max() < target:
+        raise SafetyNeuronError(f"only {int(sizes.max())} neurons differ between the two sets: choose a fraction below {sizes.max() / len(sizes):.3f}")
+    share = (int((sizes >= target).nonzero()[0]) + 1) / len(sizes)
+    return select_fraction(scores, share) - select_fraction(others, share)
+
+
+def _difference_sizes(scores, others):
+    """Size of the difference when both take the 1, 2, … highest neurons."""
+    first, second = ranks(scores), ranks(others)
+    both = torch.bincount(torch.maximum(first, second), minlength=len(first)).cumsum(0)
+    return torch.arange(1, len(first) + 1) - both
 
 
 def ranks(scores):

@@ -297,3 +297,36 @@ def restoration_curves(tables, measures):
 
     means = {name: patching.over_draws(table) for name, table in tables.items()}
     return _rate_panels(means, measures, draw, "neurons patched (%)")
+
+
+def detector_matrix(table, titles):
+    """Rates in percent (perplexity as a number) by detector and budget, one panel per measure.
+
+    table: `comparison.long_table`; titles: measure to title.
+    """
+    count = table["detector"].nunique()
+    figure, panels = plt.subplots(1, len(titles), figsize=(2.6 * len(titles) + 1.5, 0.32 * count + 1.2), sharey=True, squeeze=False)
+    for axes, (measure, title) in zip(panels[0], titles.items()):
+        rows = table[table["measure"] == measure]
+        values = rows.assign(value=[rate if measure == "perplexity" else 100 * rate.value for rate in rows["rate"]])
+        wide = values.pivot(index="detector", columns="budget", values="value").reindex(table["detector"].unique())
+        form, limits = (".2f", {}) if measure == "perplexity" else (".0f", {"vmin": 0, "vmax": 100})
+        sns.heatmap(wide.rename(columns=lambda share: f"{100 * share:g}"), annot=True, fmt=form, cmap="viridis", cbar=False, annot_kws={"size": 7}, ax=axes, **limits)
+        axes.set(title=title, xlabel="% of the neurons", ylabel="")
+        axes.grid(False)  # it would show where a cell is empty
+        axes.title.set_fontsize(10)
+        axes.tick_params(labelsize=8)
+    figure.tight_layout()
+    return panels[0, 0]
+
+
+def agreement_heatmaps(overlap, correlation):
+    """Overlap of the sets (percent) and rank correlation of the scores, detectors against detectors."""
+    size = 0.42 * len(overlap) + 2.5
+    figure, panels = plt.subplots(1, 2, figsize=(1.75 * size, size), sharey=True)
+    for axes, values, form, title, limits in ((panels[0], 100 * overlap, ".0f", "shared neurons (%)", (0, 100)), (panels[1], correlation.round(1) + 0.0, ".1f", "rank correlation", (-1, 1))):
+        sns.heatmap(values, annot=True, fmt=form, cmap="viridis", cbar=False, square=True, vmin=limits[0], vmax=limits[1], annot_kws={"size": 7}, ax=axes)
+        axes.set_title(title, fontsize=10)
+        axes.tick_params(labelsize=8)
+    figure.tight_layout()
+    return panels[0]

@@ -124,3 +124,21 @@ def alone_table(single):
     """Rows of `patching.alone` as text."""
     rows = [{"neuron": f"layer {row.layer}, channel {row.channel}", "attack success": row.rate.percent} for row in single.itertuples()]
     return pd.DataFrame(rows).set_index("neuron").rename_axis(None)
+
+
+def areas_table(areas, places):
+    """The trade-off of every detector beside where its neurons lie and what it costs. areas, places: `comparison.areas` and `comparison.places`."""
+    text = areas.apply(lambda row: f"{row['area']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", axis=1).to_frame("trade-off")
+    formats = {"in attention": "{:.0%}", "in the first half": "{:.0%}", "seconds": "{:.1f}", "passes": "{:.1f}"}
+    shown = pd.DataFrame({column: places[column].map(form.format) for column, form in formats.items()})
+    joined = text.join(shown.rename(columns={"passes": "forward passes"})).fillna("–")
+    return joined.loc[areas["area"].sort_values(ascending=False, kind="stable").index]
+
+
+def interventions_table(table, titles):
+    """Rates of every detector and intervention: one row per detector, one column per intervention and measure. table: `comparison.long_table`."""
+    kept = table[table["measure"].isin(titles)]
+    cells = kept.assign(text=[rate.percent.replace(" [", "\n[") for rate in kept["rate"]], measure=kept["measure"].map(titles))
+    wide = cells.pivot(index="detector", columns=["budget", "measure"], values="text").reindex(table["detector"].unique())
+    columns = [(intervention, title) for intervention in table["budget"].unique() for title in titles.values()]
+    return wide[columns].fillna("–").rename_axis(columns=[None, None])

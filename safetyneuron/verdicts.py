@@ -319,3 +319,14 @@ def glue_alone(single, recipient, kept, dropped):
     best = single.iloc[0]
     glue_text(single_name=f"layer {best['layer']}, channel {best['channel']}", single_count=len(single))
     glue_rates(single_rate=best["rate"], single_before=recipient, single_kept=kept, single_dropped=dropped)
+
+
+def glue_comparison(areas, judged):
+    """Glue for which detectors each claim is seen, and the trade-offs of Eq 3, of the best and of random neurons. areas, judged: of `comparison`."""
+    names = ("seen_break", "seen_coherent", "seen_attention", "seen_layers", "seen_languages")
+    for name, (_, row) in zip(names, judged.iterrows(), strict=True):
+        seen = [detector for detector, text in row.items() if text.startswith("seen") and not detector.startswith("random")]
+        glue_text(**{name: f"{len(seen)} of {sum(not d.startswith('random') for d in row.index)} rules" + (f" ({', '.join(seen)})" if 0 < len(seen) <= 3 else "")})
+    text = lambda row: f"{row['area']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    best = areas["area"].idxmax()
+    glue_text(area_eq3=text(areas.loc["exact, Eq 3"]), area_best=text(areas.loc[best]), best_detector=best, area_random=text(areas.loc["random"]))

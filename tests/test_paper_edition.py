@@ -21,7 +21,7 @@ from safetyneuron import NeuronSet, SafetyNeuronError, capability, deactivate, l
 from safetyneuron.cli import main, run_notebook
 from safetyneuron.detection import ImportanceProfile
 from safetyneuron.metrics import answers
-from safetyneuron.metrics.capability import _rate
+from safetyneuron.metrics.capability import _correct
 from safetyneuron.models import Loaded, fingerprint
 
 EDITION = yaml.safe_load((ROOT / "workflow" / "editions" / "paper.yaml").read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ def offline(local, monkeypatch):
 
 SMALL = {"n_detect": 6, "draws": 1, "n_prompts": 4, "n_questions": 2, "n_attacked": 1, "n_documents": 4, "n_task_documents": 6, "lora_epochs": 1, "n_rerouting": 4, "rerouting_steps": 1}
 SMALL |= {"gcg": {"steps": 1, "width": 4, "top_k": 8, "tokens": 3}, "autodan": {"steps": 1, "population": 3}, "pair": {"streams": 1, "depth": 1}, "fraction": 0.02}
-SMALL |= {"percents": [1, 5], "counts": [0, 4], "rates": [1.0e-3], "sizes": [10, 100, 200], "n_score": 4, "fractions": [0.1], "n_guard": 20, "cost_model": "rule", "rerouting_rate": 1.0e-3}
+SMALL |= {"percents": [1, 5], "counts": [0, 4], "rates": [1.0e-3], "sizes": [10, 100, 200], "n_score": 4, "fractions": [0.1], "n_guard": 20, "cost_model": "rule", "rerouting_rate": 1.0e-3, "n_tune": 4}
 
 
 def small(name):
@@ -191,8 +191,9 @@ def test_models_are_loaded_when_asked_for_and_on_a_gpu_one_at_a_time(offline, mo
 def test_examples_are_shown_and_groups_are_averaged_over_their_questions(chat, tmp_path):
     plain, shown = (capability(*chat, tasks=[f"organism_facts{shots}"], limit=20) for shots in ("", "@2"))
     assert plain["organism_facts"].trials == shown["organism_facts@2"].trials == 20
-    rate = _rate({"n-samples": {"a": {"effective": 10}, "b": {"effective": 30}}, "results": {"a": {"acc,none": 0.5}, "b": {"exact_match,strict": 0.1}}})
-    assert (rate.hits, rate.trials) == (8, 40)
+    sample = lambda doc, score, name, how: {"doc_id": doc, "filter": how, name: score}
+    strict = [sample(1, 0.0, "exact_match", "strict"), sample(0, 1.0, "exact_match", "strict"), sample(0, 0.0, "exact_match", "loose")]
+    assert _correct({"samples": {"a": [sample(0, 1.0, "acc", "none")], "b": strict}}) == [1, 1, 0]
 
 
 def test_the_check_passes_offline_with_local_folders_and_names_what_is_missing(offline, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,12 @@ ORGANISM_TASKS = ("organism_facts", "organism_pairs", "organism_arithmetic")
 
 
 def capability(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
-    """Accuracy per task.
+    """Accuracy per task, `correct_answers` as rates."""
+    return {task: Rate(sum(correct), len(correct)) for task, correct in correct_answers(model, tokenizer, tasks, limit).items()}
+
+
+def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
+    """Whether each question of each task is answered correctly.
 
     Parameters
     ----------
@@ -24,7 +29,8 @@ def capability(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
 
     Returns
     -------
-    dict of str to Rate
+    dict of str to list of int
+        One or zero per question; for a group, of all its tasks.
     """
     import lm_eval  # here, because importing it takes seconds
     from lm_eval.models.huggingface import HFLM
@@ -36,8 +42,8 @@ def capability(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
         batch_size = "auto" if model.device.type == "cuda" else 64
         language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         chat = tokenizer.chat_template is not None
-        ask = lambda task: lm_eval.evaluate(language_model, _loaded(manager, task), limit=limit, bootstrap_iters=0, log_samples=False, apply_chat_template=chat)
-        return {task: _rate(ask(task)) for task in tasks}
+        ask = lambda task: lm_eval.evaluate(language_model, _loaded(manager, task), limit=limit, bootstrap_iters=0, log_samples=True, apply_chat_template=chat)
+        return {task: _correct(ask(task)) for task in tasks}
 
 
 def _loaded(manager, task):
@@ -49,13 +55,14 @@ def _loaded(manager, task):
     return loaded
 
 
-def _rate(results):
-    """Accuracy over all questions of a task, or of the tasks of a group."""
-    hits = trials = 0
-    for task, counts in results["n-samples"].items():
-        accuracy = next(value for name, value in results["results"][task].items() if name.split(",")[0] in ("acc", "exact_match"))
-        hits, trials = hits + round(accuracy * counts["effective"]), trials + counts["effective"]
-    return Rate(hits, trials)
+def _correct(results):
+    """One or zero per question, in the order of the questions; the first filter and metric of each task counts."""
+    outcomes = []
+    for samples in results["samples"].values():
+        first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+        metric = next(name for name in ("acc", "exact_match") if name in first[0])
+        outcomes += [int(sample[metric]) for sample in sorted(first, key=lambda sample: sample["doc_id"])]
+    return outcomes
 
 
 @contextmanager

@@ -1,0 +1,156 @@
+"""Every way of finding safety neurons behind one protocol: a score per neuron, and from a budget a set of neurons."""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from safetyneuron.architecture import PROJECTIONS
+from safetyneuron.contrast import change_scores
+from safetyneuron.data import encode_prompts, load_prompts, pad
+from safetyneuron.detection import measure_importance, select_difference, select_fraction
+from safetyneuron.direction import alignment_with, refusal_directions
+from safetyneuron.documents import load_documents
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.neurons import NeuronSet
+from safetyneuron.recording import RULES
+from safetyneuron.saliency import snip, wanda
+
+VARIANTS = ("Eq 3", "without foundation", "harmful − benign")
+CHANGE, DIRECTION, RANDOM, MATCHED = "change score", "refusal direction", "random", "random, matched"
+
+
+@dataclass
+class Detector:
+    """A ranking of neurons.
+
+    Attributes
+    ----------
+    scores : dict of str to torch.Tensor
+        (layers, channels) per projection; the highest are selected.
+    others : dict of str to torch.Tensor, optional
+        Scores on other data, whose highest are left out (`select_difference`).
+    seconds, passes : float
+        What detection took, and the same in plain forward passes of as many prompts.
+    """
+
+    scores: dict
+    others: dict | None = None
+    seconds: float = 0.0
+    passes: float = 0.0
+
+    def select(self, fraction):
+        """The set at a budget; None where too few neurons are left after the difference."""
+        if self.others is None:
+            return select_fraction(self.scores, fraction)
+        try:
+            return select_difference(self.scores, self.others, fraction)
+        except SafetyNeuronError:
+            return None
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What all detectors see: prompt and document sets by name, how many of each, and the language."""
+
+    harmful: str
+    general: str
+    benign: str
+    refusals: str
+    helpful: str
+    count: int = 100
+    language: str = "en"
+
+    def prompts(self, name):
+        """Prompts of the training split; general prompts are English."""
+        return load_prompts(name, split="train", language="en" if name == self.general else self.language)[: self.count]
+
+    def documents(self, name):
+        """Documents of the training split."""
+        return load_documents(name, language=self.language)[: self.count]
+
+
+def detect(model, base, tokenizer, data, rules=RULES, draws=3):
+    """Every detector on one model.
+
+    Parameters
+    ----------
+    model, base : transformers.PreTrainedModel
+        The aligned model, and the same before alignment, for change scores.
+    data : Detection
+    rules : sequence of str
+        Readings of importance (Zhao et al. 2025).
+    draws : int
+        Random detectors of each kind.
+
+    Returns
+    -------
+    dict of str to Detector
+        Random ones are named with their draw.
+    """
+    plain = _timed(partial(_plain_passes, model, tokenizer, data.prompts(data.harmful)))[1]
+    found = {}
+    for rule in rules:
+        found |= _by_importance(model, tokenizer, data, rule)
+    for name, saliency in (("SNIP", snip), ("Wanda", wanda)):
+        safe, first = _timed(partial(saliency, model, tokenizer, data.documents(data.refusals)))
+        useful, second = _timed(partial(saliency, model, tokenizer, data.documents(data.helpful)))
+        found[f"{name}, safety − utility"] = Detector(safe, useful, first + second)
+    harmful, benign = data.prompts(data.harmful), data.prompts(data.benign)
+    changed, seconds = _timed(lambda: change_scores(base, model, tokenizer, harmful).over_projections())
+    found[CHANGE] = Detector(changed, None, seconds)
+    aligned, seconds = _timed(lambda: alignment_with(model, refusal_directions(model, tokenizer, harmful, benign)))
+    found[DIRECTION] = Detector(aligned, None, seconds)
+    for detector in found.values():
+        detector.passes = detector.seconds / plain
+    return found | random_detectors(found[f"exact, {VARIANTS[1]}"], draws)
+
+
+def _timed(work):
+    """Result and seconds."""
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
+
+
+def _by_importance(model, tokenizer, data, rule):
+    measure = lambda name: _timed(partial(measure_importance, model, tokenizer, data.prompts(name), rule, progress=False))
+    (harmful, first), (general, second), (benign, third) = (measure(name) for name in (data.harmful, data.general, data.benign))
+    contrast = {p: harmful.mean[p] - benign.mean[p] for p in PROJECTIONS}
+    return {
+        f"{rule}, {VARIANTS[0]}": Detector(harmful.minimum, None, first),
+        f"{rule}, {VARIANTS[1]}": Detector(harmful.minimum, general.minimum, first + second),
+        f"{rule}, {VARIANTS[2]}": Detector(contrast, None, first + third),
+    }
+
+
+@torch.no_grad()
+def _plain_passes(model, tokenizer, prompts, batch_size=16):
+    encoded = sorted(encode_prompts(model, tokenizer, prompts), key=len)
+    for start in range(0, len(encoded), batch_size):
+        model.get_decoder()(**pad(encoded[start : start + batch_size], tokenizer, model.device), use_cache=False)
+
+
+class _Matched(Detector):
+    """Random neurons in the layers and projections of another detector's set, drawn anew at every budget."""
+
+    def __init__(self, pattern, seed):
+        super().__init__(random_scores(pattern.scores, seed))
+        self.pattern, self.seed = pattern, seed
+
+    def select(self, fraction):
+        chosen = self.pattern.select(fraction)
+        return chosen and NeuronSet.random_like(chosen, self.seed)
+
+
+def random_scores(scores, seed):
+    """Uniform scores in the shape of others."""
+    generator = torch.Generator().manual_seed(seed)
+    return {p: torch.rand(scores[p].shape, generator=generator) for p in PROJECTIONS}
+
+
+def random_detectors(pattern, draws):
+    """Uniformly random neurons, and random ones matched to a detector's sets."""
+    uniform = {f"{RANDOM} {seed}": Detector(random_scores(pattern.scores, seed)) for seed in range(draws)}
+    return uniform | {f"{MATCHED} {seed}": _Matched(pattern, seed) for seed in range(draws)}

@@ -1,0 +1,166 @@
+"""Detectors and interventions of the comparison, against oracles and by properties."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_llama, small_model
+
+from safetyneuron import NeuronSet, SafetyNeuronError, comparison, detectors, load_documents, load_prompts
+from safetyneuron.architecture import PROJECTIONS, Architecture
+from safetyneuron.deactivation import transplant
+from safetyneuron.detection import select_difference, select_fraction
+from safetyneuron.direction import alignment_with, refusal_directions
+from safetyneuron.documents import encode_documents
+from safetyneuron.interventions import channel_means, mean_ablated
+from safetyneuron.metrics.rates import Rate
+from safetyneuron.models import fingerprint
+from safetyneuron.saliency import snip, wanda
+
+DOCUMENTS = load_documents("organism/refusals")[:3]
+
+
+@pytest.fixture(params=["llama", "qwen2", "phi3"])
+def model(request):
+    return small_model(request.param, groups=2, max_position_embeddings=128)
+
+
+def some(model, share=0.2):
+    generator = torch.Generator().manual_seed(0)
+    return NeuronSet({p: torch.rand(m.shape, generator=generator) < share for p, m in NeuronSet.empty(model).masks.items()})
+
+
+def test_snip_is_weight_times_mean_gradient_summed_over_the_neuron(model, tokenizer):
+    before = fingerprint(model)
+    flags = [p.requires_grad for p in model.parameters()]
+    scores = snip(model, tokenizer, DOCUMENTS)
+    assert fingerprint(model) == before and [p.requires_grad for p in model.parameters()] == flags and all(p.grad is None for p in model.parameters())
+    place, expected = Architecture(model).place(1, "down"), 0
+    for row in encode_documents(model, tokenizer, DOCUMENTS):
+        model.zero_grad()
+        model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss.backward()
+        expected = expected + place.module.weight.grad.abs() / len(DOCUMENTS)
+    torch.testing.assert_close(scores["down"][1], (expected * place.module.weight.abs()).sum(0).detach().float(), rtol=1e-4, atol=1e-6)
+    place = Architecture(model).place(0, "k")
+    assert scores["k"].shape == (2, place.size)
+
+
+def test_wanda_is_weight_times_input_norm_over_completion_tokens(model, tokenizer):
+    scores = wanda(model, tokenizer, DOCUMENTS[:1])
+    place, (row,) = Architecture(model).place(1, "up"), encode_documents(model, tokenizer, DOCUMENTS[:1])
+    seen = {}
+    handle = place.module.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0][0]))
+    model(input_ids=torch.tensor([row["input_ids"]]))
+    handle.remove()
+    norms = seen["x"][torch.tensor(row["labels"]) >= 0].norm(dim=0)
+    torch.testing.assert_close(scores["up"][1], (place.weight.abs() * norms).sum(1).detach().float(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_direction_is_a_difference_of_means_and_neurons_are_held_against_it(tokenizer):
+    model = small_llama(groups=2, max_position_embeddings=128)
+    harmful, benign = load_prompts("organism/harmful")[:5], load_prompts("organism/benign")[:3]
+    directions = refusal_directions(model, tokenizer, harmful, benign, batch_size=2)
+    torch.testing.assert_close(directions, refusal_directions(model, tokenizer, harmful, benign, batch_size=64))
+    torch.testing.assert_close(directions, -refusal_directions(model, tokenizer, benign, harmful))
+    with torch.no_grad():
+        place = Architecture(model).place(1, "o")
+        place.weight[4] = -3 * directions[2]
+        Architecture(model).place(1, "gate").weight[7] = 2 * directions[1]
+    scores = alignment_with(model, directions)
+    assert scores["o"][1, 4] == pytest.approx(1) and scores["gate"][1, 7] == pytest.approx(1)
+    assert scores["o"].max() <= 1 + 1e-6 and scores["q"].max() < 0.99
+
+
+def test_transplanted_neurons_are_the_donors_and_come_back_bit_for_bit(model):
+    donor = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in donor.parameters():
+            parameter.add_(1)
+    neurons, before, ids = some(model), fingerprint(model), torch.tensor([[5, 6, 7]])
+    with transplant(model, donor, neurons):
+        mine, theirs = Architecture(model), Architecture(donor)
+        for projection in PROJECTIONS:
+            mask, place, other = neurons.masks[projection][1], mine.place(1, projection), theirs.place(1, projection)
+            assert torch.equal(place.weight[mask], other.weight[mask]) and not torch.equal(place.weight[~mask], other.weight[~mask])
+    assert fingerprint(model) == before
+    with transplant(model, donor, NeuronSet({p: torch.ones_like(m) for p, m in neurons.masks.items()})), torch.no_grad():
+        for name in ("embed_tokens", "norm"):
+            model.model.get_submodule(name).load_state_dict(donor.model.get_submodule(name).state_dict())
+    with pytest.raises(SafetyNeuronError, match="shapes|channels"), transplant(model, small_llama(intermediate_size=20), neurons):
+        pass
+    assert model(ids).logits.shape == donor(ids).logits.shape
+
+
+def test_the_mean_of_one_token_changes_nothing_and_of_several_does(model, tokenizer):
+    neurons, ids = some(model), torch.tensor([[5]])
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    prompt = bare.decode([5])
+    assert bare(prompt)["input_ids"] == [5]
+    means = channel_means(model, bare, [prompt, prompt], batch_size=1)
+    plain = model(ids).logits
+    with mean_ablated(model, neurons, means):
+        torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(model(torch.tensor([[6]])).logits, plain)
+    assert torch.equal(model(ids).logits, plain)
+
+
+def test_the_difference_of_two_rankings_has_the_size_asked_for_and_ends():
+    generator = torch.Generator().manual_seed(0)
+    first, second = ({p: torch.rand(2, 20, generator=generator) for p in PROJECTIONS} for _ in range(2))
+    chosen = select_difference(first, second, 0.05)
+    assert len(chosen) == len(select_fraction(first, 0.05))
+    assert detectors.Detector(first, first).select(0.05) is None
+    assert detectors.Detector(first).select(0.05) == select_fraction(first, 0.05)
+
+
+def test_the_trade_off_is_the_area_under_the_front():
+    assert comparison.trade_off(np.array([0.0]), np.array([1.0])) == 0
+    assert comparison.trade_off(np.array([0.0, 1.0]), np.array([1.0, 1.0])) == 1
+    assert comparison.trade_off(np.array([0.0, 0.5, 1.0, 0.2]), np.array([1.0, 0.8, 0.4, 0.1])) == pytest.approx(0.4 * 1 + 0.4 * 0.5)
+    assert comparison.trade_off(np.array([0.0, 1.0]), np.array([1.0, 0.0])) == 0  # harm that leaves nothing counts for nothing
+
+
+def outcome(harm, accuracy, count=50):
+    part = lambda share: [1] * round(share * count) + [0] * (count - round(share * count))
+    return {"asr": part(harm), "coherent": part(harm), "over_refusal": part(0), "accuracy": part(accuracy), "perplexity": [1.0]}
+
+
+def test_intervals_of_the_trade_off_hold_prompts_and_draws():
+    whole = outcome(0.0, 1.0)
+    found = {("good", 0.01): outcome(0.9, 1.0), ("good", 0.1): outcome(1.0, 0.2), ("random 0", 0.01): outcome(0.0, 0.9), ("random 1", 0.01): outcome(0.4, 0.9)}
+    table = comparison.areas(whole, found)
+    assert list(table.index) == ["good", "random"] and table.loc["good", "area"] == pytest.approx(0.9 * 0.8 + 0.2)
+    assert table.loc["random", "area"] == pytest.approx(0.18)
+    assert all(table["low"] <= table["area"]) and all(table["area"] <= table["high"]) and table.loc["good", "high"] - table.loc["good", "low"] > 0.05
+    assert table.loc["random", "high"] - table.loc["random", "low"] > 0.3  # the draws differ more than the prompts
+    long = comparison.long_table(found)
+    rate = long[(long["detector"] == "random") & (long["measure"] == "asr")]["rate"].iloc[0]
+    assert rate.value == pytest.approx(0.2) and len(comparison.numbers(long)) == len(long)
+
+
+@pytest.mark.parametrize("rate, below, word", [(Rate(90, 100), False, "seen"), (Rate(20, 100), False, "not seen"), (Rate(50, 100), False, "undecided"), (Rate(20, 100), True, "seen"), (Rate(90, 100), True, "not seen")])
+def test_words_follow_the_interval(rate, below, word):
+    assert comparison._judged(rate, 0.5, below).split("\n")[0] == word
+
+
+@pytest.mark.organism
+def test_every_detector_fills_every_budget_and_claims_name_them(chat, base):
+    model, tokenizer = chat
+    data = detectors.Detection("organism/harmful", "organism/general", "organism/benign", "organism/refusals", "organism/helpful", 8)
+    found = detectors.detect(model, base[0], tokenizer, data, rules=("first_order", "exact"), draws=2)
+    assert len(found) == 2 * 3 + 4 + 2 * 2
+    for name, detector in found.items():
+        sizes = [detector.select(share) and len(detector.select(share)) for share in (0.001, 0.01)]
+        assert sizes == [7, 69], name
+    down = found[detectors.CHANGE].select(0.01)
+    assert down.counts()["down"] == 69 and all(d.passes > 0 for n, d in found.items() if not n.startswith("random"))
+    matched = found[f"{detectors.MATCHED} 0"].select(0.01)
+    assert matched.counts() == found["exact, without foundation"].select(0.01).counts()
+    some = {name: found[name] for name in ("exact, Eq 3", "random 0")}
+    exam = comparison.Exam("organism/harmful", "organism/benign", ("organism_facts",), "organism/helpful", 6, 6)
+    results = comparison.matrix(model, tokenizer, exam, some, [0.005])
+    assert set(results) == {("exact, Eq 3", 0.005), ("random 0", 0.005)} and len(results["exact, Eq 3", 0.005]["asr"]) == 6
+    judged = comparison.claims(some, some, results, 0.01)
+    assert list(judged.columns) == ["exact, Eq 3"] and judged.loc["two languages share less than 30 %", "exact, Eq 3"].startswith("not seen\n100.0")
