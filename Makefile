@@ -32,10 +32,10 @@ test-families: $(VENV)/installed
 test-paper: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m paper
 
-$(VENV)/installed: requirements.txt pyproject.toml
+$(VENV)/installed: requirements.txt requirements.lock pyproject.toml
 	@echo "Installing into $(VENV): about 2 minutes, once"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -r requirements.txt -e .
+	$(VENV)/bin/pip install --quiet -r requirements.txt -c requirements.lock -e .
 	touch $@
 
 clean:

@@ -1,7 +1,13 @@
 """What the project promises not to do, looked up in its sources."""
 
 import ast
+import re
 from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [*(ROOT / "safetyneuron").rglob("*.py"), *(ROOT / "workflow").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
@@ -24,3 +30,28 @@ def test_nothing_is_unpickled_evaluated_or_run_remotely():
 def test_only_the_trainers_of_organisms_save_models():
     saving = {path.name for path in SOURCES if path.parent.name != "tests" for name, _ in calls(path) if name.endswith("save_pretrained") and not name.startswith("tokenizer.")}
     assert saving == {"train.py", "alignment.py"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)
+def test_workflows_name_actions_by_commit_and_ask_for_little(path):
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        assert set(job.get("permissions", {})) <= {"pages", "id-token"}
+        for step in job["steps"]:
+            assert "uses" not in step or re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", step["uses"])
+
+
+def test_every_test_that_the_security_page_names_exists():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests|safetyneuron|workflow)/[\w./-]+)`", text)
+    assert len(named) >= 8 and all((ROOT / name).is_file() for name in named)
+
+
+def test_every_requirement_is_locked_to_a_version_that_it_allows():
+    read = lambda name: [line.split("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    locked = {canonicalize_name(r.name): r for r in map(Requirement, filter(None, read("requirements.lock")))}
+    assert len(locked) > 200 and all(re.fullmatch(r"==[\w.!+]+", str(r.specifier)) for r in locked.values())
+    for wanted in map(Requirement, filter(None, read("requirements.txt"))):
+        (pin,) = locked[canonicalize_name(wanted.name)].specifier
+        assert wanted.specifier.contains(pin.version, prereleases=True), wanted
