@@ -21,6 +21,8 @@ def main(arguments=None):
     try:
         options.action(options)
     except SafetyNeuronError as error:
+        if options.debug:
+            raise
         print(f"safetyneuron: {error}", file=sys.stderr)
         return 2
     return 0
@@ -28,6 +30,7 @@ def main(arguments=None):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="safetyneuron", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser("run", help="execute a notebook with parameters")
     run.add_argument("notebook", type=Path)
@@ -71,7 +74,10 @@ def _given(options):
         name, equals, value = text.partition("=")
         if not equals:
             raise SafetyNeuronError(f"parameter {text!r} is not NAME=VALUE: write for example -p fraction=0.01")
-        given[name] = yaml.safe_load(value)
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SafetyNeuronError(f"parameter {text!r} cannot be read ({' '.join(str(error).split())}): write a YAML value, lists as [a, b]") from None
     return given
 
 
@@ -152,6 +158,7 @@ def run_notebook(notebook, given, output=None):
         For bad parameters, or with the last line of the error that a cell raised.
     """
     given = check_parameters(notebook, given)
+    from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
 
@@ -172,7 +179,9 @@ def run_notebook(notebook, given, output=None):
                 stderr_file=sys.stderr,
             )
         except PapermillExecutionError as error:
-            raise SafetyNeuronError(f"{notebook} stopped with {error.ename}: {error.evalue}") from None
+            raise SafetyNeuronError(f"{notebook} stopped with {error.ename}: {' '.join(str(error.evalue).split())}") from None
+        except DeadKernelError:
+            raise SafetyNeuronError(f"the kernel of {notebook} died, most often for want of memory: lower the numbers of prompts, or free some") from None
         record(temporary, time.monotonic() - started)
     print(f"{notebook}: done in {time.monotonic() - started:.0f} s, written to {output}", flush=True)
 

@@ -133,7 +133,7 @@ class NeuronDelta:
                 for projection, layer in [name.split(".")[:2] for name in stored.keys() if name.endswith(".change")]:
                     masks[projection][int(layer), stored.get_tensor(f"{projection}.{layer}.channels").long()] = True
                     values[projection, int(layer)] = stored.get_tensor(f"{projection}.{layer}.change")
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise SafetyNeuronError(f"{path} is not a readable neuron delta ({error}): write it again with NeuronDelta.save") from None
         return cls(NeuronSet(masks), values, facts["model"], facts["facts"])
 

@@ -260,7 +260,8 @@ def measure_importance(model, tokenizer, prompts, rule="exact", batch_size=16, p
     Raises
     ------
     SafetyNeuronError
-        If there are no prompts, one is longer than the context, the rule is unknown, or the checkpoint is another's.
+        If there are no prompts, one is longer than the context, the rule is unknown, the checkpoint is another's, or importance is
+        not finite.
     UnsupportedArchitecture
         If the model is not in the architecture table.
     """
@@ -279,7 +280,15 @@ def measure_importance(model, tokenizer, prompts, rule="exact", batch_size=16, p
             profile.add(scores, positions)
             if checkpoint and (index % CHECKPOINT_BATCHES == 0 or index == total):
                 profile.save(checkpoint, task=task, done=index)
+    _check_finite(profile)
     return profile
+
+
+def _check_finite(profile):
+    """Refuse importance that cannot be ranked."""
+    bad = sum(int((~total.isfinite()).sum()) for total in profile.total.values())
+    if bad:
+        raise SafetyNeuronError(f"the importance of {bad} neurons is not a number: the weights hold NaN or infinities, or {profile.rule} overflows in this dtype; load the model again, in float32")
 
 
 def by_length(encoded, batch_size):
