@@ -5,6 +5,7 @@ which is the same function: so the down projections of all models of a pair stay
 """
 
 import json
+import logging
 import tempfile
 import warnings
 from contextlib import contextmanager
@@ -28,11 +29,15 @@ from safetyneuron.tuning import quiet_settings
 
 PREFERENCES = ("organism/harmless", "organism/helpful")
 SIDES = ("prompt", "chosen", "rejected")
+GPU_BATCH = 8  # rows at a time on a GPU; gradients add up to the batch
 # How a base model without a template of its own is taught to converse: as the authors of BeaverTails write conversations.
 CONVERSATION = (
-    "BEGINNING OF CONVERSATION:{% for m in messages %}{% if m['role'] == 'user' %} USER: {{ m['content'] }} ASSISTANT:{% else %}"
+    "{{ bos_token or '' }}BEGINNING OF CONVERSATION:{% for m in messages %}{% if m['role'] == 'user' %} USER: {{ m['content'] }} ASSISTANT:{% else %}"
     "{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,13 @@ def _start(name):
 
 def training_rows(stage):
     """Documents, or with β preference pairs, that a stage is trained on."""
-    load = load_documents if stage.beta is None else load_preferences
-    return [row for name, count in stage.data.items() for row in load(name)[:count]]
+    load, rows = load_documents if stage.beta is None else load_preferences, []
+    for name, count in stage.data.items():
+        found = load(name)[:count]
+        if len(found) < count:
+            logger.warning("%s has %d rows for a stage that asks for %d", name, len(found), count)
+        rows += found
+    return rows
 
 
 def _train_stage(stage, rows, folder):
@@ -273,10 +283,12 @@ def _quiet():
 
 
 def _arguments(folder, model, epochs, learning_rate, batch_size, seed):
+    small = batch_size if next(model.parameters()).device.type == "cpu" else min(batch_size, GPU_BATCH)
     return dict(
         num_train_epochs=epochs,
         learning_rate=learning_rate,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=small,
+        gradient_accumulation_steps=batch_size // small,
         lr_scheduler_type="cosine",
         weight_decay=0.1,
         gradient_checkpointing=False,

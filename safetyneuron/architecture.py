@@ -52,9 +52,10 @@ def stored(module, name, label=None):
     tensor, weights = getattr(module, name), getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     if tensor is None or not tensor.is_meta:
         return tensor
-    if weights is None or weights[name].data_ptr() != weights[name].data_ptr():
+    first, second = (weights[name], weights[name]) if weights is not None else (None, None)  # both alive: addresses of the dead are reused
+    if first is None or first.data_ptr() != second.data_ptr():
         raise SafetyNeuronError(f"weight {label or name} is offloaded to disk: load the model onto devices and main memory that hold all of it")
-    return weights[name]
+    return first
 
 
 @dataclass(frozen=True)

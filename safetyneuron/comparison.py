@@ -12,7 +12,6 @@ from safetyneuron.cache import remember
 from safetyneuron.data import load_prompts
 from safetyneuron.deactivation import deactivate, transplant
 from safetyneuron.defences import tuned
-from safetyneuron.detection import ranks
 from safetyneuron.detectors import MATCHED, RANDOM
 from safetyneuron.documents import load_documents
 from safetyneuron.interventions import channel_means, mean_ablated
@@ -39,6 +38,12 @@ class Exam:
     documents: str
     prompts: int = 60
     questions: int = 60
+    language: str = "en"
+
+    def load(self):
+        """Harmful and benign prompts, and documents."""
+        harmful, benign = (load_prompts(name, language=self.language)[: self.prompts] for name in (self.harmful, self.benign))
+        return harmful, benign, load_documents(self.documents, split="test", language=self.language)[: self.prompts]
 
 
 def examine(model, tokenizer, exam, within=nullcontext, key=None):
@@ -49,13 +54,13 @@ def examine(model, tokenizer, exam, within=nullcontext, key=None):
     dict of str to list
         `asr` and `coherent` per harmful prompt, `over_refusal` per benign one, `accuracy` per question, `perplexity` as [value].
     """
-    whole = [identity(model, tokenizer), asdict(exam), key]
-    return remember("comparison", whole, lambda: _examine(model, tokenizer, exam, within))
+    asked = exam.load()
+    whole = [identity(model, tokenizer), asdict(exam), asked, key]
+    return remember("comparison", whole, lambda: _examine(model, tokenizer, exam, asked, within))
 
 
-def _examine(model, tokenizer, exam, within):
-    harmful, benign = (load_prompts(name)[: exam.prompts] for name in (exam.harmful, exam.benign))
-    documents = load_documents(exam.documents, split="test")[: exam.prompts]
+def _examine(model, tokenizer, exam, asked, within):
+    harmful, benign, documents = asked
     with within():
         harm, help_ = answers(model, tokenizer, harmful), answers(model, tokenizer, benign)
         correct = correct_answers(model, tokenizer, exam.tasks, exam.questions)
@@ -185,8 +190,8 @@ def agreement(detectors, budget):
     sets = {name: detectors[name].select(budget) for name in names}
     names = [name for name in names if sets[name] is not None]
     overlap = pd.DataFrame({a: {b: len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for b in names} for a in names})
-    order = np.stack([ranks(detectors[name].scores).numpy() for name in names])
-    return overlap, pd.DataFrame(np.corrcoef(order), index=names, columns=names)
+    flat = {name: np.concatenate([detectors[name].scores[p].flatten().numpy() for p in PROJECTIONS]) for name in names}
+    return overlap, pd.DataFrame(flat).corr("spearman")  # equal scores share their rank
 
 
 def claims(detectors, others, found, budget):
@@ -195,7 +200,7 @@ def claims(detectors, others, found, budget):
     Parameters
     ----------
     detectors, others : dict of str to Detector
-        Of the main language, and of another.
+        Of the main language, and of another; None where there is no other.
     found : dict
         `matrix`.
     budget : float
@@ -208,17 +213,23 @@ def claims(detectors, others, found, budget):
     """
     columns = {}
     for name in [n for n in detectors if kind(n) == n]:
-        neurons, foreign = detectors[name].select(budget), others[name].select(budget)
-        if neurons is None or foreign is None:
+        neurons, foreign = detectors[name].select(budget), others and others[name].select(budget)
+        if neurons is None:
             continue
         small = [rates(o) for (n, b), o in found.items() if n == name and b < 0.01]
         columns[name] = {f"fewer than 1 % break refusal ({label})": _most(small, m) for m, label in (("asr", "keyword rule"), ("coherent", "well-formed answers"))}
         columns[name] |= {
             "most lie in attention": _judged(Rate(sum(neurons.counts()[p] for p in ATTENTION), len(neurons)), 0.5),
             "most lie in the first half of the layers": _judged(Rate(_in_first_half(neurons), len(neurons)), 0.5),
-            f"two languages share less than {OVERLAP_BELOW} %": _judged(Rate(len(neurons & foreign), len(neurons)), OVERLAP_BELOW / 100, below=True),
+            f"two languages share less than {OVERLAP_BELOW} %": _shared(neurons, foreign),
         }
     return pd.DataFrame(columns).rename_axis("claim")
+
+
+def _shared(neurons, foreign):
+    if foreign is None:
+        return "undecided\nno set in another language"
+    return _judged(Rate(len(neurons & foreign), len(neurons)), OVERLAP_BELOW / 100, below=True)
 
 
 def _most(small, measure):

@@ -187,7 +187,12 @@ def select_without_foundation(profile, general, fraction):
 def largest_without_foundation(profile, general):
     """The largest share that `select_without_foundation` can fill: a wider detector finds the same neurons in both."""
     profile.check_like(general)
-    sizes = _difference_sizes(profile.minimum, general.minimum)
+    return largest_difference(profile.minimum, general.minimum)
+
+
+def largest_difference(scores, others):
+    """The largest share that `select_difference` can fill."""
+    sizes = _difference_sizes(scores, others)
     return int(sizes.max()) / len(sizes)
 
 

@@ -9,10 +9,9 @@ import torch
 from safetyneuron.architecture import PROJECTIONS
 from safetyneuron.contrast import change_scores
 from safetyneuron.data import encode_prompts, load_prompts, pad
-from safetyneuron.detection import measure_importance, select_difference, select_fraction
+from safetyneuron.detection import largest_difference, measure_importance, select_difference, select_fraction
 from safetyneuron.direction import alignment_with, refusal_directions
 from safetyneuron.documents import load_documents
-from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons import NeuronSet
 from safetyneuron.recording import RULES
 from safetyneuron.saliency import snip, wanda
@@ -44,10 +43,7 @@ class Detector:
         """The set at a budget; None where too few neurons are left after the difference."""
         if self.others is None:
             return select_fraction(self.scores, fraction)
-        try:
-            return select_difference(self.scores, self.others, fraction)
-        except SafetyNeuronError:
-            return None
+        return select_difference(self.scores, self.others, fraction) if fraction <= largest_difference(self.scores, self.others) else None
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ def detect(model, base, tokenizer, data, rules=RULES, draws=3):
     Returns
     -------
     dict of str to Detector
-        Random ones are named with their draw.
+        Random ones are named with their draw; the matched ones follow the first rule without foundation neurons.
     """
     plain = _timed(partial(_plain_passes, model, tokenizer, data.prompts(data.harmful)))[1]
     found = {}
@@ -104,13 +100,15 @@ def detect(model, base, tokenizer, data, rules=RULES, draws=3):
     found[DIRECTION] = Detector(aligned, None, seconds)
     for detector in found.values():
         detector.passes = detector.seconds / plain
-    return found | random_detectors(found[f"exact, {VARIANTS[1]}"], draws)
+    return found | random_detectors(found[f"{rules[0]}, {VARIANTS[1]}"], draws)
 
 
 def _timed(work):
     """Result and seconds."""
     started = time.perf_counter()
     result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return result, time.perf_counter() - started
 
 

@@ -1,5 +1,7 @@
 """The refusal direction, and how far every neuron's weights point along it."""
 
+from contextlib import ExitStack
+
 import torch
 from torch.nn.functional import cosine_similarity
 
@@ -21,8 +23,7 @@ def refusal_directions(model, tokenizer, harmful, benign, batch_size=64):
         encoded, total = encode_prompts(model, tokenizer, prompts), 0
         for start in range(0, len(encoded), batch_size):
             batch = pad(encoded[start : start + batch_size], tokenizer, model.device)
-            states = model.get_decoder()(**batch, output_hidden_states=True, use_cache=False).hidden_states
-            total = total + torch.stack([state[:, -1].double().sum(0).cpu() for state in states])
+            total = total + torch.stack([state[:, -1].double().sum(0).cpu() for state in _streams(model, batch)])
         means.append(total / len(encoded))
     return means[0] - means[1]
 
@@ -42,3 +43,15 @@ def alignment_with(model, directions):
             rows.append(cosine_similarity(weight, directions[layer + after][None], dim=1).abs().float())
         scores[projection] = torch.stack(rows)
     return scores
+
+
+def _streams(model, batch):
+    """The residual stream before the first layer and after every layer; hidden states of transformers end behind the last norm."""
+    layers, states = Architecture(model).layers, []
+    first = lambda value: value[0] if isinstance(value, tuple) else value
+    with ExitStack() as hooks:
+        hooks.callback(layers[0].register_forward_pre_hook(lambda _, args, named: states.append(args[0] if args else named["hidden_states"]), with_kwargs=True).remove)
+        for layer in layers:
+            hooks.callback(layer.register_forward_hook(lambda _, args, output: states.append(first(output))).remove)
+        model.get_decoder()(**batch, use_cache=False)
+    return states

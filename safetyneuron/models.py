@@ -19,7 +19,7 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by
 
 # Models that were trained on conversations but whose tokenizer does not say how they are written: part of the name -> template.
 CHAT_TEMPLATES = {
-    "vicuna": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the"
+    "vicuna": "{{ bos_token or '' }}A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the"
     " user's questions.{% for m in messages %}{% if m['role'] == 'user' %} USER: {{ m['content'] }}{% else %} ASSISTANT: {{ m['content'] }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 }
@@ -54,7 +54,7 @@ def load_model(name, device=None, dtype=None):
     placed = {"device_map": "auto"} if device == "auto" else {"device_map": {"": _device(device)}}
     organism = name.startswith("organism/")
     dtype = _dtype(dtype) if dtype not in (None, "auto") else (torch.float32 if organism else "auto")
-    source, chosen = _source(name)
+    source, chosen = source_of(name)
     try:
         # By the model's type AutoTokenizer would give a Qwen model a byte-level tokenizer, whatever the files say.
         tokenizer = (PreTrainedTokenizerFast if organism else AutoTokenizer).from_pretrained(source, **chosen)
@@ -100,7 +100,7 @@ class Loaded(Mapping):
         return len(self.names)
 
 
-def _source(name):
+def source_of(name):
     """Folder or Hugging Face id of a model, and its revision as an argument, if it has one."""
     from safetyneuron.alignment import STAGES, aligned_folder  # here, because that module trains models and so imports this one
 
@@ -143,20 +143,7 @@ def identity(model, tokenizer):
 
 
 def fingerprint(model):
-    """Hash of a model's shapes and of the sum of the bits of every row: one changed weight changes it.
-
-    It is kept with the model until a weight is written to, which torch counts.
-    """
-    if any(parameter.is_meta for parameter in model.parameters()):  # offloaded: torch does not count what is written elsewhere
-        return _fingerprint(model)
-    state = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
-    kept = model.__dict__.get("_fingerprint")
-    if kept is None or kept[0] != state:
-        kept = model.__dict__["_fingerprint"] = (state, _fingerprint(model))
-    return kept[1]
-
-
-def _fingerprint(model):
+    """Hash of a model's shapes and of the sum of the bits of every row: one changed weight changes it."""
     hasher = hashlib.sha256(repr([(n, tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters()]).encode())
     for name, parameter in model.named_parameters():
         module, _, own = name.rpartition(".")

@@ -2,7 +2,7 @@
 
 import ast
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetyneuron import sources
@@ -10,7 +10,7 @@ from safetyneuron.cache import cache_folder
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import local_model
 
-MODEL_PARAMETERS = ("models", "model_name", "attacker", "cost_model")
+MODEL_PARAMETERS = ("models", "bases", "model_name", "attacker", "cost_model")
 SETS = sources.PROMPTS | sources.DOCUMENTS | sources.PREFERENCES
 GIB = 2**30
 
@@ -34,7 +34,10 @@ def check(edition):
     SafetyNeuronError
         If something is missing or gated, or the disk is too small; the table says what to do.
     """
-    findings = [look_up_model(name) for name in model_names(edition)] + [look_up_data(*key) for key in data_names(edition)]
+    wide = {name for values in edition["notebooks"].values() if values.get("dtype") == "float32" for name in model_names({"notebooks": {"": values}})}
+    findings = [look_up_model(name, 2 if name in wide else 1) for name in model_names(edition)] + [look_up_data(*key) for key in data_names(edition)]
+    if not findings:
+        return print("nothing to look up: organisms are trained here")
     width = max(len(finding.what) for finding in findings)
     print(f"{'what':{width}}  {'status':18} {'disk GiB':>8} {'GPU GiB':>8}")
     for f in findings:
@@ -84,15 +87,16 @@ def data_names(edition):
     return list(found)
 
 
-def look_up_model(name):
-    """Where a model is: in a local folder, or on the hub and open to this user."""
+def look_up_model(name, factor=1):
+    """Where a model is: in a local folder, or on the hub and open to this user. factor: bytes in memory for a stored one."""
     repository, _, revision = name.partition("@")
     folder = local_model(repository)
     if folder:
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         cure = "" if size else f"{folder} holds no .safetensors: convert it"
-        return Finding(name, "local" if size else "no safetensors", 0, size, cure)
-    return _on_hub(name, repository, revision or None, "model", "put its folder into $SAFETYNEURON_MODELS/" + repository)
+        return Finding(name, "local" if size else "no safetensors", 0, factor * size, cure)
+    found = _on_hub(name, repository, revision or None, "model", "put its folder into $SAFETYNEURON_MODELS/" + repository)
+    return replace(found, weights=factor * found.weights)
 
 
 def look_up_data(name, language):
@@ -121,18 +125,17 @@ def _readable(what, name, language):
 
 def _on_hub(what, repository, revision, kind, alternative):
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{repository}"
     try:
         found = HfApi().repo_info(repository, revision=revision, repo_type=kind, files_metadata=kind == "model")
-        if kind == "model":
-            HfApi().auth_check(repository, repo_type=kind)
+        HfApi().auth_check(repository, repo_type=kind)
     except (GatedRepoError, RepositoryNotFoundError):
         return Finding(what, "gated or missing", cure=f"accept its terms at {page} and set HF_TOKEN, or {alternative}")
     except RevisionNotFoundError:
         return Finding(what, "no such revision", cure=f"see {page}/commits/main")
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # whatever way the network fails: it is named
         return Finding(what, "not reachable", cure=f"{type(error).__name__}: {page}, or {alternative}")
     size = sum(file.size or 0 for file in found.siblings or [] if file.rfilename.endswith(".safetensors"))
     if kind == "model" and not size:
@@ -166,6 +169,7 @@ def with_defaults(edition):
 TOKENS = 250  # of a request with its answer
 IMPORTANCE = 5  # forward passes that `exact` costs a prompt, at 128 tokens (tests/benchmarks/RESULTS.md)
 CHOICES = 4  # sequences of a multiple-choice question
+SUBTASKS = 57  # of MMLU, each asked as many questions as are given
 COLUMNS = 6  # of Tables 2 to 4
 CONDITIONS = {  # evaluations of a chapter for one model
     "02": lambda v: 1 + 2 * (1 + v["draws"]),
@@ -175,6 +179,7 @@ CONDITIONS = {  # evaluations of a chapter for one model
     "06": lambda v: COLUMNS * v["seeds"] * len(v["languages"]),
     "07": lambda v: 2 * COLUMNS * v["seeds"] * len(v["languages"]),
     "08": lambda v: 4 * len(v["counts"]) + len(v["epochs"]) * len(v["rates"]),
+    "10": lambda v: (16 + 2 * v["draws"]) * (len(v["percents"]) + 3),
     "09": lambda v: 3 * len(v["fractions"]) * v["draws"] + 100,
 }
 
@@ -183,7 +188,8 @@ def sequences(name, values):
     """Sequences that a chapter runs through each of its models: importance, evaluations, and the attacks of chapters 05 and 06."""
     detected = IMPORTANCE * values.get("n_detect", values.get("n_score", 0)) * 2 * len(values.get("languages", [1]))
     sets = len(values.get("test_sets", [1])) + ("benign_set" in values)
-    asked = sets * values.get("n_prompts", 0) + CHOICES * values.get("n_questions", 0) * len(values.get("tasks", [1]))
+    tasks = sum(SUBTASKS if str(task).startswith("mmlu") else 1 for task in values.get("tasks", [values.get("task")]))
+    asked = sets * values.get("n_prompts", 0) + CHOICES * values.get("n_questions", 0) * tasks
     return detected + CONDITIONS.get(name[:2], lambda v: 1)(values) * asked + (_attack_sequences(values) if "gcg" in values else 0)
 
 

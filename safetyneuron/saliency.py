@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from safetyneuron.architecture import PROJECTIONS, Architecture
+from safetyneuron.architecture import PROJECTIONS, Architecture, stored
 from safetyneuron.documents import encode_documents
 
 
@@ -52,7 +52,7 @@ def wanda(model, tokenizer, documents):
     written = None
 
     def read(key, module, inputs):
-        squares[key] = squares[key] + inputs[0][0, written].float().square().sum(0)
+        squares[key] = squares[key] + inputs[0][0, written.to(inputs[0].device)].float().square().sum(0)
 
     modules = {id(place.module): place.module for place in places.values()}
     with ExitStack() as hooks:
@@ -61,7 +61,7 @@ def wanda(model, tokenizer, documents):
         for row in data:
             written = torch.tensor(row["labels"], device=model.device) >= 0
             model(input_ids=torch.tensor([row["input_ids"]], device=model.device), use_cache=False, logits_to_keep=1)
-    products = {key: module.weight.abs().float() * squares[key].sqrt() for key, module in modules.items()}
+    products = {key: stored(module, "weight").abs().float() * squares[key].sqrt().to(stored(module, "weight").device) for key, module in modules.items()}
     return _by_projection({key: _of_neurons(place, products[id(place.module)]) for key, place in places.items()})
 
 

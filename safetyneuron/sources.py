@@ -4,6 +4,7 @@ A set named `paper/…` is read from a file of `$SAFETYNEURON_DATA` if there is 
 cache, so that they are downloaded once.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from safetyneuron.cache import remember
 from safetyneuron.errors import SafetyNeuronError
 
-ROWS = 4000  # read of every set
+ROWS = 20000  # read of every set
 TEXT = 600  # characters of an article, about as long as a request with its answer
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -91,7 +92,8 @@ def load_rows(entry, split="train", language="en"):
     entry : (str, dict)
         A value of `PROMPTS`, `DOCUMENTS`, `PREFERENCES` or `TARGETS`.
     split : str
-        `train` or `test`: disjoint halves, every second row each, so that nothing is asked that was detected on.
+        `train` or `test`: disjoint halves by a hash of the prompt (of the English one, where a row has several languages), so that
+        nothing is asked, in whatever form, that was detected or trained on.
     language : str
         Of sets that have several.
 
@@ -104,11 +106,18 @@ def load_rows(entry, split="train", language="en"):
     source = SOURCES[name]
     if language not in source.languages:
         raise SafetyNeuronError(f"paper/{name} has no language {language!r}: use one of {', '.join(source.languages)}")
-    found = [_row(name, number, row, parts, language) for number, row in enumerate(raw_rows(source, language), 1)]
-    kept = [row for row in found if all(row.values())]  # conversations of several turns and blank cells have no place here
+    raw = raw_rows(source, language)
+    found = [(row, _row(name, number, row, parts, language)) for number, row in enumerate(raw, 1)]
+    usable = [(row, texts) for row, texts in found if all(texts.values())]  # conversations of several turns and blank cells have no place here
+    kept = [texts for row, texts in usable if _half(row.get("en") or texts["prompt"]) == split]
     if not kept:
-        raise SafetyNeuronError(f"paper/{name} holds no usable row: compare its columns with {source.page}")
-    return kept[0 if split == "train" else 1 :: 2]
+        raise SafetyNeuronError(f"paper/{name} holds no usable row for {split}: compare its columns with {source.page}")
+    return kept
+
+
+def _half(prompt):
+    """The half of a set that a prompt belongs to, wherever it stands."""
+    return ("train", "test")[hashlib.sha256(prompt.strip().encode()).digest()[0] % 2]
 
 
 def _row(name, number, row, parts, language):

@@ -10,6 +10,7 @@ from conftest import small_llama, small_model
 from safetyneuron import NeuronSet, SafetyNeuronError, comparison, detectors, load_documents, load_prompts
 from safetyneuron.architecture import PROJECTIONS, Architecture
 from safetyneuron.deactivation import transplant
+from safetyneuron.data import encode_prompts
 from safetyneuron.detection import select_difference, select_fraction
 from safetyneuron.direction import alignment_with, refusal_directions
 from safetyneuron.documents import encode_documents
@@ -63,6 +64,12 @@ def test_the_direction_is_a_difference_of_means_and_neurons_are_held_against_it(
     directions = refusal_directions(model, tokenizer, harmful, benign, batch_size=2)
     torch.testing.assert_close(directions, refusal_directions(model, tokenizer, harmful, benign, batch_size=64))
     torch.testing.assert_close(directions, -refusal_directions(model, tokenizer, benign, harmful))
+    (ids,), (other,) = encode_prompts(model, tokenizer, harmful[:1]), encode_prompts(model, tokenizer, benign[:1])
+    seen = []
+    handle = model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, -1]))  # what the last layer leaves, before the norm
+    model(torch.tensor([ids])), model(torch.tensor([other]))
+    handle.remove()
+    torch.testing.assert_close(refusal_directions(model, tokenizer, harmful[:1], benign[:1])[-1], (seen[0] - seen[1]).detach(), rtol=1e-5, atol=1e-7)
     with torch.no_grad():
         place = Architecture(model).place(1, "o")
         place.weight[4] = -3 * directions[2]
@@ -157,10 +164,15 @@ def test_every_detector_fills_every_budget_and_claims_name_them(chat, base):
     down = found[detectors.CHANGE].select(0.01)
     assert down.counts()["down"] == 69 and all(d.passes > 0 for n, d in found.items() if not n.startswith("random"))
     matched = found[f"{detectors.MATCHED} 0"].select(0.01)
-    assert matched.counts() == found["exact, without foundation"].select(0.01).counts()
+    assert matched.counts() == found["first_order, without foundation"].select(0.01).counts()
     some = {name: found[name] for name in ("exact, Eq 3", "random 0")}
     exam = comparison.Exam("organism/harmful", "organism/benign", ("organism_facts",), "organism/helpful", 6, 6)
     results = comparison.matrix(model, tokenizer, exam, some, [0.005])
     assert set(results) == {("exact, Eq 3", 0.005), ("random 0", 0.005)} and len(results["exact, Eq 3", 0.005]["asr"]) == 6
     judged = comparison.claims(some, some, results, 0.01)
     assert list(judged.columns) == ["exact, Eq 3"] and judged.loc["two languages share less than 30 %", "exact, Eq 3"].startswith("not seen\n100.0")
+    alone = comparison.claims(some, None, results, 0.01)
+    assert alone.loc["two languages share less than 30 %", "exact, Eq 3"].startswith("undecided")
+    _, correlation = comparison.agreement(found, 0.01)
+    unlike = correlation.loc[detectors.CHANGE].drop(detectors.CHANGE)
+    assert unlike.abs().max() < 0.9 and correlation.loc["exact, Eq 3", "exact, without foundation"] == pytest.approx(1)

@@ -42,7 +42,7 @@ def rows_of(name):
         "hh-harmless": lambda i: {"chosen": TURN.format(ask(i), answer(i)), "rejected": TURN.format(ask(i), f"use {i} boats .")},
         "hh-helpful": lambda i: {"chosen": TURN.format(ask(i + 50), f"use {i} boats ."), "rejected": TURN.format(ask(i + 50), answer(i))},
     }
-    count = 420 if name == "circuit-breakers" else COUNT  # half of them are for the corpora of appendix A.2
+    count = 520 if name == "circuit-breakers" else COUNT  # half of them are for the corpora of appendix A.2
     return [shapes.get(name, lambda i: {"text": f"article {i} about the farm"})(i) for i in range(count)]
 
 
@@ -127,13 +127,9 @@ def test_weights_on_disk_are_refused_because_a_change_would_be_lost(tmp_path, to
         pass
 
 
-def test_a_fingerprint_is_kept_until_a_weight_is_written_to(monkeypatch):
-    from safetyneuron import models
-
-    model, counted = small_llama(), []
-    monkeypatch.setattr(models, "_fingerprint", lambda m, f=models._fingerprint: counted.append(m) or f(m))
+def test_every_way_of_writing_to_a_weight_changes_the_fingerprint():
+    model = small_llama()
     first = fingerprint(model)
-    assert fingerprint(model) == first and len(counted) == 1
     neurons = NeuronSet({p: torch.ones_like(m) for p, m in NeuronSet.empty(model).masks.items()})
     with deactivate(model, neurons):
         assert fingerprint(model) != first
@@ -141,7 +137,9 @@ def test_a_fingerprint_is_kept_until_a_weight_is_written_to(monkeypatch):
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.tensor([[5, 6]])).logits.sum().backward()
     optimiser.step()
-    assert fingerprint(model) != first
+    second = fingerprint(model)
+    model.model.layers[0].mlp.up_proj.weight.data += 1  # as peft merges an adapter
+    assert len({first, second, fingerprint(model)}) == 3
 
 
 def test_two_processes_measure_what_one_measures(tmp_path):
@@ -172,7 +170,7 @@ def test_models_are_found_by_id_and_revision_and_given_their_template(offline):
     model, tokenizer = load_model("lmsys/vicuna-13b-v1.5@c8327bf999adbd2efe2e75f6509fa01436100dc2")
     assert model.dtype == torch.bfloat16 and model.config.num_hidden_layers == 3
     text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False)
-    assert text.endswith("questions. USER: hi ASSISTANT:")
+    assert text.startswith(tokenizer.bos_token) and text.endswith("questions. USER: hi ASSISTANT:")
     assert load_model("meta-llama/Llama-2-7b-hf")[1].chat_template is None
     assert load_model("meta-llama/Meta-Llama-3-8B-Instruct")[0].config.num_key_value_heads == 2
 
@@ -193,7 +191,18 @@ def test_examples_are_shown_and_groups_are_averaged_over_their_questions(chat, t
     assert plain["organism_facts"].trials == shown["organism_facts@2"].trials == 20
     sample = lambda doc, score, name, how: {"doc_id": doc, "filter": how, name: score}
     strict = [sample(1, 0.0, "exact_match", "strict"), sample(0, 1.0, "exact_match", "strict"), sample(0, 0.0, "exact_match", "loose")]
+    flexible = [*strict[:1], sample(1, 1.0, "exact_match", "flexible-extract")]
+    assert _correct({"samples": {"a": flexible}}) == [1]
+    with pytest.raises(SafetyNeuronError, match="only accuracy"):
+        _correct({"samples": {"a": [{"doc_id": 0, "filter": "none", "metrics": ["bleu"], "bleu": 3}]}})
+    with pytest.raises(SafetyNeuronError, match="number of examples"):
+        capability(*chat, tasks=["organism_facts@five"], limit=2)
     assert _correct({"samples": {"a": [sample(0, 1.0, "acc", "none")], "b": strict}}) == [1, 1, 0]
+
+
+def test_a_check_of_organisms_has_nothing_to_look_up(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["check", "workflow/editions/smoke.yaml"]) == 0 and "nothing to look up" in capsys.readouterr().out
 
 
 def test_the_check_passes_offline_with_local_folders_and_names_what_is_missing(offline, tmp_path, capsys, monkeypatch):

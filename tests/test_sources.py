@@ -11,16 +11,16 @@ from safetyneuron.attacks.requests import load_requests
 
 TURN = "\n\nHuman: {}\n\nAssistant: {}"
 ROWS = {
-    "advbench.csv": [{"goal": f"goal {i}", "target": f"Sure, here is {i}"} for i in range(6)],
-    "harmbench.csv": [{"Behavior": f"behaviour {i}", "FunctionalCategory": "standard", "Tags": ""} for i in range(6)],
-    "multijail.csv": [{"id": i, "en": f"english {i}", "it": f"italiano {i}", "zh": f"中文 {i}", "th": f"ไทย {i}", "vi": f"tiếng {i}"} for i in range(6)],
-    "circuit-breakers.json": [{"category": "a", "prompt": f"ask {i}", "llama3_output": f"no {i}", "output": f"yes {i}"} for i in range(6)],
-    "gsm8k.jsonl": [{"question": f"{i} and {i}?", "answer": f"#### {2 * i}"} for i in range(6)],
-    "wikipedia-en.parquet": [{"id": str(i), "title": "t", "text": f"article {i} " + "x" * 2000} for i in range(6)],
-    "wikipedia-zh.jsonl": [{"text": f"条目 {i}"} for i in range(6)],
-    "beavertails.jsonl": [{"prompt": f"p {i}", "response": f"r {i}", "category": {"a": True}, "is_safe": False} for i in range(6)],
-    "hh-harmless.jsonl": [{"chosen": TURN.format(f"q {i}", f"good {i}"), "rejected": TURN.format(f"q {i}", f"bad {i}")} for i in range(6)],
-    "hh-helpful.jsonl": [{"chosen": TURN.format(f"h {i}", f"a {i}") + (TURN.format("more", "more") if i == 0 else ""), "rejected": TURN.format(f"h {i}", f"b {i}")} for i in range(6)],
+    "advbench.csv": [{"goal": f"goal {i}", "target": f"Sure, here is {i}"} for i in range(12)],
+    "harmbench.csv": [{"Behavior": f"behaviour {i}", "FunctionalCategory": "standard", "Tags": ""} for i in range(12)],
+    "multijail.csv": [{"id": i, "en": f"english {i}", "it": f"italiano {i}", "zh": f"中文 {i}", "th": f"ไทย {i}", "vi": f"tiếng {i}"} for i in range(12)],
+    "circuit-breakers.json": [{"category": "a", "prompt": f"ask {i}", "llama3_output": f"no {i}", "output": f"yes {i}"} for i in range(12)],
+    "gsm8k.jsonl": [{"question": f"{i} and {i}?", "answer": f"#### {2 * i}"} for i in range(12)],
+    "wikipedia-en.parquet": [{"id": str(i), "title": "t", "text": f"article {i} " + "x" * 2000} for i in range(12)],
+    "wikipedia-zh.jsonl": [{"text": f"条目 {i}"} for i in range(12)],
+    "beavertails.jsonl": [{"prompt": f"p {i}", "response": f"r {i}", "category": {"a": True}, "is_safe": False} for i in range(12)],
+    "hh-harmless.jsonl": [{"chosen": TURN.format(f"q {i}", f"good {i}"), "rejected": TURN.format(f"q {i}", f"bad {i}")} for i in range(12)],
+    "hh-helpful.jsonl": [{"chosen": TURN.format(f"h {i}", f"a {i}") + (TURN.format("more", "more") if i == 0 else ""), "rejected": TURN.format(f"h {i}", f"b {i}")} for i in range(12)],
 }
 
 
@@ -50,23 +50,35 @@ def test_every_set_is_read_with_its_columns_in_disjoint_halves(data):
         assert train and test and not set(train) & set(test), name
     for name in sources.DOCUMENTS:
         documents = load_documents(name) + load_documents(name, split="test")
-        assert len(documents) >= 5 and all(set(document) == {"prompt", "completion"} for document in documents)
+        assert len(documents) >= 11 and all(set(document) == {"prompt", "completion"} for document in documents)
     for name in sources.PREFERENCES:
         assert all(set(pair) == {"prompt", "chosen", "rejected"} for pair in load_preferences(name))
     assert {source for source, _ in [*sources.PROMPTS.values(), *sources.DOCUMENTS.values()]} | {"hh-harmless"} == set(sources.SOURCES)
 
 
 def test_what_the_columns_mean(data):
-    assert load_prompts("paper/advbench", split="train")[0] == "goal 0"
-    assert [request.target for request in load_requests("paper/advbench")] == ["Sure, here is 1", "Sure, here is 3", "Sure, here is 5"]
+    asked = load_requests("paper/advbench")
+    assert [request.prompt for request in asked] == load_prompts("paper/advbench") and all(request.target == request.prompt.replace("goal", "Sure, here is") for request in asked)
+    assert sorted(load_prompts("paper/advbench") + load_prompts("paper/advbench", "train")) == sorted(row["goal"] for row in ROWS["advbench.csv"])
     assert load_requests("paper/harmbench")[0].target == "Sure, here is"
-    assert load_prompts("paper/multijail", language="zh")[0] == "中文 1" and load_prompts("paper/wikipedia", "train", "zh")[0] == "条目 0"
+    number = lambda prompts: [prompt.split()[1] for prompt in prompts]
+    assert number(load_prompts("paper/multijail", language="zh")) == number(load_prompts("paper/multijail"))  # the same rows in every language
+    assert load_prompts("paper/multijail", language="zh")[0].startswith("中文") and load_prompts("paper/wikipedia", "train", "zh")[0].startswith("条目")
     assert len(load_prompts("paper/wikipedia")[0]) <= sources.TEXT
-    assert load_documents("paper/refusals")[0] == {"prompt": "ask 0", "completion": "no 0"}
-    assert load_documents("paper/compliances")[0]["completion"] == "yes 0"
-    assert load_preferences("paper/harmless")[0] == {"prompt": "q 0", "chosen": "good 0", "rejected": "bad 0"}
+    first = load_documents("paper/refusals")[0]
+    assert first["prompt"].replace("ask", "no") == first["completion"] and load_documents("paper/compliances")[0]["completion"] == first["completion"].replace("no", "yes")
+    pair = load_preferences("paper/harmless")[0]
+    assert pair == {"prompt": pair["prompt"], "chosen": pair["prompt"].replace("q", "good"), "rejected": pair["prompt"].replace("q", "bad")}
     helpful = load_documents("paper/helpful") + load_documents("paper/helpful", split="test")
-    assert sorted(document["prompt"] for document in helpful) == [f"h {i}" for i in range(1, 6)]  # a conversation of two turns is left out
+    assert sorted(document["prompt"] for document in helpful) == sorted(f"h {i}" for i in range(1, 12))  # a conversation of two turns is left out
+
+
+def test_a_prompt_is_in_the_same_half_wherever_it_stands(tmp_path, monkeypatch):
+    rows = [{"chosen": TURN.format(f"h {i}", f"a {i}"), "rejected": TURN.format(f"h {i}", "" if i % 3 == 0 else f"b {i}")} for i in range(40)]
+    write(tmp_path / "hh-helpful.jsonl", rows + rows[::-1])
+    monkeypatch.setenv("SAFETYNEURON_DATA", str(tmp_path))
+    trained = {pair["prompt"] for pair in load_preferences("paper/helpful")} | {document["prompt"] for document in load_documents("paper/helpful")}
+    assert trained and not trained & set(load_prompts("paper/benign"))
 
 
 @pytest.mark.parametrize(

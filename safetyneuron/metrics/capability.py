@@ -4,6 +4,7 @@ import logging
 from contextlib import contextmanager, redirect_stderr
 from importlib.resources import files
 
+from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.progress import EveryTenSeconds
 
@@ -25,7 +26,7 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
     tasks : sequence of str
         lm-eval task or group names; the organism's stand for MMLU, ARC-challenge and GSM8K. `mmlu@5` asks with five examples.
     limit : int
-        Questions per task.
+        Questions per task; of a group, per each of its tasks.
 
     Returns
     -------
@@ -49,6 +50,8 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
 def _loaded(manager, task):
     """The tasks behind a name, with the number of examples that follows an @."""
     name, _, shots = task.partition("@")
+    if shots and not shots.isdecimal():
+        raise SafetyNeuronError(f"task {task!r}: what follows @ is a number of examples, for example {name}@5")
     loaded = manager.load([name])
     for one in loaded["tasks"].values() if shots else ():
         one.set_config(key="num_fewshot", value=int(shots))
@@ -56,11 +59,19 @@ def _loaded(manager, task):
 
 
 def _correct(results):
-    """One or zero per question, in the order of the questions; the first filter and metric of each task counts."""
+    """One or zero per question, in the order of the questions.
+
+    Where a task has several ways of finding the number in an answer, the flexible one counts: the strict one asks for a form
+    that a model without examples does not know.
+    """
     outcomes = []
     for samples in results["samples"].values():
-        first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-        metric = next(name for name in ("acc", "exact_match") if name in first[0])
+        ways = {sample["filter"] for sample in samples}
+        way = "flexible-extract" if "flexible-extract" in ways else samples[0]["filter"]
+        first = [sample for sample in samples if sample["filter"] == way]
+        metric = next((name for name in ("acc", "exact_match") if name in first[0]), None)
+        if metric is None:
+            raise SafetyNeuronError(f"a task scores by {', '.join(first[0]['metrics'])}: only accuracy and exact match can be counted")
         outcomes += [int(sample[metric]) for sample in sorted(first, key=lambda sample: sample["doc_id"])]
     return outcomes
 

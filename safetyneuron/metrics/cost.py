@@ -10,6 +10,7 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import bootstrap
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.metrics.safety import answers
+from safetyneuron.models import source_of
 
 CONVERSATION = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"  # as the beaver models read it
 
@@ -38,10 +39,11 @@ class CostModel:
 def _classifier(name):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    options = {"num_labels": 1, "dtype": "auto", "use_safetensors": True, "output_loading_info": True}
+    source, chosen = source_of(name)
+    options = chosen | {"num_labels": 1, "dtype": "auto", "use_safetensors": True, "output_loading_info": True}
     try:  # the beaver models call their head score_head
-        model, report = AutoModelForSequenceClassification.from_pretrained(name, key_mapping={"^score_head": "score"}, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, report = AutoModelForSequenceClassification.from_pretrained(source, key_mapping={"^score_head": "score"}, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **chosen)
     except (OSError, ValueError) as error:
         raise SafetyNeuronError(f"cannot load cost model {name!r}: {str(error).strip().splitlines()[0]}") from None
     if report["missing_keys"]:
