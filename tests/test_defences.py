@@ -84,7 +84,7 @@ def test_a_killed_run_keeps_every_attack_that_had_ended(model, tokenizer, monkey
 def test_what_is_kept_of_an_attack_holds_no_text(model, tokenizer, tmp_path):
     EXAMINATION.column(model, tokenizer)
     kept = [json.loads(path.read_text()) for path in (tmp_path / "attacks").glob("*.json")]
-    assert len(kept) == 2 and all(set(result) == {"success", "queries", "tokens", "curves"} for result in kept)
+    assert len(kept) == 2 and all(set(entry) == {"result", "checksum"} and set(entry["result"]) == {"success", "queries", "tokens", "curves"} for entry in kept)
 
 
 def test_downstream_names_the_papers_columns(model, tokenizer, sets, documents):
