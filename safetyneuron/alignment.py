@@ -14,7 +14,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+from transformers import PrinterCallback
 
 from safetyneuron import sources
 from safetyneuron.architecture import Architecture

@@ -122,10 +122,10 @@ def remember(kind, parts, compute):
         with locked(path):
             found = _entry(path)
             if found is None:
-                found = {"result": compute()}
+                found = {"result": json.loads(json.dumps(compute()))}  # as it will be read
                 with new_file(path) as temporary:
                     temporary.write_text(json.dumps(found | {"checksum": digest(found["result"])}, ensure_ascii=False), encoding="utf-8")
-    return json.loads(json.dumps(found["result"]))
+    return found["result"]
 
 
 def _entry(path):

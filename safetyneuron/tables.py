@@ -138,7 +138,7 @@ def areas_table(areas, places):
 def interventions_table(table, titles):
     """Rates of every detector and intervention: one row per detector, one column per intervention and measure. table: `comparison.long_table`."""
     kept = table[table["measure"].isin(titles)]
-    cells = kept.assign(text=[rate.percent.replace(" [", "\n[") for rate in kept["rate"]], measure=kept["measure"].map(titles))
+    cells = kept.assign(text=kept["rate"].map(lines), measure=kept["measure"].map(titles))
     wide = cells.pivot(index="detector", columns=["budget", "measure"], values="text").reindex(table["detector"].unique())
     columns = [(intervention, title) for intervention in table["budget"].unique() for title in titles.values()]
     return wide[columns].fillna("–").rename_axis(columns=[None, None])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, loaded, show
+from conftest import ROOT, show
 
 from safetyneuron import NeuronSet, deactivate, load_prompts
 from safetyneuron.architecture import PROJECTIONS
