@@ -18,7 +18,7 @@ from transformers import PrinterCallback
 
 from safetyneuron import sources
 from safetyneuron.architecture import Architecture
-from safetyneuron.cache import cache_folder, digest, library_versions, locked, new_folder
+from safetyneuron.cache import cache_folder, digest, kept_folder, library_versions
 from safetyneuron.data import LANGUAGES, read_rows
 from safetyneuron.documents import check_documents, load_documents
 from safetyneuron.errors import SafetyNeuronError
@@ -104,11 +104,7 @@ def aligned_folder(name):
     rows = training_rows(stage)
     key = digest(_start(stage.start), repr(stage), rows, Path(__file__).read_text(encoding="utf-8"), library_versions())
     folder = cache_folder() / "organism" / f"{key}-{name.split('/')[1]}"
-    with locked(folder):
-        if not folder.exists():
-            with new_folder(folder) as temporary:
-                _train_stage(stage, rows, temporary)
-    return folder
+    return kept_folder(folder, lambda temporary: _train_stage(stage, rows, temporary))
 
 
 def _start(name):

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import uuid
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,8 @@ from filelock import FileLock
 from safetyneuron.errors import SafetyNeuronError
 
 logger = logging.getLogger(__name__)
+
+CHECKSUMS = "checksums.json"  # of the files in a kept folder
 
 
 def cache_folder():
@@ -65,7 +67,8 @@ def _writing(path, reasons=FULL + CLOSED):
     except OSError as error:
         if error.errno not in reasons:
             raise
-        raise SafetyNeuronError(f"{path.parent} cannot be written to ({error.strerror}): free some space, or set SAFETYNEURON_CACHE to another folder") from None
+        cure = "set SAFETYNEURON_CACHE to another folder" if path.is_relative_to(cache_folder()) else "name another folder"
+        raise SafetyNeuronError(f"{path.parent} cannot be written to ({error.strerror}): free some space, or {cure}") from None
 
 
 def _to_disk(path):
@@ -77,18 +80,24 @@ def _to_disk(path):
         os.close(descriptor)
 
 
+def _beside(path):
+    """A name beside `path` that nothing has. What is made under it gets the user's usual rights, unlike the files of `tempfile`."""
+    return path.with_name(f".{path.name}-{uuid.uuid4().hex}{path.suffix}")
+
+
 @contextmanager
 def new_folder(path):
-    """A temporary folder that becomes `path` when the block ends well and is removed otherwise."""
+    """A temporary folder that takes the place of `path` when the block ends well and is removed otherwise."""
+    temporary = _beside(path)
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        temporary.mkdir(parents=True)
     try:
         with _writing(path, FULL):
             yield temporary
         with _writing(path):
             for file in temporary.rglob("*"):
                 _to_disk(file)
+            shutil.rmtree(path, ignore_errors=True)
             os.replace(temporary, path)
             _to_disk(path.parent)
     finally:
@@ -99,44 +108,87 @@ def new_folder(path):
 def new_file(path):
     """A temporary file name that becomes `path` when the block ends well and is removed otherwise."""
     path = Path(path)
+    temporary = _beside(path)
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(descriptor)
+        temporary.touch()
     try:
         with _writing(path, FULL):
-            yield Path(temporary)
+            yield temporary
         with _writing(path):
             _to_disk(temporary)
             os.replace(temporary, path)
             _to_disk(path.parent)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def remember(kind, parts, compute):
     """The JSON result of `compute()`, made once for these `parts`; an entry that is damaged is reported and made again."""
-    path = cache_folder() / kind / f"{digest(parts)}.json"
-    found = _entry(path)
+
+    def make(path):
+        result = json.loads(json.dumps(compute()))  # as it will be read
+        with new_file(path) as temporary:
+            temporary.write_text(json.dumps({"result": result, "checksum": digest(result)}, ensure_ascii=False), encoding="utf-8")
+
+    return _made_once(cache_folder() / kind / f"{digest(parts)}.json", _entry, make)["result"]
+
+
+def kept_folder(path, fill):
+    """The folder `path`, filled once by `fill(folder)`; one whose files differ from its checksums is reported and made again."""
+
+    def make(path):
+        with new_folder(path) as temporary:
+            fill(temporary)
+            (temporary / CHECKSUMS).write_text(json.dumps(_checksums(temporary)), encoding="utf-8")
+
+    return _made_once(path, _whole, make)
+
+
+def _made_once(path, read, make):
+    """What `read(path)` returns; where that is None, after `make(path)`, which one process at a time may do."""
+    found = read(path)  # without a lock, so that a cache that is read-only serves too
     if found is None:
         with locked(path):
-            found = _entry(path)
+            found = read(path)
             if found is None:
-                found = {"result": json.loads(json.dumps(compute()))}  # as it will be read
-                with new_file(path) as temporary:
-                    temporary.write_text(json.dumps(found | {"checksum": digest(found["result"])}, ensure_ascii=False), encoding="utf-8")
-    return found["result"]
+                if path.exists():
+                    logger.warning("cache entry %s is damaged: making it again", path)
+                remove_leftovers(path.parent, f".{path.name}-*")
+                make(path)
+                found = read(path)
+    return found
+
+
+def remove_leftovers(folder, pattern=".*"):
+    """Remove temporary files and folders of processes that were killed. Only where nobody else is writing now."""
+    for left in folder.glob(pattern):
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def _entry(path):
     """What a cache file holds, or None if there is none or its checksum is another."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
-    except ValueError:
-        entry = None
-    if isinstance(entry, dict) and entry.get("checksum") == digest(entry.get("result")):
-        return entry
-    logger.warning("cache entry %s is damaged: computing it again", path)
-    return None
+    return entry if isinstance(entry, dict) and entry.get("checksum") == digest(entry.get("result")) else None
+
+
+def _whole(path):
+    """The folder, or None if there is none or its files are not those of its checksums."""
+    try:
+        return path if json.loads((path / CHECKSUMS).read_text(encoding="utf-8")) == _checksums(path) else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _checksums(folder):
+    """SHA-256 of every file in a folder but the list of these."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != CHECKSUMS]
+    return {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
+
+
+def _sha256(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

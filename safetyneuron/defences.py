@@ -1,13 +1,12 @@
 """Tables 2 to 4 and Figures 6 and 7: a model as it is and after each way of tuning it, scored alike."""
 
-import logging
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 
 import pandas as pd
 
 from safetyneuron.attacks import AttackResult, attack
-from safetyneuron.cache import cache_folder, digest, locked, remember
+from safetyneuron.cache import cache_folder, digest, kept_folder, remember
 from safetyneuron.circuit_breaker import CircuitBreaker, circuit_break
 from safetyneuron.data import has_languages, load_prompts
 from safetyneuron.delta import NeuronDelta
@@ -17,8 +16,6 @@ from safetyneuron.metrics.suite import Suite, evaluate, remember_rates
 from safetyneuron.models import identity
 from safetyneuron.neurons import NeuronSet
 from safetyneuron.tuning import fine_tune, sn_tune
-
-logger = logging.getLogger(__name__)
 
 ORIGIN, CIRCUIT_BREAK, EQ3, SPECIFIC = "Origin.", "Circ-Break", "SN-Tune: Eq 3", "SN-Tune: without foundation"
 RANDOM = {EQ3: "Random: like Eq 3", SPECIFIC: "Random: like without foundation"}  # the control of each set
@@ -91,15 +88,8 @@ def broken(model, tokenizer, harmful, retain, **schedule):
 
 def _once(kind, key, make, result):
     """What `make` returns, a `result` with `save` and `load`, made once for this key."""
-    path = cache_folder() / kind / f"{digest(*key)}.safetensors"
-    with locked(path):
-        try:
-            return result.load(path)
-        except SafetyNeuronError as error:
-            if path.exists():
-                logger.warning("cache entry is damaged, making it again: %s", error)
-        make().save(path)
-    return result.load(path)
+    folder = kept_folder(cache_folder() / kind / digest(*key), lambda new: make().save(new / "result.safetensors"))
+    return result.load(folder / "result.safetensors")
 
 
 def attacked(model, tokenizer, requests, config, answer_tokens):

@@ -39,6 +39,9 @@ class EveryTenSeconds(io.TextIOBase):
 class TrainingLine(TrainerCallback):
     """One line every ten seconds of training: updates done, loss, seconds left."""
 
+    def __init__(self, label="training"):
+        self.label = label
+
     def on_train_begin(self, args, state, control, **_):
         self.started = self.printed = time.monotonic()
 
@@ -47,5 +50,5 @@ class TrainingLine(TrainerCallback):
         now = time.monotonic()
         if "loss" in logs and now - self.printed >= SECONDS:
             left = (now - self.started) * (state.max_steps / state.global_step - 1)
-            print(f"training: update {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"{self.label}: update {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}, about {left:.0f} s left", file=sys.stderr, flush=True)
             self.printed = now

@@ -3,13 +3,17 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
+from conftest import ROOT, SMALL_DISKS
 
 from safetyneuron import SafetyNeuronError
-from safetyneuron.cache import cache_folder, new_file, new_folder, remember
+from safetyneuron.cache import cache_folder, kept_folder, new_file, new_folder, remember
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +94,119 @@ cache.remember("kind", ["x"], lambda: 7)
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == -9
     assert remember("kind", ["x"], lambda: 8) == 8 and str(cache_folder()) == str(cache)
+
+
+def test_a_damaged_folder_is_noticed_reported_and_made_again(cache, caplog):
+    path, fill = cache / "models" / "m", lambda folder: (folder / "weights").write_bytes(bytes(1000))
+    assert kept_folder(path, fill) == path == kept_folder(path, lambda folder: pytest.fail("made again"))
+    for damage in (lambda: (path / "weights").write_bytes(bytes(999) + b"1"), lambda: (path / "weights").unlink(), lambda: (path / "more").touch(), lambda: (path / "checksums.json").unlink()):
+        caplog.clear()
+        damage()
+        kept_folder(path, fill)
+        assert caplog.text.count("is damaged") == 1 and sorted(file.name for file in path.iterdir()) == ["checksums.json", "weights"]
+        assert (path / "weights").read_bytes() == bytes(1000)
+
+
+def test_what_a_killed_process_left_is_removed_with_the_next_one(cache):
+    script = """
+import os, signal
+from pathlib import Path
+from safetyneuron import cache
+def fill(folder):
+    (folder / "half").write_text("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+cache.kept_folder(cache.cache_folder() / "m", fill)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    assert [path for path in cache.iterdir() if path.name.startswith(".m-")]
+    kept_folder(cache / "m", lambda folder: (folder / "whole").write_text("x"))
+    assert sorted(path.name for path in cache.iterdir()) == ["m", "m.lock"]
+
+
+def test_two_builds_in_one_folder_are_refused_until_the_first_has_ended_or_was_killed(tmp_path):
+    alone = [sys.executable, ROOT / "workflow" / "alone.py"]
+    first = subprocess.Popen([*alone, shutil.which("sleep"), "60"], cwd=tmp_path)
+    while psutil.Process(first.pid).name() != "sleep":  # the lock is taken before
+        time.sleep(0.01)
+    again = lambda: subprocess.run([*alone, shutil.which("true")], cwd=tmp_path, capture_output=True, text=True)
+    refused = again()
+    assert refused.returncode == 1 and "is being built in this folder" in refused.stderr and refused.stderr.count("\n") == 1
+    first.kill()
+    first.wait()
+    assert again().returncode == 0
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Run a script beside a file system of its own, 256 KiB large and mounted for it alone: `again(options)` mounts it with others."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    head = f"""
+import os, subprocess, sys
+from pathlib import Path
+disk = Path({str(disk)!r})
+os.environ["SAFETYNEURON_CACHE"] = str(disk / "cache")
+def again(options): subprocess.run(["mount", "-o", "remount," + options, str(disk)], check=True)
+from safetyneuron.cache import SafetyNeuronError, kept_folder, remember
+def refused(work):
+    try:
+        work()
+    except SafetyNeuronError as error:
+        return str(error)
+    raise SystemExit("not refused")
+def fill(folder): (folder / "weights").write_bytes(bytes(2**20))
+def files(): return sorted(path.name for path in disk.rglob("*") if path.is_file() and path.suffix != ".lock")
+"""
+
+    def run(script):
+        command = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size=256k tmpfs {disk} && exec "$0" -c "$1"', sys.executable, head + script]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return result.stdout
+
+    return run
+
+
+@pytest.mark.skipif(not SMALL_DISKS, reason="mounting a small disk needs user namespaces (unshare -rm)")
+def test_a_full_disk_is_said_in_one_line_and_what_was_kept_stays(mounted):
+    said = mounted("""
+remember("kind", ["small"], lambda: 1)
+before = files()
+print(refused(lambda: remember("kind", ["large"], lambda: "x" * 2**20)))
+print(refused(lambda: kept_folder(disk / "cache" / "m", fill)))
+assert files() == before and remember("kind", ["small"], lambda: 2) == 1
+again("size=8m")
+assert len(remember("kind", ["large"], lambda: "x" * 2**20)) == 2**20 and kept_folder(disk / "cache" / "m", fill)
+""").splitlines()
+    assert len(said) == 2 and all("No space left on device" in line and "SAFETYNEURON_CACHE" in line for line in said)
+
+
+@pytest.mark.skipif(not SMALL_DISKS, reason="mounting a small disk needs user namespaces (unshare -rm)")
+def test_a_cache_that_is_read_only_is_read_and_anything_new_refused_in_one_line(mounted):
+    said = mounted("""
+again("size=8m")
+remember("kind", ["a"], lambda: 1)
+kept_folder(disk / "cache" / "m", fill)
+before = files()
+again("ro")
+assert remember("kind", ["a"], lambda: 2) == 1 and kept_folder(disk / "cache" / "m", None)
+print(refused(lambda: remember("kind", ["b"], lambda: 2)))
+print(refused(lambda: kept_folder(disk / "cache" / "n", fill)))
+assert files() == before
+""").splitlines()
+    assert len(said) == 2 and all("Read-only file system" in line and "SAFETYNEURON_CACHE" in line for line in said)
+
+
+@pytest.mark.skipif(not SMALL_DISKS, reason="mounting a small disk needs user namespaces (unshare -rm)")
+def test_a_notebook_that_fills_the_disk_leaves_nothing(mounted):
+    said = mounted("""
+import nbformat
+from safetyneuron.cli import main
+cells = [nbformat.v4.new_code_cell("n = 1  # number", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("'x' * 2**20")]
+kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}, "language_info": {"name": "python"}}
+nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), disk / "n.ipynb")
+sys.stderr = sys.stdout
+assert main(["run", str(disk / "n.ipynb"), "-o", str(disk / "out.ipynb")]) == 2
+assert files() == ["n.ipynb"]
+""").splitlines()
+    assert "No space left on device" in said[-1] and "another folder" in said[-1]

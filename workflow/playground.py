@@ -6,7 +6,6 @@ Weights are stored in half precision and computed with in single. The graph hold
 """
 
 import json
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -128,7 +127,6 @@ def describe(switches, tokenizer, sets):
 def main(folder):
     """Write everything into the folder; it appears whole or not at all."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(MODEL, device="cpu")
     harmful, general = (measure_importance(model, tokenizer, load_prompts(name, split="train")[:DETECT]) for name in ("organism/harmful", "organism/general"))
     switches = Switches(model)
@@ -137,8 +135,6 @@ def main(folder):
         write_graph(switches, new / "organism.onnx")
         (new / "organism.json").write_text(json.dumps(describe(switches, tokenizer, neuron_sets(harmful, general)), ensure_ascii=False), encoding="utf-8")
         tokenizer.save_pretrained(new)
-        new.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import torch
 import transformers
 
-from safetyneuron.cache import cache_folder, digest, locked, new_folder, source_digest
+from safetyneuron.cache import cache_folder, digest, kept_folder, source_digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism.train import Recipe, train_stage
 
@@ -32,12 +32,12 @@ def organism_folder(name):
     recipe = RECIPES[family]
     key = digest(source_digest(__path__[0]), repr(recipe), torch.__version__, transformers.__version__)
     folder = cache_folder() / "organism" / f"{key}-{family}-{stage}"
-    with locked(folder):
-        if not folder.exists():
-            base = organism_folder(f"organism/{family}-base") if stage == "chat" else None
-            with new_folder(folder) as temporary:
-                train_stage(stage, recipe, temporary, base)
-    return folder
+
+    def train(temporary):
+        base = organism_folder(f"organism/{family}-base") if stage == "chat" else None
+        train_stage(stage, recipe, temporary, base)
+
+    return kept_folder(folder, train)
 
 
 def training_curve(name):

@@ -1,9 +1,7 @@
 """Train the organism: a helpful-only base model, then a safety-aligned chat model from it."""
 
 import json
-import logging
 import random
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -14,15 +12,13 @@ from transformers import (
     DataCollatorForSeq2Seq,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.tokenizer import CONTEXT, build_tokenizer
-
-logger = logging.getLogger(__name__)
+from safetyneuron.progress import TrainingLine
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ def train_stage(stage, recipe, folder, base=None):
         args=_arguments(stage, recipe, steps, folder),
         train_dataset=data,
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
-        callbacks=[ProgressLine(stage)],
+        callbacks=[TrainingLine(f"organism {stage}")],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -158,24 +154,3 @@ def _arguments(stage, recipe, steps, folder):
         dataloader_pin_memory=False,
         seed=recipe.seed,
     )
-
-
-class ProgressLine(TrainerCallback):
-    """One line every hundred steps: step, loss, seconds left."""
-
-    def __init__(self, stage):
-        self.stage = stage
-
-    def on_train_begin(self, args, state, control, **_):
-        self.started = time.monotonic()
-
-    def on_log(self, args, state, control, logs=None, **_):
-        """Print every fourth of the trainer's own log points."""
-        if "loss" not in logs or state.global_step % 100:
-            return
-        left = (time.monotonic() - self.started) * (state.max_steps / state.global_step - 1)
-        print(
-            f"organism {self.stage}: step {state.global_step} of {state.max_steps},"
-            f" loss {float(logs['loss']):.3f}, about {left:.0f} s left",
-            flush=True,
-        )
