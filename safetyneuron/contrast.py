@@ -13,6 +13,7 @@ from safetyneuron.data import encode_prompts, pad
 from safetyneuron.deactivation import check_shapes
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.safety import answer_length
+from safetyneuron.memory import Batches
 from safetyneuron.neurons import NeuronSet
 from safetyneuron.progress import steps
 
@@ -86,18 +87,22 @@ def change_scores(model, aligned, tokenizer, prompts, max_new_tokens=None, batch
     check_same_shape(model, aligned)
     max_new_tokens = max_new_tokens or answer_length(model)
     encoded = encode_prompts(model, tokenizer, prompts, room=max_new_tokens)
-    total, count = 0, 0
-    starts = range(0, len(encoded), batch_size)
+    total, count, fitting = 0, 0, Batches(batch_size)
     with activations(model) as first, activations(aligned) as second:
-        for start in steps(starts, "change scores"):
-            batch = pad(encoded[start : start + batch_size], tokenizer, model.device)
+
+        def differences(some):
+            batch = pad(some, tokenizer, model.device)
             tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
             written = completion_mask(tokens, batch["input_ids"].shape[1], model, tokenizer)
             mask = torch.cat([batch["attention_mask"], written[:, batch["input_ids"].shape[1] :].long()], 1)
             for each in (model, aligned):
                 each(input_ids=tokens.to(each.device), attention_mask=mask.to(each.device), use_cache=False, logits_to_keep=1)
-            differences = [(first[l][written].double() - second[l].to(first[l].device)[written].double()).square().sum(0).cpu() for l in sorted(first)]
-            total, count = total + torch.stack(differences), count + int(written.sum())
+            squares = [(first[l][written].double() - second[l].to(first[l].device)[written].double()).square().sum(0).cpu() for l in sorted(first)]
+            return torch.stack(squares), int(written.sum())
+
+        for start in steps(range(0, len(encoded), batch_size), "change scores"):
+            for _, (squares, tokens) in fitting(encoded[start : start + batch_size], differences):
+                total, count = total + squares, count + tokens
     return ChangeScores(model, (total / count).sqrt())
 
 
@@ -219,12 +224,15 @@ def mean_activations(model, tokenizer, prompts, batch_size=64):
     """Mean activation of every feed-forward neuron over all tokens of the prompts: (layers, channels), float64."""
     encoded, total, count = encode_prompts(model, tokenizer, prompts), 0, 0
     with activations(model) as read:
-        for start in range(0, len(encoded), batch_size):
-            batch = pad(encoded[start : start + batch_size], tokenizer, model.device)
+
+        def sums(some):
+            batch = pad(some, tokenizer, model.device)
             model(**batch, use_cache=False, logits_to_keep=1)
             real = batch["attention_mask"].bool()
-            total = total + torch.stack([read[l][real.to(read[l].device)].double().sum(0).cpu() for l in sorted(read)])
-            count += int(real.sum())
+            return torch.stack([read[l][real.to(read[l].device)].double().sum(0).cpu() for l in sorted(read)]), int(real.sum())
+
+        for _, (summed, tokens) in Batches(batch_size)(encoded, sums):
+            total, count = total + summed, count + tokens
     return total / count
 
 

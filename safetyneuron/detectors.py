@@ -12,6 +12,7 @@ from safetyneuron.data import encode_prompts, load_prompts, pad
 from safetyneuron.detection import largest_difference, measure_importance, select_difference, select_fraction
 from safetyneuron.direction import alignment_with, refusal_directions
 from safetyneuron.documents import load_documents
+from safetyneuron.memory import Batches
 from safetyneuron.neurons import NeuronSet
 from safetyneuron.recording import RULES
 from safetyneuron.saliency import snip, wanda
@@ -126,8 +127,8 @@ def _by_importance(model, tokenizer, data, rule):
 @torch.no_grad()
 def _plain_passes(model, tokenizer, prompts, batch_size=16):
     encoded = sorted(encode_prompts(model, tokenizer, prompts), key=len)
-    for start in range(0, len(encoded), batch_size):
-        model.get_decoder()(**pad(encoded[start : start + batch_size], tokenizer, model.device), use_cache=False)
+    for _ in Batches(batch_size)(encoded, lambda some: model.get_decoder()(**pad(some, tokenizer, model.device), use_cache=False)):
+        pass
 
 
 class _Matched(Detector):

@@ -7,6 +7,7 @@ from torch.nn.functional import cosine_similarity
 
 from safetyneuron.architecture import COLUMN_PROJECTIONS, PROJECTIONS, Architecture
 from safetyneuron.data import encode_prompts, pad
+from safetyneuron.memory import Batches
 
 
 @torch.no_grad()
@@ -21,9 +22,9 @@ def refusal_directions(model, tokenizer, harmful, benign, batch_size=64):
     means = []
     for prompts in (harmful, benign):
         encoded, total = encode_prompts(model, tokenizer, prompts), 0
-        for start in range(0, len(encoded), batch_size):
-            batch = pad(encoded[start : start + batch_size], tokenizer, model.device)
-            total = total + torch.stack([state[:, -1].double().sum(0).cpu() for state in _streams(model, batch)])
+        sums = lambda some: torch.stack([state[:, -1].double().sum(0).cpu() for state in _streams(model, pad(some, tokenizer, model.device))])
+        for _, summed in Batches(batch_size)(encoded, sums):
+            total = total + summed
         means.append(total / len(encoded))
     return means[0] - means[1]
 

@@ -9,6 +9,7 @@ import torch
 from safetyneuron.architecture import COLUMN_PROJECTIONS, PROJECTIONS, Architecture
 from safetyneuron.data import encode_prompts, pad
 from safetyneuron.deactivation import check_shapes
+from safetyneuron.memory import Batches
 
 
 def _watch(architecture, layer, projection, change):
@@ -27,21 +28,27 @@ def _watch(architecture, layer, projection, change):
 @torch.no_grad()
 def channel_means(model, tokenizer, prompts, batch_size=64):
     """Mean activation of every neuron over all tokens of the prompts: (layers, channels) per projection, float32."""
-    architecture, sums, real = Architecture(model), defaultdict(float), None
+    architecture, sums, read, real = Architecture(model), defaultdict(float), {}, None
+    encoded, count = encode_prompts(model, tokenizer, prompts), 0
 
     def add(key, values):
-        sums[key] = sums[key] + values[real.to(values.device)].double().sum(0).cpu()
+        read[key] = values[real.to(values.device)].double().sum(0).cpu()
 
-    encoded, count = encode_prompts(model, tokenizer, prompts), 0
+    def run(some):
+        nonlocal real
+        batch = pad(some, tokenizer, model.device)
+        real = batch["attention_mask"].bool()
+        model.get_decoder()(**batch, use_cache=False)
+        return int(real.sum())
+
     with ExitStack() as hooks:
         for layer in range(len(architecture.layers)):
             for projection in PROJECTIONS:
                 hooks.callback(_watch(architecture, layer, projection, partial(add, (projection, layer))).remove)
-        for start in range(0, len(encoded), batch_size):
-            batch = pad(encoded[start : start + batch_size], tokenizer, model.device)
-            real = batch["attention_mask"].bool()
-            model.get_decoder()(**batch, use_cache=False)
-            count += int(real.sum())
+        for _, tokens in Batches(batch_size)(encoded, run):
+            count += tokens
+            for key in read:  # after the pass, which may run out of memory
+                sums[key] = sums[key] + read[key]
     return {p: torch.stack([sums[p, layer] for layer in range(len(architecture.layers))]).float() / count for p in PROJECTIONS}
 
 

@@ -1,5 +1,6 @@
 """Work in batches that get smaller where memory runs out."""
 
+import functools
 import logging
 
 from accelerate.utils.memory import should_reduce_batch_size
@@ -8,7 +9,7 @@ logger = logging.getLogger(__name__)
 
 
 class Batches:
-    """Deal items out in batches of `size`; a batch that does not fit is halved, for good, and said once each time.
+    """Deal items out in batches of `size`; a batch that does not fit is halved until it does, for good.
 
     >>> for batch, result in Batches(64)(items, run):
     """
@@ -27,7 +28,13 @@ class Batches:
                 if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
                 self.size = len(batch) // 2
-                logger.warning("out of memory: continuing with %d at a time", self.size)
+                _say(self.size)
                 continue
             yield batch, result
             start += len(batch)
+
+
+@functools.cache
+def _say(size):
+    """Once a process, however often the same size is reached."""
+    logger.warning("out of memory: continuing with %d at a time", size)

@@ -11,6 +11,7 @@ from safetyneuron.architecture import Architecture
 from safetyneuron.contrast import activations, constant_patch, patched_generation
 from safetyneuron.data import encode_prompts, has_languages, has_splits, load_prompts, pad
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.memory import Batches
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_refusal
 from safetyneuron.metrics.safety import answers
@@ -163,11 +164,13 @@ def before_and_after(recipient, donor, neurons, measures):
 @torch.no_grad()
 def last_activations(model, tokenizer, prompts, batch_size=64):
     """Activations of every feed-forward neuron at the last token of each prompt: (prompts, layers · channels)."""
-    encoded, rows = encode_prompts(model, tokenizer, prompts), []
     with activations(model) as read:
-        for start in range(0, len(encoded), batch_size):
-            model(**pad(encoded[start : start + batch_size], tokenizer, model.device), use_cache=False, logits_to_keep=1)
-            rows.append(torch.cat([read[layer][:, -1].float().cpu() for layer in sorted(read)], 1))
+
+        def last(some):
+            model(**pad(some, tokenizer, model.device), use_cache=False, logits_to_keep=1)
+            return torch.cat([read[layer][:, -1].float().cpu() for layer in sorted(read)], 1)
+
+        rows = [part for _, part in Batches(batch_size)(encode_prompts(model, tokenizer, prompts), last)]
     return torch.cat(rows).numpy()
 
 

@@ -72,7 +72,7 @@ def test_written_means_that_greedy_decoding_writes_the_target(model, tokenizer):
     assert TargetLoss(model, tokenizer, [*greedy[:-1], greedy[-1] - 1])([row])[1].tolist() == [False]
 
 
-def test_out_of_memory_halves_the_batch_and_loses_nothing(model, tokenizer, caplog):
+def test_out_of_memory_halves_the_batch_and_loses_nothing(model, tokenizer):
     rows = torch.randint(5, 500, (7, 4), generator=torch.Generator().manual_seed(0)).tolist()
     expected = TargetLoss(model, tokenizer, [5])(rows)[0]
     loss = TargetLoss(model, tokenizer, [5], batch_size=7)
@@ -85,7 +85,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(model, tokenizer, capl
 
     loss._logits = small_memory
     torch.testing.assert_close(loss(rows)[0], expected)
-    assert loss.batches.size == 1 and "out of memory" in caplog.text
+    assert loss.batches.size == 1
     assert loss.queries == 7 and loss.tokens == 7 * 5  # what failed is not counted
 
 
