@@ -125,8 +125,16 @@ def check_parameters(notebook, given):
             )
         if "fraction" in name and not all(0 < share <= 1 for share in (value if isinstance(value, list) else [value])):
             raise SafetyNeuronError(f"parameter {name} of {notebook} is {value}: it must be in (0, 1], for example 0.01")
+        lowest = 0 if name == "skip" or 0 in _numbers(default) else sys.float_info.min
+        if not all(lowest <= number < float("inf") for number in _numbers(value)):
+            raise SafetyNeuronError(f"parameter {name} of {notebook} is {value}: give {'0 or more' if lowest == 0 else 'more than 0'}, like its default {default!r}")
         checked[name] = value
     return checked
+
+
+def _numbers(value):
+    """The numbers of a parameter that is one or a list of them."""
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, (int, float))]
 
 
 def _cast(value, default):
@@ -177,6 +185,7 @@ def run_notebook(notebook, given, output=None):
                 progress_bar=False,
                 stdout_file=sys.stdout,  # what the cells print, as it comes
                 stderr_file=sys.stderr,
+                extra_arguments=["--IPKernelApp.log_level=40"],  # not that it speaks to this machine without encryption
             )
         except PapermillExecutionError as error:
             raise SafetyNeuronError(f"{notebook} stopped with {error.ename}: {' '.join(str(error.evalue).split())}") from None

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -47,7 +48,7 @@ def load_prompts(name_or_path, split="test", language="en"):
     Raises
     ------
     SafetyNeuronError
-        If the set, split, language or file is unknown, unreadable or empty.
+        If the set, split, language or file is unknown, unreadable or empty, or the file repeats a prompt.
     """
     if name_or_path in ORGANISM_SETS:
         return _organism_prompts(name_or_path, split, language)
@@ -61,6 +62,9 @@ def load_prompts(name_or_path, split="test", language="en"):
     prompts = [text.strip() for text in texts if text and text.strip()]
     if not prompts:
         raise SafetyNeuronError(f"prompt file {name_or_path} is empty: write one prompt a line")
+    if len(set(prompts)) < len(prompts):
+        (again, times), *_ = Counter(prompts).most_common(1)
+        raise SafetyNeuronError(f"prompt file {name_or_path} holds {again[:40]!r} {times} times, and intervals count every prompt as one of its own: remove what is repeated")
     return prompts
 
 
@@ -147,8 +151,11 @@ def prompt_column(path, row):
 
 def encode_prompts(model, tokenizer, prompts, room=0):
     """Token ids of each prompt, ready for an answer of `room` tokens; refuses what the model cannot read."""
-    if not prompts:
-        raise SafetyNeuronError("there are no prompts: give at least one")
+    if not prompts or isinstance(prompts, str):
+        raise SafetyNeuronError("there are no prompts: give a list of at least one")
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.replace(tokenizer.pad_token or "\n", "").strip():
+            raise SafetyNeuronError(f"prompt {number} is {prompt!r}, which holds nothing to read: give it words or leave it out")
     context = model.config.get_text_config().max_position_embeddings - room
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded):

@@ -10,6 +10,8 @@ from safetyneuron.architecture import PROJECTIONS, Architecture
 from safetyneuron.cache import digest, new_file
 from safetyneuron.errors import SafetyNeuronError
 
+VERSION = "1"  # of neuron files
+
 
 class NeuronSet:
     """A set of neurons of one model shape.
@@ -108,13 +110,17 @@ class NeuronSet:
     def save(self, path):
         """Write the masks to a safetensors file."""
         with new_file(path) as temporary:
-            save_file({p: mask.to(torch.uint8) for p, mask in self.masks.items()}, temporary)
+            save_file({p: mask.to(torch.uint8) for p, mask in self.masks.items()}, temporary, {"neurons": VERSION})
 
     @classmethod
     def load(cls, path):
         """Read a file written by `save`."""
         try:
             with safe_open(path, "pt") as stored:
-                return cls({name: stored.get_tensor(name).bool() for name in stored.keys()})
+                version = (stored.metadata() or {}).get("neurons")
+                masks = {name: stored.get_tensor(name).bool() for name in stored.keys()}
         except (OSError, SafetensorError) as error:
             raise SafetyNeuronError(f"{path} is not a readable neuron file ({error}): write it again with NeuronSet.save") from None
+        if version != VERSION:
+            raise SafetyNeuronError(f"{path} is no neuron file of version {VERSION} (it says {version}): write it again with NeuronSet.save")
+        return cls(masks)

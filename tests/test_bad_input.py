@@ -45,9 +45,9 @@ def measure(prompts, broken=None, **options):
     return measure_importance(broken or model(), TOKENIZER, prompts, progress=False, **options)
 
 
-def neuron_file(change=lambda masks: masks):
-    """A neuron file whose tensors were changed."""
-    save_file(change({p: m.to(torch.uint8) for p, m in NeuronSet.empty(model()).masks.items()}), "set.safetensors")
+def neuron_file(change=lambda masks: masks, metadata={"neurons": "1"}):
+    """A neuron file whose tensors or metadata were changed."""
+    save_file(change({p: m.to(torch.uint8) for p, m in NeuronSet.empty(model()).masks.items()}), "set.safetensors", metadata)
     return NeuronSet.load("set.safetensors")
 
 
@@ -96,6 +96,15 @@ CASES = {
     "prompt file: no Parquet": (lambda: load_prompts(file("a.parquet", "PAR1")), "cannot be read"),
     "prompt file: unknown ending": (lambda: load_prompts(file("a.xlsx", "x")), "must end in"),
     "prompts: none": (lambda: measure([]), "no prompts"),
+    "prompt file: repeated prompts": (lambda: load_prompts(file("a.txt", "one\ntwo\none\n")), "'one' 2 times"),
+    "prompt file: a link to itself": (lambda: (Path("a.txt").symlink_to("a.txt"), load_prompts("a.txt")), "no prompt set or file"),
+    "prompts: one text for a list": (lambda: measure("how do i"), "give a list"),
+    "prompts: of no length": (lambda: measure(["a", ""]), "prompt 1 is '', which holds nothing"),
+    "prompts: blank": (lambda: measure([" \t"]), "holds nothing to read"),
+    "prompts: padding only": (lambda: measure([f"{TOKENIZER.pad_token} {TOKENIZER.pad_token}"]), "holds nothing to read"),
+    "prompts: no text": (lambda: measure(["a", None]), "prompt 1 is None"),
+    "prompts: huge": (lambda: measure(["word " * 10**6]), "reads 1 to 48"),
+    "prompts: a path for a set's name": (lambda: load_prompts("paper/../../etc/passwd"), "no prompt set or file"),
     "prompts: over the context": (lambda: measure(["word " * 60]), "reads 1 to 48"),
     "prompts: unknown language": (lambda: load_prompts("organism/harmful", language="xx"), "unknown language"),
     "prompts: unknown split": (lambda: load_prompts("organism/harmful", split="dev"), "unknown split"),
@@ -109,6 +118,8 @@ CASES = {
     "model: unknown organism": (lambda: load_model("organism/llama-huge"), "no organism"),
     "model: folder without files": (lambda: (Path("m").mkdir(), load_model("m")), "cannot load model"),
     "model: pickled weights": (lambda: (Path("m").mkdir(), model().config.save_pretrained("m"), TOKENIZER.save_pretrained("m"), file("m/pytorch_model.bin", pickle.dumps(Evil())), load_model("m")), "cannot load model"),
+    "model: a path for an organism's name": (lambda: load_model("organism/../../etc"), "no organism"),
+    "model: a folder that links elsewhere": (lambda: (Path("m").symlink_to("/etc"), load_model("m")), "cannot load model"),
     "model: dtype is a word": (lambda: load_model("organism/llama-chat", dtype="half-ish"), "not a floating point"),
     "model: dtype is whole": (lambda: load_model("organism/llama-chat", dtype="int8"), "not a floating point"),
     "model: missing GPU": (lambda: load_model("organism/llama-chat", device="cuda:99"), "cannot be used"),
@@ -126,6 +137,9 @@ CASES = {
     "neuron file: absurd header": (lambda: NeuronSet.load(huge_header("h.safetensors")), "not a readable neuron file"),
     "neuron file: pickled": (lambda: NeuronSet.load(file("p.safetensors", pickle.dumps(Evil()))), "not a readable neuron file"),
     "neuron file: a projection is missing": (lambda: neuron_file(lambda masks: {p: m for p, m in masks.items() if p != "q"}), "needs the projections"),
+    "neuron file: of another version": (lambda: neuron_file(metadata={"neurons": "2"}), "no neuron file of version 1"),
+    "neuron file: of no version": (lambda: neuron_file(metadata=None), "no neuron file of version 1"),
+    "neuron file: a link out of the folder": (lambda: (Path("l.safetensors").symlink_to("/etc/hostname"), NeuronSet.load("l.safetensors")), "not a readable neuron file"),
     "neuron file: hostile names": (lambda: neuron_file(lambda masks: masks | {"../../q": masks["q"].clone()}), "needs the projections"),
     "neuron file: wrong shape": (lambda: neuron_file(lambda masks: masks | {"q": masks["q"].flatten()}), "mask is needed"),
     "neuron file: of another model": (lambda: deactivate(model(intermediate_size=20), neuron_file()).__enter__(), "measure importance on this model"),
@@ -146,6 +160,11 @@ COMMANDS = {
     "parameter: wrong type": ["run", VERIFICATION, "-p", "n_prompts=many"],
     "parameter: share above one": ["run", VERIFICATION, "-p", "fraction=3"],
     "parameter: negative share": ["run", VERIFICATION, "-p", "fraction=-0.1"],
+    "parameter: negative number": ["run", VERIFICATION, "-p", "n_prompts=-3"],
+    "parameter: zero": ["run", VERIFICATION, "-p", "draws=0"],
+    "parameter: no number": ["run", VERIFICATION, "-p", "fraction=.nan"],
+    "parameter: infinite": ["run", str(ROOT / "notebooks" / "05_sn_tune_instruct.ipynb"), "-p", "learning_rate=.inf"],
+    "parameter: negative number in a list": ["run", str(ROOT / "notebooks" / "08_ablations.ipynb"), "-p", "counts=[0, -1]"],
     "parameter: broken YAML": ["run", VERIFICATION, "-p", "models=[a"],
     "parameter file: missing": ["run", VERIFICATION, "-f", "nowhere.yaml"],
     "parameter file: no mapping": ["run", VERIFICATION, "-f", "list.yaml"],
