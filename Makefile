@@ -1,16 +1,19 @@
 # make book   build the book (EDITION=smoke, organism, organism-full or paper; PROFILE=slurm or kubernetes runs it on a cluster)
 # make check  look up what EDITION needs: models, data, disk, memory, time
 # make test   run the tests; make test-families those that train the other two model families first;
-#             make test-paper the paper's chapters on random checkpoints of its architectures
+#             make test-paper the paper's chapters on random checkpoints of its architectures;
+#             make test-faults builds that are killed twenty times, and two at once
 EDITION ?= organism
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 CORES ?= 1
 VENV ?= .venv
 
-SNAKEMAKE = $(VENV)/bin/snakemake -s workflow/Snakefile --configfile workflow/editions/$(EDITION).yaml --cores $(CORES) --quiet all \
+# A build that was killed leaves nothing that the next one waits for or takes for finished.
+SNAKEMAKE = $(VENV)/bin/python workflow/alone.py $(VENV)/bin/snakemake --nolock --rerun-incomplete \
+    -s workflow/Snakefile --configfile workflow/editions/$(EDITION).yaml --cores $(CORES) --quiet all \
     $(if $(PROFILE),--profile workflow/profiles/$(PROFILE))
 
-.PHONY: book announce check test test-families test-paper clean
+.PHONY: book announce check test test-families test-paper test-faults clean
 
 book: announce $(VENV)/installed
 	@$(SNAKEMAKE)
@@ -24,13 +27,16 @@ check: announce $(VENV)/installed
 	@$(VENV)/bin/safetyneuron check workflow/editions/$(EDITION).yaml
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m "not families and not paper"
+	$(VENV)/bin/python -m pytest -m "not families and not paper and not faults"
 
 test-families: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m families
 
 test-paper: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m paper
+
+test-faults: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m faults
 
 $(VENV)/installed: requirements.txt requirements.lock pyproject.toml
 	@echo "Installing into $(VENV): about 2 minutes, once"

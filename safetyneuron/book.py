@@ -10,6 +10,7 @@ from myst_nb import glue
 
 from safetyneuron import mechanism, reported
 from safetyneuron.architecture import ATTENTION
+from safetyneuron.cache import digest
 from safetyneuron.detection import select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import Rate
@@ -46,7 +47,7 @@ def glue_figure(name, axes):
 
 def glue_table(name, table):
     """Glue a data frame under `name`; cells may hold several lines. Cells that stand beside the paper's go along, for the page of all."""
-    glue(name, table.style.set_table_attributes('class="dataframe"'), display=False)
+    glue(name, table.style.set_uuid(name).set_table_attributes('class="dataframe"'), display=False)
     glue_text(**{f"csv-{name}": table.to_csv()})
     if "cells" in table.attrs:
         glue_text(**{f"cells-{name}": json.dumps(table.attrs["cells"])})
@@ -83,7 +84,9 @@ def percent_table(table):
 
 def answers_table(requests, answers):
     """Requests beside answers. For the organism, whose answers carry nothing usable."""
-    return pd.DataFrame({"request": requests, "answer": answers}).style.hide(axis="index")
+    table = pd.DataFrame({"request": requests, "answer": answers}).style.hide(axis="index")
+    table.set_uuid(digest(list(requests), list(answers))[:8])  # not drawn at random: equal runs are equal pages
+    return table.set_table_attributes('class="dataframe"')
 
 
 def scores_table(scores):

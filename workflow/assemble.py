@@ -3,7 +3,7 @@
     python workflow/assemble.py STAGE PAGE [PAGE ...]
 
 STAGE holds the executed notebooks at the path of their sources; the pages are copied beside them at theirs. The
-site is left in _build/html; an empty one is an error. Launch buttons need to know where the repository is: $BOOK_REPOSITORY,
+site takes the place of _build/html when it is whole; an empty one is an error. Launch buttons need to know where the repository is: $BOOK_REPOSITORY,
 or else the remote `origin` if it is on GitHub; $BOOK_JUPYTERHUB adds one for a hub of your own.
 """
 
@@ -17,23 +17,39 @@ from pathlib import Path
 import yaml
 
 import pages as pages_from_runs
+from safetyneuron.cache import remove_leftovers
 
-SITE = Path("_build/html")
+SITE, WORK = Path("_build/html"), Path("_build/site")
 
 
 def main(stage, *pages):
     """Copy the pages, write those that come from the runs, run Jupyter Book, and check that the site holds the chapters."""
+    for folder in ("notebooks", "book/_static"):  # here every job has ended
+        remove_leftovers(Path(stage) / folder)
     for page in pages:
         target = Path(stage) / page
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(page, target)
     pages_from_runs.write(stage)
     add_launch_buttons(Path(stage) / "_config.yml", os.environ.get("BOOK_REPOSITORY") or origin(), os.environ.get("BOOK_JUPYTERHUB"))
-    shutil.rmtree(SITE, ignore_errors=True)
+    shutil.rmtree(WORK, ignore_errors=True)  # a build that was killed may have left half of one
+    try:
+        build(stage)
+    finally:
+        shutil.rmtree(WORK, ignore_errors=True)
+
+
+def build(stage):
+    """Run Jupyter Book and put the site into its place."""
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
-    command = [jupyter_book, "build", stage, "--path-output", ".", "--warningiserror", "--keep-going", "--quiet"]
-    subprocess.run(command, check=True)
-    check_site(stage)
+    command = [jupyter_book, "build", stage, "--path-output", WORK, "--warningiserror", "--keep-going", "--quiet"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)  # it would say that the site is where it is not for long
+    if result.returncode:
+        print(result.stdout)
+        sys.exit(f"the book was not assembled; Jupyter Book says why above ({shutil.disk_usage(stage).free >> 20} MiB of disk are free)")
+    check_site(stage, WORK / "_build" / "html")
+    shutil.rmtree(SITE, ignore_errors=True)
+    (WORK / "_build" / "html").rename(SITE)
 
 
 def origin():
@@ -57,14 +73,17 @@ def add_launch_buttons(config, repository, hub):
     config.write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
 
 
-def check_site(stage):
+def check_site(stage, site):
     """Fail if a chapter is missing from the site or shows neither a table nor a figure."""
     for notebook in sorted(Path(stage).glob("notebooks/*.ipynb")):
-        page = SITE / "notebooks" / f"{notebook.stem}.html"
+        page = site / "notebooks" / f"{notebook.stem}.html"
         text = page.read_text(encoding="utf-8") if page.is_file() else ""
         if "<table" not in text and "_images/" not in text:
             sys.exit(f"{page} is missing or shows no result: the book is not complete")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except OSError as error:
+        sys.exit(f"the book was not assembled ({error}): free some space, or mend what it names")

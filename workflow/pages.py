@@ -50,11 +50,12 @@ def write(stage):
 def write_data(notebook, path):
     """A zip archive of the chapter's tables and figures as CSV, its glued values and its parameters."""
     tables, values = runs.data(notebook)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in tables.items():
-            archive.writestr(f"{name}.csv", text)
-        archive.writestr("values.json", json.dumps(values, ensure_ascii=False, indent=1))
-        archive.writestr("parameters.json", json.dumps(parameters(notebook), ensure_ascii=False, indent=1))
+    with zipfile.ZipFile(path, "w") as archive:
+        files = {f"{name}.csv": text for name, text in tables.items()}
+        files["values.json"] = json.dumps(values, ensure_ascii=False, indent=1)
+        files["parameters.json"] = json.dumps(parameters(notebook), ensure_ascii=False, indent=1)
+        for name, text in files.items():
+            archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)  # without the time of day, so that equal data are equal files
 
 
 def write_slides(notebooks, folder):
