@@ -1,10 +1,12 @@
 """A content-addressed cache outside the repository: a result is stored under a hash of everything that made it."""
 
 import errno
+import functools
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from contextlib import contextmanager
@@ -64,11 +66,20 @@ def _writing(path, reasons=FULL + CLOSED):
     """Say in one line why something cannot be written: a full disk, a folder that is read-only or somebody else's."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in reasons:
+    except Exception as error:  # libraries written in Rust raise errors of their own
+        if _number(error) not in reasons:
             raise
-        cure = "set SAFETYNEURON_CACHE to another folder" if path.is_relative_to(cache_folder()) else "name another folder"
-        raise SafetyNeuronError(f"{path.parent} cannot be written to ({error.strerror}): free some space, or {cure}") from None
+        name = getattr(error, "filename", None)
+        elsewhere = isinstance(name, str) and not Path(name).is_relative_to(path.parent)
+        place = Path(name).parent if elsewhere else path.parent
+        cure = "set SAFETYNEURON_CACHE to another folder" if place.is_relative_to(cache_folder()) else "name another folder"
+        raise SafetyNeuronError(f"{place} cannot be written to ({os.strerror(_number(error))}): free some space, or {cure}") from None
+
+
+def _number(error):
+    """The system's number of an error, also of one that has it in its text only; None if there is none."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)
 
 
 def _to_disk(path):
@@ -97,11 +108,19 @@ def new_folder(path):
         with _writing(path):
             for file in temporary.rglob("*"):
                 _to_disk(file)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(temporary, path)
+            put(temporary, path)
             _to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put(new, path):
+    """Give a finished folder its name; a folder that had the name goes out of the way whole, and is then removed."""
+    old = _beside(path)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -186,9 +205,11 @@ def _whole(path):
 def _checksums(folder):
     """SHA-256 of every file in a folder but the list of these."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != CHECKSUMS]
-    return {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
+    return {file.relative_to(folder).as_posix(): _sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
 
 
-def _sha256(path):
+@functools.cache
+def _sha256(path, size, changed):
+    """Size and time of change are asked for so that a process reads a file once, unless it changes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -125,8 +125,8 @@ def check_parameters(notebook, given):
             )
         if "fraction" in name and not all(0 < share <= 1 for share in (value if isinstance(value, list) else [value])):
             raise SafetyNeuronError(f"parameter {name} of {notebook} is {value}: it must be in (0, 1], for example 0.01")
-        lowest = 0 if name == "skip" or 0 in _numbers(default) else sys.float_info.min
-        if not all(lowest <= number < float("inf") for number in _numbers(value)):
+        lowest = 0 if name in ("seed", "skip") or 0 in _numbers(default) else sys.float_info.min
+        if not all(lowest <= number < float("inf") for number in _numbers(value)) and min(_numbers(default), default=0) >= 0:
             raise SafetyNeuronError(f"parameter {name} of {notebook} is {value}: give {'0 or more' if lowest == 0 else 'more than 0'}, like its default {default!r}")
         checked[name] = value
     return checked
@@ -134,7 +134,7 @@ def check_parameters(notebook, given):
 
 def _numbers(value):
     """The numbers of a parameter that is one or a list of them."""
-    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, (int, float))]
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, (int, float)) and not isinstance(item, bool)]
 
 
 def _cast(value, default):

@@ -35,7 +35,7 @@ def load_prompts(name_or_path, split="test", language="en"):
         `organism/multilingual` (the same requests in every language), `organism/general` (benign requests and
         capability questions, for foundation neurons); a public set, `paper/advbench` and the others of `sources.PROMPTS`; or
         a file: .txt with one prompt a line, .csv, .jsonl, .json or .parquet with a column `prompt`, `goal`, `Behavior` or
-        `request`. Files and public sets are read in their order.
+        `request`. Files and public sets are read in their order. What a public set repeats is taken once; a file must not repeat.
     split : str
         `train` or `test`; the organism's pairs of verb and object are disjoint, public sets are halved. Files have no split.
     language : str
@@ -54,7 +54,8 @@ def load_prompts(name_or_path, split="test", language="en"):
         return _organism_prompts(name_or_path, split, language)
     if name_or_path in sources.PROMPTS:
         check_split(split)
-        return [row["prompt"] for row in sources.load_rows(sources.PROMPTS[name_or_path], split, language)]
+        rows = sources.load_rows(sources.PROMPTS[name_or_path], split, language)
+        return list(dict.fromkeys(row["prompt"] for row in rows))  # some sets have several answers to one prompt
     path = Path(name_or_path)
     if not path.is_file():
         raise SafetyNeuronError(f"no prompt set or file {name_or_path!r}: use a file or one of {', '.join((*ORGANISM_SETS, *sources.PROMPTS))}")
@@ -151,8 +152,10 @@ def prompt_column(path, row):
 
 def encode_prompts(model, tokenizer, prompts, room=0):
     """Token ids of each prompt, ready for an answer of `room` tokens; refuses what the model cannot read."""
-    if not prompts or isinstance(prompts, str):
-        raise SafetyNeuronError("there are no prompts: give a list of at least one")
+    if isinstance(prompts, str):
+        raise SafetyNeuronError(f"one text, {prompts[:40]!r}, stands for the prompts: give a list of texts")
+    if not prompts:
+        raise SafetyNeuronError("there are no prompts: give at least one")
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.replace(tokenizer.pad_token or "\n", "").strip():
             raise SafetyNeuronError(f"prompt {number} is {prompt!r}, which holds nothing to read: give it words or leave it out")

@@ -33,6 +33,8 @@ def measure_shards(model, tokenizer, prompts, **options):
 def write_profile(model_name, prompt_set, count, output, rule="exact", dtype=None):
     """Measure a model on the training split of a set and write the profile, from the first process."""
     state = PartialState()
+    if count < 1:
+        raise SafetyNeuronError(f"{count} prompts cannot be measured: give --count 1 or more")
     if not Path(output).parent.is_dir():
         raise SafetyNeuronError(f"{output} cannot be written: there is no folder {Path(output).parent}")
     with state.local_main_process_first():  # so that one process downloads or trains the model

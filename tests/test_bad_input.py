@@ -98,7 +98,7 @@ CASES = {
     "prompts: none": (lambda: measure([]), "no prompts"),
     "prompt file: repeated prompts": (lambda: load_prompts(file("a.txt", "one\ntwo\none\n")), "'one' 2 times"),
     "prompt file: a link to itself": (lambda: (Path("a.txt").symlink_to("a.txt"), load_prompts("a.txt")), "no prompt set or file"),
-    "prompts: one text for a list": (lambda: measure("how do i"), "give a list"),
+    "prompts: one text for a list": (lambda: measure("how do i"), "give a list of texts"),
     "prompts: of no length": (lambda: measure(["a", ""]), "prompt 1 is '', which holds nothing"),
     "prompts: blank": (lambda: measure([" \t"]), "holds nothing to read"),
     "prompts: padding only": (lambda: measure([f"{TOKENIZER.pad_token} {TOKENIZER.pad_token}"]), "holds nothing to read"),
@@ -174,6 +174,7 @@ COMMANDS = {
     "notebook: no notebook": ["params", "list.yaml"],
     "notebook: no parameters cell": ["params", "plain.ipynb"],
     "importance: no folder to write to": ["importance", "organism/llama-chat", "organism/harmful", "-o", "no/where.safetensors"],
+    "importance: a negative number": ["importance", "organism/llama-chat", "organism/harmful", "-n", "-3", "-o", "p.safetensors"],
     "check: missing edition": ["check", "nowhere.yaml"],
     "check: no edition": ["check", "evil.yaml"],
 }

@@ -37,7 +37,7 @@ def test_a_changed_parameter_runs_its_own_chapter_again_and_no_other(site, tmp_p
     edition["notebooks"]["01_detection"]["n_detect"] += 1
     (tmp_path / "edition.yaml").write_text(yaml.safe_dump(edition))
     command = [Path(sys.executable).with_name("snakemake"), "-s", "workflow/Snakefile", "--configfile", tmp_path / "edition.yaml", "--cores", "1", "--dry-run"]
-    plan = subprocess.run(command, cwd=site.parent, capture_output=True, text=True).stdout
+    plan = subprocess.run(command, cwd=site.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
     assert set(re.findall(r"output: (_build/\S+)", plan)) == {"_build/stage/smoke/notebooks/01_detection.ipynb", "_build/html/index.html"}
 
 

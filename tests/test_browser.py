@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, VIEWS, show
 
 PAGES = [f"notebooks/{path.stem}.html" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-PAGES += [f"book/{name}.html" for name in ("index", "playground", "paper_and_here", "released_code", "status", "rerun", "teachers", "glossary", "bibliography")]
+PAGES += ["SECURITY.html"] + [f"book/{name}.html" for name in ("index", "playground", "paper_and_here", "released_code", "status", "rerun", "teachers", "glossary", "bibliography")]
 
 pytestmark = [pytest.mark.book, pytest.mark.browser]
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -66,7 +67,8 @@ class Clone:
         """SIGKILL for every process of the build, also for those that have left its group."""
         while owned := [process for process in psutil.process_iter() if self._owns(process)]:
             for process in owned:
-                process.kill()
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             psutil.wait_procs(owned)
 
     def _owns(self, process):

@@ -16,8 +16,14 @@ from safetyneuron.patching import last_activations
 
 PROMPTS = load_prompts("organism/harmful")[:7]
 ROWS = torch.randint(5, 500, (7, 4), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def everything(profile):
+    return [profile.minimum, profile.total, torch.tensor(profile.count)]
+
+
 WORK = {
-    "importance": lambda model, tokenizer: measure_importance(model, tokenizer, PROMPTS, progress=False).minimum,
+    "importance": lambda model, tokenizer: everything(measure_importance(model, tokenizer, PROMPTS, progress=False)),
     "answers": lambda model, tokenizer: answers(model, tokenizer, PROMPTS, 4),
     "change scores": lambda model, tokenizer: change_scores(model, small_llama(groups=2, seed=1), tokenizer, PROMPTS, 4).values,
     "mean activations": lambda model, tokenizer: mean_activations(model, tokenizer, PROMPTS),

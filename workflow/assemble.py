@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 import pages as pages_from_runs
-from safetyneuron.cache import remove_leftovers
+from safetyneuron.cache import put, remove_leftovers
 
 SITE, WORK = Path("_build/html"), Path("_build/site")
 
@@ -48,8 +48,7 @@ def build(stage):
         print(result.stdout)
         sys.exit(f"the book was not assembled; Jupyter Book says why above ({shutil.disk_usage(stage).free >> 20} MiB of disk are free)")
     check_site(stage, WORK / "_build" / "html")
-    shutil.rmtree(SITE, ignore_errors=True)
-    (WORK / "_build" / "html").rename(SITE)
+    put(WORK / "_build" / "html", SITE)
 
 
 def origin():

