@@ -124,8 +124,8 @@ def show(browser, url, view):
     scheme = "dark" if view == "dark" else "light"
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
     browser.get(url)
-    settled = "Promise.allSettled(document.getAnimations().map(a => a.finished)).then(() => arguments[0]())"
-    browser.execute_async_script(settled)  # colours fade when the theme is chosen
+    settled = "Promise.allSettled(document.getAnimations().filter(a => a instanceof CSSTransition).map(a => a.finished)).then(() => arguments[0]())"
+    browser.execute_async_script(settled)  # colours fade when the theme is chosen; the arrow of the slides bounces for 100 seconds
     if "playground" in url:
         loaded(browser)
 
