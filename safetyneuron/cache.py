@@ -67,7 +67,7 @@ def _writing(path, reasons=FULL + CLOSED):
     try:
         yield
     except Exception as error:  # libraries written in Rust raise errors of their own
-        if _number(error) not in reasons:
+        if isinstance(error, SafetyNeuronError) or _number(error) not in reasons:
             raise
         name = getattr(error, "filename", None)
         elsewhere = isinstance(name, str) and not Path(name).is_relative_to(path.parent)
@@ -205,7 +205,7 @@ def _whole(path):
 def _checksums(folder):
     """SHA-256 of every file in a folder but the list of these."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != CHECKSUMS]
-    return {file.relative_to(folder).as_posix(): _sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+    return {file.relative_to(folder).as_posix(): _sha256(file, (found := file.stat()).st_size, found.st_mtime_ns) for file in files}
 
 
 @functools.cache

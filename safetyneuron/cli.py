@@ -123,7 +123,7 @@ def check_parameters(notebook, given):
             raise SafetyNeuronError(
                 f"parameter {name} of {notebook} is {value!r}: give a {type(default).__name__}, like its default {default!r}"
             )
-        if "fraction" in name and not all(0 < share <= 1 for share in (value if isinstance(value, list) else [value])):
+        if "fraction" in name and not all(0 < share <= 1 for share in _numbers(value)):
             raise SafetyNeuronError(f"parameter {name} of {notebook} is {value}: it must be in (0, 1], for example 0.01")
         lowest = 0 if name in ("seed", "skip") or 0 in _numbers(default) else sys.float_info.min
         if not all(lowest <= number < float("inf") for number in _numbers(value)) and min(_numbers(default), default=0) >= 0:

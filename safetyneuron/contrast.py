@@ -91,6 +91,7 @@ def change_scores(model, aligned, tokenizer, prompts, max_new_tokens=None, batch
     with activations(model) as first, activations(aligned) as second:
 
         def differences(some):
+            """Squared differences summed over the completion tokens of one batch, and how many tokens these are."""
             batch = pad(some, tokenizer, model.device)
             tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
             written = completion_mask(tokens, batch["input_ids"].shape[1], model, tokenizer)
@@ -226,6 +227,7 @@ def mean_activations(model, tokenizer, prompts, batch_size=64):
     with activations(model) as read:
 
         def sums(some):
+            """Activations summed over the real tokens of one batch, and how many tokens these are."""
             batch = pad(some, tokenizer, model.device)
             model(**batch, use_cache=False, logits_to_keep=1)
             real = batch["attention_mask"].bool()

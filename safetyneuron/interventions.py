@@ -35,6 +35,7 @@ def channel_means(model, tokenizer, prompts, batch_size=64):
         read[key] = values[real.to(values.device)].double().sum(0).cpu()
 
     def run(some):
+        """Read one batch, and return how many real tokens it has."""
         nonlocal real
         batch = pad(some, tokenizer, model.device)
         real = batch["attention_mask"].bool()

@@ -96,6 +96,11 @@ cache.remember("kind", ["x"], lambda: 7)
     assert remember("kind", ["x"], lambda: 8) == 8 and str(cache_folder()) == str(cache)
 
 
+def test_what_was_said_in_one_line_is_not_said_again_in_other_words(cache):
+    with pytest.raises(SafetyNeuronError, match="^the notebook stopped"), new_file(cache / "out.ipynb"):
+        raise SafetyNeuronError("the notebook stopped with SafetensorError: No space left on device (os error 28)")
+
+
 def test_a_damaged_folder_is_noticed_reported_and_made_again(cache, caplog):
     path, fill = cache / "models" / "m", lambda folder: (folder / "weights").write_bytes(bytes(1000))
     assert kept_folder(path, fill) == path == kept_folder(path, lambda folder: pytest.fail("made again"))

@@ -26,6 +26,7 @@ def main(stage, *pages):
     """Copy the pages, write those that come from the runs, run Jupyter Book, and check that the site holds the chapters."""
     for folder in ("notebooks", "book/_static"):  # here every job has ended
         remove_leftovers(Path(stage) / folder)
+    remove_leftovers(SITE.parent, f".{SITE.name}-*")
     for page in pages:
         target = Path(stage) / page
         target.parent.mkdir(parents=True, exist_ok=True)
