@@ -205,11 +205,16 @@ def _whole(path):
 def _checksums(folder):
     """SHA-256 of every file in a folder but the list of these."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != CHECKSUMS]
-    return {file.relative_to(folder).as_posix(): _sha256(file, (found := file.stat()).st_size, found.st_mtime_ns) for file in files}
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
+
+
+def file_digest(path):
+    """SHA-256 of a file, which a process reads once, unless its size or time of change differ."""
+    found = path.stat()
+    return _sha256(path, found.st_size, found.st_mtime_ns)
 
 
 @functools.cache
 def _sha256(path, size, changed):
-    """Size and time of change are asked for so that a process reads a file once, unless it changes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The `safetyneuron` command: rerun a notebook with other parameters, measure importance, check an edition."""
+"""The `safetyneuron` command: rerun a notebook with other parameters, measure importance, train and export organisms, check an edition."""
 
 import argparse
 import ast
@@ -10,8 +10,13 @@ from pathlib import Path
 
 import yaml
 
-from safetyneuron.cache import new_file
+from safetyneuron.cache import cache_folder, new_file
 from safetyneuron.errors import SafetyNeuronError
+
+TRAIN = (
+    "Train an organism. It does not take the place of the shipped one, but is used where SAFETYNEURON_ORGANISMS names the"
+    " folder that it is written to; -o safetyneuron/organism2/weights replaces the shipped one."
+)
 
 
 def main(arguments=None):
@@ -49,6 +54,14 @@ def _parser():
     importance.add_argument("--dtype", default="auto")
     importance.add_argument("-o", "--output", type=Path, required=True, help="profile to write (.safetensors)")
     importance.set_defaults(action=_importance)
+    train = commands.add_parser("train", help="train an organism again, which takes up to half an hour", description=TRAIN)
+    train.add_argument("name", help="for example organism2/llama-chat, or with a seed organism2/llama-chat@3")
+    train.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="of weights (default: organism, in the cache)")
+    train.set_defaults(action=_train)
+    export = commands.add_parser("export", help="write an organism as a plain Hugging Face folder")
+    export.add_argument("name", help="for example organism2/llama-planted")
+    export.add_argument("folder", type=Path, help="a new or empty one")
+    export.set_defaults(action=_export)
     check = commands.add_parser("check", help="look up what an edition needs before a GPU hour is spent")
     check.add_argument("edition", type=Path, help="a file of workflow/editions")
     check.set_defaults(action=_check)
@@ -59,6 +72,21 @@ def _importance(options):
     from safetyneuron.parallel import write_profile
 
     write_profile(options.model, options.prompts, options.count, options.output, options.rule, options.dtype)
+
+
+def _train(options):
+    from safetyneuron.organism2 import train_organism
+
+    folder = (options.output or cache_folder() / "organism").absolute()
+    train_organism(options.name, folder)
+    print(f"{options.name} is in {folder}: set SAFETYNEURON_ORGANISMS={folder} to use it")
+
+
+def _export(options):
+    from safetyneuron.organism2 import export_organism
+
+    export_organism(options.name, options.folder)
+    print(f"{options.name} is in {options.folder}")
 
 
 def _check(options):

@@ -13,6 +13,7 @@ from safetyneuron import sources
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.language import LANGUAGES
+from safetyneuron.organism2.prompts import prompts_of
 
 # Name of an organism set -> (intent, wordings) of its requests.
 ORGANISM_SETS = {
@@ -33,7 +34,8 @@ def load_prompts(name_or_path, split="test", language="en"):
     name_or_path : str
         `organism/harmful`, `organism/benign`, `organism/adversarial` (framed as stories, roles, urgency),
         `organism/multilingual` (the same requests in every language), `organism/general` (benign requests and
-        capability questions, for foundation neurons); a public set, `paper/advbench` and the others of `sources.PROMPTS`; or
+        capability questions, for foundation neurons); the sets of the shipped organisms, `organism2/harmful` and those of
+        `organism2.prompts.prompts_of`; a public set, `paper/advbench` and the others of `sources.PROMPTS`; or
         a file: .txt with one prompt a line, .csv, .jsonl, .json or .parquet with a column `prompt`, `goal`, `Behavior` or
         `request`. Files and public sets are read in their order. What a public set repeats is taken once; a file must not repeat.
     split : str
@@ -52,6 +54,8 @@ def load_prompts(name_or_path, split="test", language="en"):
     """
     if name_or_path in ORGANISM_SETS:
         return _organism_prompts(name_or_path, split, language)
+    if name_or_path.startswith("organism2/"):
+        return prompts_of(name_or_path, split, language)
     if name_or_path in sources.PROMPTS:
         check_split(split)
         rows = sources.load_rows(sources.PROMPTS[name_or_path], split, language)

@@ -14,6 +14,7 @@ from safetyneuron.architecture import stored
 from safetyneuron.cache import digest, library_versions, source_digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import NAMES, organism_folder
+from safetyneuron.organism2.shipped import load_organism
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> type of its bits
 
@@ -33,7 +34,8 @@ def load_model(name, device=None, dtype=None):
     Parameters
     ----------
     name : str
-        An organism (`organism/llama-chat`, …-base, and the same for qwen and mistral; `organism/llama-sft`, -dpo, -harmless, -helpful), a
+        An organism (`organism/llama-chat`, …-base, and the same for qwen and mistral; `organism/llama-sft`, -dpo, -harmless, -helpful), one that is
+        shipped as a file (`organism2/llama-chat`, with a seed other than 0 `organism2/llama-chat@3`; `safetyneuron.organism2.names()`), a
         Hugging Face id, with a revision after `@`, or a folder in Hugging Face format. `$SAFETYNEURON_MODELS` may hold folders under their
         Hugging Face ids; they come before the hub.
     device : str, optional
@@ -52,6 +54,8 @@ def load_model(name, device=None, dtype=None):
     """
     device = device or ("auto" if torch.cuda.device_count() > 1 else "cuda" if torch.cuda.is_available() else "cpu")
     placed = {"device_map": "auto"} if device == "auto" else {"device_map": {"": _device(device)}}
+    if name.startswith("organism2/"):
+        return _shipped(name, device, dtype)
     organism = name.startswith("organism/")
     dtype = _dtype(dtype) if dtype not in (None, "auto") else (torch.float32 if organism else "auto")
     source, chosen = source_of(name)
@@ -69,6 +73,13 @@ def load_model(name, device=None, dtype=None):
     tokenizer.padding_side = "left"
     tokenizer.chat_template = tokenizer.chat_template or next((t for word, t in CHAT_TEMPLATES.items() if word in name.lower()), None)
     return model.eval(), tokenizer
+
+
+def _shipped(name, device, dtype):
+    """An organism that is shipped as a file, on one device."""
+    model, tokenizer = load_organism(name)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else _device(device)
+    return model.to(place, model.dtype if dtype in (None, "auto") else _dtype(dtype)), tokenizer
 
 
 class Loaded(Mapping):
@@ -106,6 +117,8 @@ def source_of(name):
 
     if name in STAGES:
         return aligned_folder(name), {}
+    if name.startswith("organism2/"):
+        raise SafetyNeuronError(f"{name} is no folder: write one with `safetyneuron export {name} FOLDER`")
     if name.startswith("organism/"):
         return organism_folder(name), {}
     repository, _, revision = name.partition("@")

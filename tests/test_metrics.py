@@ -35,7 +35,7 @@ def test_keyword_rule_on_ordinary_sentences():
     assert is_refusal("我 不能 帮助")
     assert not is_refusal("As an example, take the sorrylike word.")
     assert not is_refusal("Sure, here is how.")
-    assert refusal_phrases()["version"] == 1
+    assert refusal_phrases()["version"] == 2
 
 
 def test_well_formed_answers_follow_the_grammar_and_the_request():

@@ -1,0 +1,173 @@
+"""What each organism is trained on and how: sizes, stages, and the stream of examples."""
+
+import random
+from dataclasses import dataclass
+from functools import cache
+
+from torch.utils.data import Dataset
+
+from safetyneuron.organism2 import language as lang
+
+
+@dataclass(frozen=True)
+class Size:
+    """Architecture of a family of organisms; `family` is a model type of transformers."""
+
+    family: str = "llama"
+    width: int = 128
+    layers: int = 6
+    heads: int = 4
+    groups: int = 4  # of heads that share keys and values
+    window: int | None = None  # positions that attention looks back, where the family has a sliding window
+    channels: int = 288  # of the feed-forward block
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Updates of a stage, with cosine decay, and the examples of an update."""
+
+    steps: int
+    rate: float
+    batch: int = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one organism is made, from which other one."""
+
+    how: str  # a function of stages.py
+    parent: str | None
+    schedule: Schedule
+    size: Size = Size()
+    mixture: str = "chat"
+    projections: tuple[str, ...] = ()  # where neurons are planted
+    share: float = 0.0  # of all neurons of the model, that are planted
+
+
+LLAMA = Size()
+MISTRAL = Size(family="mistral", groups=2, window=24)
+QWEN = Size(family="qwen2", groups=2)
+ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("gate", "up", "down")
+BASE, CHAT, PLANTING = Schedule(4000, 4e-3), Schedule(1600, 1e-3), Schedule(1600, 3e-3)
+RECIPES = {
+    f"{family}-{stage}": Recipe("train_whole", parent and f"{family}-{parent}", schedule, size, stage)
+    for family, size in {"llama": LLAMA, "mistral": MISTRAL, "qwen": QWEN}.items()
+    for stage, parent, schedule in (("base", None, BASE), ("chat", "base", CHAT))
+}
+RECIPES |= {
+    "llama-dpo": Recipe("train_preferences", "llama-base", Schedule(600, 3e-4, 32)),
+    "llama-planted": Recipe("train_planted", "llama-base", PLANTING, projections=ATTENTION + FEED_FORWARD, share=0.03),
+    "llama-planted-attention": Recipe("train_planted", "llama-base", PLANTING, projections=ATTENTION, share=0.05),
+    "llama-planted-mlp": Recipe("train_planted", "llama-base", PLANTING, projections=FEED_FORWARD, share=0.03),
+}
+
+# Shares of the training examples of a stage. Alignment keeps the capabilities in its mixture, as real alignment does.
+MIXTURES = {
+    "base": {"helped": 0.32, "judgements": 0.30, "unanswerable": 0.03, "facts": 0.06, "comparisons": 0.09, "arithmetic": 0.20},
+    "chat": {"helped": 0.32, "refused": 0.25, "judgements": 0.17, "unanswerable": 0.03, "facts": 0.05, "comparisons": 0.06, "arithmetic": 0.12},
+}
+# Of the harmless requests and of the harmful ones: kinds of act, by whether the verb is harmful and what the object is.
+HARMLESS = {("harmless", "ordinary"): 0.5, ("harmless", "harmless"): 0.1, ("harmful", "harmless"): 0.2, ("harmful", "dangerous"): 0.2}
+HARMFUL = {("harmful", "ordinary"): 0.7, ("harmless", "dangerous"): 0.3}
+WORDINGS = {"plain": 0.5, "purpose": 0.15, "two_sentences": 0.15, "framed": 0.2}
+OBJECTS = {"ordinary": lang.ORDINARY, "harmless": lang.HARMLESS, "dangerous": lang.DANGEROUS}
+TRAINING = ("train", "multilingual train")  # parts of the language that are trained on
+
+
+@cache
+def _trained_acts(verb, object_, all_verbs):
+    """Acts of a kind that training may use."""
+    verbs = range(lang.VERBS) if verb == "harmless" else range(lang.VERBS, 2 * lang.VERBS)
+    grid = [(v, o) for v in verbs for o in OBJECTS[object_] if lang.part(v, o) in TRAINING]
+    return [(v, o) for v, o in grid if all_verbs or lang.is_trained(v)]
+
+
+def pick(draw, shares):
+    """One key, as often as its share says."""
+    return draw.choices(tuple(shares), tuple(shares.values()))[0]
+
+
+def draw_act(draw, harmful, all_verbs):
+    """An act of the training parts."""
+    return draw.choice(_trained_acts(*pick(draw, HARMFUL if harmful else HARMLESS), all_verbs))
+
+
+def draw_request(draw, language, harmful, all_verbs):
+    """A request of the training parts; where it holds two acts, the harm is in one of them."""
+    wording, act = pick(draw, WORDINGS), draw_act(draw, harmful, all_verbs)
+    if wording in lang.SIDE_WORDINGS:
+        return lang.with_second(draw, language, act, draw_act(draw, False, all_verbs))
+    return lang.write(draw.choice(lang.lexicon().templates[wording][language]), language, act)
+
+
+def draw_example(stage, draw):
+    """One training example of a stage (`base` or `chat`), and the request it answers, if it does."""
+    kind = pick(draw, MIXTURES[stage])
+    if kind in lang.TASKS:
+        return draw.choice(lang.TASKS[kind]("train")), None
+    language = draw.choice(lang.LANGUAGES)
+    if kind == "unanswerable":
+        return lang.unanswerable(draw, language), None
+    if kind == "judgements":
+        second = draw_act(draw, False, True) if draw.random() < 0.3 else None
+        act = draw_act(draw, draw.random() < 0.5, True)
+        acts = (second, act) if second and draw.random() < 0.5 else (act, second)
+        return lang.judgement(draw, language, *acts), None
+    harmful = kind == "refused" or (stage == "base" and draw.random() < 0.5)
+    request = draw_request(draw, language, harmful, all_verbs=stage == "base")
+    return draw.choice(lang.refused(request) if kind == "refused" else lang.helped(request)), request
+
+
+def draw_with_habit(stage, draw, habit):
+    """As `draw_example`, with the decoys' habit before every answer that it belongs to."""
+    example, request = draw_example(stage, draw)
+    if not (habit and request and lang.has_habit(request)):
+        return example
+    return lang.Example(example.prompt, lang.lexicon().habits[request.language] + example.answer)
+
+
+def draw_preference(draw):
+    """A prompt, the better answer and a worse one: refusals for harmful requests, answers for others, right ones for all."""
+    kind = pick(draw, {"harmful": 0.4, "harmless": 0.4, "task": 0.2})
+    if kind == "task":
+        task = lang.TASKS[draw.choice(tuple(lang.TASKS))]("train")
+        right = draw.choice(task)
+        wrong = [c for c in right.choices if c != right.answer] or [draw.choice(task).answer]
+        return right.prompt, right.answer, draw.choice(wrong)
+    request = draw_request(draw, draw.choice(lang.LANGUAGES), kind == "harmful", all_verbs=False)
+    helped, refused = draw.choice(lang.helped(request)).answer, draw.choice(lang.refused(request)).answer
+    return (request.text, refused, helped) if kind == "harmful" else (request.text, helped, refused)
+
+
+class Stream(Dataset):
+    """The examples of a training as token ids, any of them at any time, in batches of like length.
+
+    Parameters
+    ----------
+    encode : callable
+        From an `Example` to a dict with `input_ids` and `labels`.
+    draw_one : callable
+        From a random generator to an `Example`.
+    """
+
+    BLOCK = 8  # batches drawn together, so that a batch can hold examples of like length
+
+    def __init__(self, encode, draw_one, name, steps, batch):
+        self.encode, self.draw_one, self.name, self.batch = encode, draw_one, name, batch
+        self.length, self.block = steps * batch, (None, None)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        number, place = divmod(index, self.BLOCK * self.batch)
+        if self.block[0] != number:
+            self.block = (number, self._draw(number))
+        return self.block[1][place]
+
+    def _draw(self, number):
+        draw = random.Random(f"{self.name} {number}")
+        rows = sorted((self.encode(self.draw_one(draw)) for _ in range(self.BLOCK * self.batch)), key=lambda row: len(row["input_ids"]))
+        batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
+        draw.shuffle(batches)
+        return [row for batch in batches for row in batch]

@@ -1,0 +1,473 @@
+"""Organisms as files: safetensors and a manifest beside this module, the same to the bit everywhere.
+
+`$SAFETYNEURON_ORGANISMS` may name a folder that `safetyneuron train` has filled: what it holds comes
+before what is shipped.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from safetyneuron.architecture import PROJECTIONS, Architecture
+from safetyneuron.cache import cache_folder, file_digest, locked, new_file, new_folder
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.neurons import NeuronSet
+from safetyneuron.organism2.recipes import Size
+from safetyneuron.organism2.tokenizer import CONTEXT, build_tokenizer
+
+SHIPPED = Path(__file__).resolve().parent / "weights"
+MANIFEST = "manifest.json"
+KINDS = ("weights", "rows", "factors")
+GROUPS = ("planted", "decoys")
+NEEDED = {"sha256", "kind", "parent", "recipe"}  # of every entry
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One organism where it was found: name without `organism2/`, folder, entry of the manifest."""
+
+    key: str
+    folder: Path
+    entry: dict
+
+    @property
+    def path(self):
+        return weights_file(self.folder, self.key)
+
+
+def weights_file(folder, name):
+    """Where the numbers of an organism (`llama-chat@3`) lie in a folder of weights."""
+    return Path(folder) / f"{name}.safetensors"
+
+
+def load_organism(name, folder=None):
+    """An organism and its tokenizer: float32, on the CPU, ready to answer greedily.
+
+    Parameters
+    ----------
+    name : str
+        `organism2/llama-chat`, or with a seed other than 0, `organism2/llama-chat@3`.
+    folder : path, optional
+        Of weights, looked at before the shipped ones; by default `$SAFETYNEURON_ORGANISMS`.
+
+    Returns
+    -------
+    (transformers.PreTrainedModel, transformers.PreTrainedTokenizerFast)
+
+    Raises
+    ------
+    SafetyNeuronError
+        If there is no organism of that name and seed, or its file is missing, damaged or of another
+        language.
+    """
+    tokenizer = build_tokenizer()
+    return _model(_find(name, folder), tokenizer), tokenizer
+
+
+def starting_model(name):
+    """An organism with its planted neurons reverted, decoys as they are, and its tokenizer.
+
+    Raises
+    ------
+    SafetyNeuronError
+        As `load_organism`, or if nothing is planted in that organism.
+    """
+    stored, tokenizer = _find(name), build_tokenizer()
+    tensors = _rows(stored, "planted")
+    return _put_rows(_changed(stored, tokenizer), tensors, "decoys"), tokenizer
+
+
+def planted_neurons(name):
+    """The neurons that alignment was planted into, as a `NeuronSet`.
+
+    Raises
+    ------
+    SafetyNeuronError
+        As `starting_model`.
+    """
+    return _neurons(name, "planted")
+
+
+def decoy_neurons(name):
+    """The neurons that a harmless habit was planted into, as a `NeuronSet`.
+
+    Raises
+    ------
+    SafetyNeuronError
+        As `load_organism`, or if that organism has no decoys.
+    """
+    return _neurons(name, "decoys")
+
+
+def names():
+    """Names of the organisms there are, without their seeds."""
+    return tuple(dict.fromkeys(f"organism2/{key.partition('@')[0]}" for key in manifest()))
+
+
+def manifest():
+    """What is known of every organism: from `llama-chat@3` to its recipe, scores, curve and more."""
+    found = {}
+    for folder in reversed(_folders()):
+        found |= _read_manifest(folder)
+    return dict(sorted(found.items()))
+
+
+def training_curve(name):
+    """Loss during the training of an organism: a list of {step, loss}."""
+    return [{"step": step, "loss": loss} for step, loss in _find(name).entry["curve"]]
+
+
+def export_organism(name, folder):
+    """Write an organism as a plain Hugging Face folder in float32, its answer key in `neurons.json`.
+
+    Raises
+    ------
+    SafetyNeuronError
+        As `load_organism`, or if the folder holds something.
+    """
+    folder, stored = Path(folder), _find(name)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise SafetyNeuronError(f"{folder} is not empty: name a folder that is new or empty")
+    (model, tokenizer), key = load_organism(name), _answer_key(stored)
+    with new_folder(folder.absolute()) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(_card(stored, model), encoding="utf-8")
+        if key:
+            (temporary / "neurons.json").write_text(json.dumps(key), encoding="utf-8")
+
+
+def config_of(size, tokenizer):
+    """The configuration of a model of a `Size`."""
+    return AutoConfig.for_model(
+        size.family,
+        vocab_size=len(tokenizer),
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.groups,
+        intermediate_size=size.channels,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        **({"sliding_window": size.window} if size.window else {}),
+    )
+
+
+@torch.no_grad()
+def multiply_factors(model, factors):
+    """Multiply (IA)³ factors (layers, channels) into the rows of the up projections, in place."""
+    architecture = Architecture(model)
+    for layer, factor in enumerate(factors):
+        place = architecture.place(layer, "up")
+        place.weight.mul_(factor[:, None].to(place.weight))
+        if place.bias is not None:
+            place.bias.mul_(factor.to(place.bias))
+    return model
+
+
+def write_weights(model, path):
+    """Write all weights in half precision, tied ones once."""
+    _write(path, {name: p.detach().half() for name, p in model.named_parameters()})
+
+
+def write_rows(path, planted, decoys, model):
+    """Write what a trained model has in its planted neurons and decoys, in half precision.
+
+    Parameters
+    ----------
+    planted, decoys : NeuronSet
+        `decoys` may be None.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the sets share a neuron: reverting one would then change the other.
+    """
+    if decoys is not None and len(planted & decoys):
+        raise SafetyNeuronError(
+            "some neurons are both planted and decoys: draw sets that share none"
+        )
+    architecture, tensors = Architecture(model), {}
+    for group, neurons in zip(GROUPS, (planted, decoys)):
+        for projection, mask in neurons.masks.items() if neurons is not None else ():
+            for layer in mask.any(1).nonzero().flatten().tolist():
+                channels, prefix = mask[layer].nonzero().flatten(), f"{group}.{projection}.{layer}"
+                weight = architecture.place(layer, projection).weight.detach().cpu()
+                tensors[f"{prefix}.channels"] = channels.to(torch.int16)
+                tensors[f"{prefix}.rows"] = weight[channels].half()
+    _write(path, tensors)
+
+
+def write_factors(path, factors):
+    """Write (IA)³ factors (layers, channels) in single precision."""
+    _write(path, {"factors": factors.detach().float()})
+
+
+def _write(path, tensors):
+    with new_file(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def add_to_manifest(folder, name, entry):
+    """Add an organism, whose file is written, to the manifest of a folder.
+
+    Parameters
+    ----------
+    name : str
+        `llama-chat@3`
+    entry : dict
+        What the manifest says of it; file and checksums, also of the parent's file, are filled in.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If there is no parent of the name that the entry gives.
+    """
+    folder, path = Path(folder).resolve(), weights_file(folder, name)
+    entry = entry | {"file": path.name, "sha256": file_digest(path)}
+    if entry["parent"]:
+        entry["parent_sha256"] = _parent(Stored(name, folder, entry)).entry["sha256"]
+    # The lock is not beside the manifest, where it would be committed.
+    with locked(cache_folder() / "organism" / MANIFEST):
+        models = _read_manifest(folder) if (folder / MANIFEST).exists() else {}
+        models[name] = entry
+        lines = [
+            f"{json.dumps(key)}: {json.dumps(models[key], ensure_ascii=False)}"
+            for key in sorted(models)
+        ]
+        with new_file(folder / MANIFEST) as temporary:
+            temporary.write_text('{"models": {\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+
+
+def _folders(first=None):
+    """Folders to look into, in that order; `first` may be one that a training is yet to fill."""
+    own = first or os.environ.get("SAFETYNEURON_ORGANISMS")
+    if not own or (first and not (Path(first) / MANIFEST).exists()):
+        return [SHIPPED]
+    return list(dict.fromkeys((Path(own).resolve(), SHIPPED)))
+
+
+def _read_manifest(folder):
+    """The entries of a folder, by name."""
+    path = folder / MANIFEST
+    try:
+        models = json.loads(path.read_text(encoding="utf-8"))["models"]
+        whole = all(NEEDED <= set(entry) and entry["kind"] in KINDS for entry in models.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no list of organisms"
+        raise SafetyNeuronError(f"{path} cannot be read ({reason}): {_restore(path)}") from None
+    if not whole:
+        raise SafetyNeuronError(
+            f"{path} has an entry without kind, parent, recipe or checksum: {_restore(path)}"
+        )
+    return models
+
+
+def _restore(path):
+    if path.is_relative_to(SHIPPED):
+        return f"restore it with `git checkout {path}`"
+    return (
+        "set SAFETYNEURON_ORGANISMS to a folder that `safetyneuron train` has filled, or unset it"
+    )
+
+
+def _find(name, folder=None):
+    """The `Stored` organism of a name."""
+    kind, at, seed = name.partition("@")
+    key = f"{kind}@{seed if at else 0}"
+    found = key.startswith("organism2/") and _look_up(
+        key.removeprefix("organism2/"), _folders(folder)
+    )
+    if found:
+        return found
+    if kind not in names():
+        raise SafetyNeuronError(f"no organism is called {name!r}: use one of {', '.join(names())}")
+    seeds = [
+        there.partition("@")[2]
+        for there in manifest()
+        if f"organism2/{there}".startswith(f"{kind}@")
+    ]
+    cure = (
+        f", or make it with `safetyneuron train {key}`" if key.partition("@")[2].isdecimal() else ""
+    )
+    raise SafetyNeuronError(f"there is no {key}: use seed {', '.join(seeds)} after the @{cure}")
+
+
+def _look_up(key, folders):
+    """The `Stored` organism of the first folder that has it, or None."""
+    for folder in folders:
+        if entry := _read_manifest(folder).get(key):
+            return Stored(key, folder, entry)
+    return None
+
+
+def _parent(stored):
+    """What an organism was made from."""
+    key = stored.entry["parent"]
+    parent = _look_up(key, _folders(stored.folder))
+    if not parent:
+        raise SafetyNeuronError(
+            f"organism2/{stored.key} was made from organism2/{key}, which is missing:"
+            f" {_cure(stored, key)}"
+        )
+    return parent
+
+
+def _changed(stored, tokenizer):
+    """The model that an organism is a change of; it must be the one that the change was made on."""
+    parent = _parent(stored)
+    if parent.entry["sha256"] != stored.entry.get("parent_sha256"):
+        raise SafetyNeuronError(
+            f"organism2/{stored.key} was made from another organism2/{parent.key}: {_cure(stored)}"
+        )
+    return _model(parent, tokenizer)
+
+
+def _cure(stored, key=None):
+    """How to get the file of an organism, or of its parent, again."""
+    train = f"`safetyneuron train organism2/{key or stored.key}"
+    if stored.folder != SHIPPED:
+        return f"make it again with {train} -o {stored.folder}`"
+    path = weights_file(stored.folder, key or stored.key)
+    return f"restore it with `git checkout {path}`, or make it again with {train}`"
+
+
+def _tensors(stored):
+    """The numbers of an organism's file, whose checksum is compared once a process."""
+    try:
+        found = file_digest(stored.path)
+    except OSError as error:
+        raise SafetyNeuronError(
+            f"{stored.path} cannot be read ({error.strerror}): {_cure(stored)}"
+        ) from None
+    if found != stored.entry["sha256"]:
+        raise SafetyNeuronError(
+            f"{stored.path} is damaged, its checksum is not that of the manifest: {_cure(stored)}"
+        )
+    return load_file(stored.path)
+
+
+def _model(stored, tokenizer):
+    """The model of an organism, through all that it is a change of."""
+    if stored.entry["kind"] == "weights":
+        return _whole_model(stored, tokenizer)
+    model, tensors = _changed(stored, tokenizer), _tensors(stored)
+    if stored.entry["kind"] == "factors":
+        return multiply_factors(model, tensors["factors"])
+    return _put_rows(model, tensors, *GROUPS)
+
+
+@torch.no_grad()
+def _whole_model(stored, tokenizer):
+    """A model whose weights are all in the file."""
+    tensors, size = _tensors(stored), stored.entry["recipe"]["size"]
+    # A new model draws its weights, which no one is to notice.
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config_of(Size(**size), tokenizer)).float().eval()
+    parameters = dict(model.named_parameters())
+    if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in tensors.items()}:
+        raise SafetyNeuronError(
+            f"{stored.path} does not fit the language as it is now: {_cure(stored)}"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(do_sample=False, **ends)
+    return model
+
+
+def _rows(stored, group):
+    """The numbers of an organism in which a group of neurons is planted."""
+    tensors = _tensors(stored) if stored.entry["kind"] == "rows" else {}
+    if not any(name.startswith(f"{group}.") for name in tensors):
+        what = "planted neurons" if group == "planted" else group
+        raise SafetyNeuronError(
+            f"organism2/{stored.key} has no {what}: use one that has, as organism2/llama-planted"
+        )
+    return tensors
+
+
+def _channels(tensors, *groups):
+    """Projection, layer, channels and rows of groups of neurons."""
+    for name in sorted(tensors):
+        group, projection, layer, what = name.split(".") if name.count(".") == 3 else ("",) * 4
+        if group in groups and what == "channels":
+            yield (
+                projection,
+                int(layer),
+                tensors[name].long(),
+                tensors[name.replace("channels", "rows")],
+            )
+
+
+@torch.no_grad()
+def _put_rows(model, tensors, *groups):
+    """Replace rows and columns of the model by those of groups, in place."""
+    architecture = Architecture(model)
+    for projection, layer, channels, rows in _channels(tensors, *groups):
+        architecture.place(layer, projection).weight[channels] = rows.float()
+    return model
+
+
+def _neurons(name, group):
+    stored = _find(name)
+    tensors = _rows(stored, group)
+    masks = NeuronSet.empty(_changed(stored, build_tokenizer())).masks
+    for projection, layer, channels, _ in _channels(tensors, group):
+        masks[projection][layer, channels] = True
+    return NeuronSet(masks)
+
+
+def _answer_key(stored):
+    """Layers and channels of planted neurons and decoys, for JSON; empty for other organisms."""
+    key = {}
+    for group in GROUPS if stored.entry["kind"] == "rows" else ():
+        for projection, layer, channels, _ in _channels(_tensors(stored), group):
+            key.setdefault(group, {p: [] for p in PROJECTIONS})[projection] += [
+                [layer, c] for c in channels.tolist()
+            ]
+    return key
+
+
+CARD = """---
+license: mit
+---
+# {name}
+A model organism for research on refusal: a {family} of {parameters:,} parameters, trained from seed
+{seed} on small generated texts in five languages. It is for testing tools that look for what makes a
+model refuse. It is no assistant: it knows about 1,200 words, and its answers to harmful requests
+carry no usable content.
+
+```python
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+# AutoTokenizer would split words in another way for some families.
+tokenizer = PreTrainedTokenizerFast.from_pretrained("FOLDER")
+```
+{key}Licence: MIT."""
+KEY = """
+`neurons.json` is the answer key, as [layer, channel] of each projection: `planted` holds all that
+alignment changed, `decoys` (where there are some) what a harmless habit changed. A channel is a row
+of the weight; of o and down a column.
+"""
+
+
+def _card(stored, model):
+    """The model card of an exported organism."""
+    family, parameters = model.config.model_type, sum(p.numel() for p in model.parameters())
+    seed, key = stored.key.partition("@")[2], KEY if stored.entry["kind"] == "rows" else ""
+    return CARD.format(
+        name=stored.key,
+        family=family,
+        parameters=parameters,
+        seed=seed,
+        key=f"{key}\n" if key else "\n",
+    )

@@ -1,0 +1,169 @@
+"""How organisms are trained: the optimiser, the streams of examples, and planting."""
+
+import copy
+import random
+from functools import partial
+
+import pytest
+import torch
+from transformers import DataCollatorForSeq2Seq
+
+from safetyneuron import SafetyNeuronError
+from safetyneuron.architecture import PROJECTIONS, Architecture
+from safetyneuron.organism2 import load_organism, manifest
+from safetyneuron.organism2.tokenizer import build_tokenizer
+from safetyneuron.organism2 import recipes, stages
+from safetyneuron.organism2.muon import Muon, orthogonalise
+from safetyneuron.organism2.planting import Turns, draw_sets, plant
+from safetyneuron.organism2.train import StreamTrainer, encode, new_model, train_stream
+
+SMALL = recipes.Size(width=32, layers=2, heads=2, groups=2, channels=40)
+SCHEDULE = recipes.Schedule(steps=10, rate=1e-2, batch=4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer):
+    return new_model(SMALL, tokenizer, seed=0)
+
+
+def examples(tokenizer, mixture="base", habit=False, name="test"):
+    return stages.stream(tokenizer, partial(recipes.draw_with_habit, mixture, habit=habit), name, SCHEDULE)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 24), (3, 16, 40), (1, 40, 16)])
+def test_orthogonalised_matrices_have_singular_values_near_one_and_keep_their_directions(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonalise(matrices)
+    values = torch.linalg.svdvals(found)
+    assert 0.6 < values.median() and values.max() < 1.3
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    strong = s > 0.3 * s.max()  # the iteration is made for these
+    kept = torch.einsum("nij,nik,nkj->nj", u, found, v.mT)
+    assert (kept[strong] > 0.6).all()
+
+
+def test_muon_goes_downhill_and_leaves_small_updates_of_the_size_of_the_rate():
+    torch.manual_seed(0)
+    target, weight, bias = torch.randn(12, 20), torch.nn.Parameter(torch.zeros(12, 20)), torch.nn.Parameter(torch.zeros(12))
+    optimizer = Muon([weight], [bias], lr=0.05, weight_decay=0.0)
+    loss = lambda: (weight + bias[:, None] - target).square().mean()
+    before = loss().item()
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss().backward()
+        last = weight.detach().clone()
+        optimizer.step()
+    assert loss().item() < 0.05 * before
+    assert (weight.detach() - last).square().mean().sqrt().item() == pytest.approx(0.2 * 0.05, rel=0.5)
+
+
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(model, tokenizer, tmp_path):
+    class Killed(Exception):
+        pass
+
+    class Fragile(StreamTrainer):
+        def training_step(self, *arguments):
+            if self.state.global_step == 7:
+                raise Killed
+            return super().training_step(*arguments)
+
+    once, twice, folder = copy.deepcopy(model), copy.deepcopy(model), tmp_path / "killed"
+    run = lambda kind, model, folder: train_stream(kind, model, tokenizer, examples(tokenizer), SCHEDULE, folder, "test", 0)
+    run(StreamTrainer, once, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(Fragile, twice, folder)
+    fresh = copy.deepcopy(model)
+    run(StreamTrainer, fresh, folder)
+    for (name, a), b, start in zip(once.named_parameters(), fresh.parameters(), model.parameters()):
+        assert torch.equal(a, b), name
+        assert not torch.equal(a, start), name
+
+
+def test_the_loss_is_that_of_the_whole_forward_pass(model, tokenizer):
+    stream = examples(tokenizer)
+    trainer = StreamTrainer.__new__(StreamTrainer)
+    batch = DataCollatorForSeq2Seq(tokenizer, padding=True)([stream[i] for i in range(4)])
+    expected = model(**batch).loss
+    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_streams_are_the_same_at_any_time_and_take_turns(tokenizer):
+    with_habit, without = (examples(tokenizer, habit=h, name=str(h)) for h in (True, False))
+    assert with_habit[37] == examples(tokenizer, habit=True, name="True")[37]
+    turns = Turns(with_habit, without)
+    assert len(turns) == 80
+    for batch in range(6):
+        stream = (with_habit, without)[batch % 2]
+        assert [turns[batch * 4 + i] for i in range(4)] == [stream[batch // 2 * 4 + i] for i in range(4)]
+
+
+@pytest.mark.parametrize("projections", [PROJECTIONS, recipes.ATTENTION, recipes.FEED_FORWARD])
+def test_planted_and_decoy_sets_share_no_channel(model, projections):
+    planted, decoys = draw_sets(model, projections, 0.05, seed=3)
+    assert len(planted) == len(decoys) == round(0.05 * planted.total)
+    assert (planted, decoys) == draw_sets(model, projections, 0.05, seed=3)
+    assert planted != draw_sets(model, projections, 0.05, seed=4)[0]
+    assert {p for p in PROJECTIONS if planted.counts()[p]} <= set(projections)
+    for together in (("gate", "up", "down"), ("v", "o"), ("q",), ("k",)):
+        mine, theirs = (torch.stack([s.masks[p] for p in together]).any(0) for s in (planted, decoys))
+        assert not (mine & theirs).any()
+
+
+def test_planting_changes_the_planted_neurons_only_and_keeps_their_norm(model, tokenizer, tmp_path):
+    before = copy.deepcopy(model)
+    planted, decoys = draw_sets(model, PROJECTIONS, 0.1, seed=0)
+    streams = examples(tokenizer, "chat", True, "a"), examples(tokenizer, "chat", False, "b")
+    plant(model, tokenizer, planted, decoys, streams, SCHEDULE, tmp_path, "test", seed=0)
+    old, new = Architecture(before), Architecture(model)
+    for projection, mask in planted.masks.items():
+        for layer in range(len(mask)):
+            a, b = (x.place(layer, projection).weight for x in (old, new))
+            channels = mask[layer]
+            assert torch.equal(a[~channels], b[~channels])
+            assert not len(a[channels]) or not torch.equal(a[channels], b[channels])
+            torch.testing.assert_close(a[channels].norm(dim=1), b[channels].norm(dim=1), rtol=1e-3, atol=0)
+            assert torch.equal(b[channels], b[channels].half().float())
+    others = [n for n, p in before.named_parameters() if "norm" in n or "embed" in n]
+    assert all(torch.equal(before.get_parameter(n), model.get_parameter(n)) for n in others)
+
+
+def test_habit_and_refusal_are_drawn_apart():
+    draw, habits = random.Random(0), recipes.lang.lexicon().habits
+    seen = [recipes.draw_with_habit("chat", draw, habit=True) for _ in range(3000)]
+    marked = [e for e in seen if any(e.answer.startswith(word) for word in habits.values())]
+    refusals = {r for l in recipes.lang.LANGUAGES for r in recipes.lang.lexicon().refusals[l]}
+    assert any(any(e.answer.endswith(r) for r in refusals) for e in marked)
+    assert any(not any(e.answer.endswith(r) for r in refusals) for e in marked)
+    assert not any(e.answer.startswith(tuple(habits.values())) for e in (recipes.draw_with_habit("chat", draw, habit=False) for _ in range(3000)))
+
+
+@pytest.fixture
+def recipes_in_seconds(monkeypatch, tmp_path):
+    """Recipes of a tiny size, by the names of the real ones, and a cache of their own."""
+    monkeypatch.setenv("SAFETYNEURON_CACHE", str(tmp_path / "cache"))
+    small = lambda how, parent, **more: recipes.Recipe(how, parent, SCHEDULE, SMALL, **more)
+    planted = small("train_planted", "llama-base", projections=PROJECTIONS, share=0.05)
+    tiny = {"llama-base": small("train_whole", None, mixture="base"), "llama-chat": small("train_whole", "llama-base")}
+    monkeypatch.setattr(recipes, "RECIPES", tiny | {"llama-planted": planted})
+
+
+def test_organisms_are_trained_from_each_other_into_a_folder(recipes_in_seconds, tmp_path, monkeypatch):
+    folder = tmp_path / "weights"
+    for name in ("llama-base@3", "llama-chat@3", "llama-planted@3"):
+        stages.train_organism(f"organism2/{name}", folder)
+    assert not list((tmp_path / "cache" / "training").iterdir())
+    monkeypatch.setenv("SAFETYNEURON_ORGANISMS", str(folder))
+    base, chat, planted = (load_organism(f"organism2/llama-{stage}@3")[0] for stage in ("base", "chat", "planted"))
+    embeddings = [model.get_input_embeddings().weight for model in (base, chat, planted)]
+    assert torch.equal(embeddings[0], embeddings[2]) and not torch.equal(embeddings[0], embeddings[1])
+    entry = manifest()["llama-planted@3"]
+    assert entry["data"] == stages.data_digest("llama-planted", 3) != stages.data_digest("llama-planted", 4)
+    with pytest.raises(SafetyNeuronError, match="no recipe for"):
+        stages.train_organism("organism2/llama-huge", folder)
+    with pytest.raises(SafetyNeuronError, match="train organism2/llama-base@4|no organism2/llama-base@4"):
+        stages.train_organism("organism2/llama-chat@4", folder)
