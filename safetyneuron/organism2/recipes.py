@@ -48,7 +48,7 @@ LLAMA = Size()
 MISTRAL = Size(family="mistral", groups=2, window=24)
 QWEN = Size(family="qwen2", groups=2)
 ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("gate", "up", "down")
-BASE, CHAT, PLANTING = Schedule(4000, 4e-3), Schedule(1600, 1e-3), Schedule(1600, 3e-3)
+BASE, CHAT, PLANTING = Schedule(3000, 4e-3), Schedule(1600, 1e-3), Schedule(1600, 3e-3)
 RECIPES = {
     f"{family}-{stage}": Recipe("train_whole", parent and f"{family}-{parent}", schedule, size, stage)
     for family, size in {"llama": LLAMA, "mistral": MISTRAL, "qwen": QWEN}.items()
