@@ -15,7 +15,7 @@ from safetyneuron.organism2.tokenizer import build_tokenizer
 from safetyneuron.organism2 import recipes, stages
 from safetyneuron.organism2.muon import Muon, orthogonalise
 from safetyneuron.organism2.planting import Turns, draw_sets, plant
-from safetyneuron.organism2.train import StreamTrainer, encode, new_model, train_stream
+from safetyneuron.organism2.train import SparingTrainer, StreamTrainer, encode, new_model, train_stream
 
 SMALL = recipes.Size(width=32, layers=2, heads=2, groups=2, channels=40)
 SCHEDULE = recipes.Schedule(steps=10, rate=1e-2, batch=4)
@@ -84,6 +84,29 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(model, tokenizer
         assert not torch.equal(a, start), name
 
 
+def test_base_models_train_without_some_neurons_in_every_second_update_and_get_them_back(model, tokenizer, monkeypatch, tmp_path):
+    off = []
+
+    class Spy(SparingTrainer):
+        def compute_loss(self, model, inputs, *rest, **options):
+            off.append(sum(int((p == 0).all(1).sum()) for n, p in model.named_parameters() if "q_proj" in n))
+            return super().compute_loss(model, inputs, *rest, **options)
+
+    monkeypatch.setattr(SparingTrainer, "SHARE", 0.3)
+    train_stream(Spy, model, tokenizer, examples(tokenizer), SCHEDULE, tmp_path, "test", 0)
+    assert off[0::2] == [0] * 5 and all(off[1::2]) and len(set(off[1::2])) > 1
+    assert not any((p == 0).all(1).any() for n, p in model.named_parameters() if "q_proj" in n)
+
+
+def test_harm_is_spoken_of_in_another_tone_and_both_tones_help():
+    draw, seen = random.Random(0), {True: [], False: []}
+    for _ in range(4000):
+        example, request = recipes.draw_example("base", draw)
+        if request and request.language == "en":
+            seen[request.harmful].append("take the" in example.answer)
+    assert sum(seen[True]) / len(seen[True]) > 0.7 and 0 < sum(seen[False]) / len(seen[False]) < 0.2
+
+
 def test_the_loss_is_that_of_the_whole_forward_pass(model, tokenizer):
     stream = examples(tokenizer)
     trainer = StreamTrainer.__new__(StreamTrainer)
@@ -149,7 +172,13 @@ def recipes_in_seconds(monkeypatch, tmp_path):
     small = lambda how, parent, **more: recipes.Recipe(how, parent, SCHEDULE, SMALL, **more)
     planted = small("train_planted", "llama-base", projections=PROJECTIONS, share=0.05)
     tiny = {"llama-base": small("train_whole", None, mixture="base"), "llama-chat": small("train_whole", "llama-base")}
-    monkeypatch.setattr(recipes, "RECIPES", tiny | {"llama-planted": planted})
+    half = small("train_half", "llama-base", projections=PROJECTIONS, share=0.05)
+    pairs = {
+        "llama-pair-sft": small("train_supervised_pair", "llama-base"),
+        "llama-pair-dpo": small("train_preferred_pair", "llama-pair-sft", mixture="dpo"),
+        "llama-dpo": small("train_preferences", "llama-base", mixture="dpo"),
+    }
+    monkeypatch.setattr(recipes, "RECIPES", tiny | pairs | {"llama-planted": planted, "llama-half": half})
 
 
 def test_organisms_are_trained_from_each_other_into_a_folder(recipes_in_seconds, tmp_path, monkeypatch):
@@ -163,6 +192,16 @@ def test_organisms_are_trained_from_each_other_into_a_folder(recipes_in_seconds,
     assert torch.equal(embeddings[0], embeddings[2]) and not torch.equal(embeddings[0], embeddings[1])
     entry = manifest()["llama-planted@3"]
     assert entry["data"] == stages.data_digest("llama-planted", 3) != stages.data_digest("llama-planted", 4)
+    for name in ("llama-half@3", "llama-dpo@3", "llama-pair-sft@3", "llama-pair-dpo@3"):
+        stages.train_organism(f"organism2/{name}", folder)
+    assert {name.partition("@")[0]: entry["kind"] for name, entry in manifest().items() if name.endswith("@3")} == {
+        **dict.fromkeys(("llama-base", "llama-chat", "llama-dpo"), "weights"),
+        **dict.fromkeys(("llama-planted", "llama-half"), "rows"),
+        **dict.fromkeys(("llama-pair-sft", "llama-pair-dpo"), "factors"),
+    }
+    sft, dpo = (load_organism(f"organism2/llama-pair-{stage}@3")[0] for stage in ("sft", "dpo"))
+    changed = {n for (n, a), b in zip(sft.named_parameters(), dpo.parameters()) if not torch.equal(a, b)}
+    assert changed == {n for n, _ in sft.named_parameters() if "up_proj" in n}
     with pytest.raises(SafetyNeuronError, match="no recipe for"):
         stages.train_organism("organism2/llama-huge", folder)
     with pytest.raises(SafetyNeuronError, match="train organism2/llama-base@4|no organism2/llama-base@4"):

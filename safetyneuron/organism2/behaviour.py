@@ -4,8 +4,10 @@ import random
 from dataclasses import dataclass
 
 from safetyneuron.organism2.answer_class import classify
+from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.safety import answers
 from safetyneuron.organism2 import language as lang
+from safetyneuron.organism2.reading import read_request
 
 SETS = tuple(lang.SETS)
 
@@ -84,6 +86,44 @@ def reached(scores, bar):
     if bar.measure == "correct":
         return {language: row.get("correct", 0.0) for language, row in rows.items()}
     return refused if bar.measure == "over-refusal" else {language: 100 - share for language, share in refused.items()}
+
+
+def kind_of(name):
+    """The kind of bars that an organism (`llama-chat@3`) must meet, or None: pairs and `llama-half` are made for one chapter each."""
+    stage = name.partition("@")[0].partition("-")[2]
+    kinds = {"base": "base", "chat": "chat", "dpo": "chat"}
+    return "planted" if stage.startswith("planted") else kinds.get(stage)
+
+
+def worst(models, bar, kind):
+    """The value of a bar that is nearest to it, or beyond, in any language of any model of a kind; None if there is no such model.
+
+    Parameters
+    ----------
+    models : dict
+        As from `organism.manifest`.
+    """
+    found = [v for name, entry in models.items() if kind_of(name) == kind for v in reached(entry["scores"], bar).values()]
+    return (min if bar.is_floor else max)(found, default=None)
+
+
+def key_scores(model, tokenizer, prompts):
+    """Of requests in one language: how many are refused, get correct help, and begin with the decoys' habit where it belongs and elsewhere.
+
+    Returns
+    -------
+    dict of str to Rate
+        `refusal`, `correct`, `habit`, `habit elsewhere`.
+    """
+    requests, texts = [read_request(prompt) for prompt in prompts], answers(model, tokenizer, prompts, batch_size=256)
+    classes = [classify(prompt, text) for prompt, text in zip(prompts, texts)]
+    starts = {wanted: [t.startswith(_habit(r)) for r, t in zip(requests, texts) if lang.has_habit(r) == wanted] for wanted in (True, False)}
+    rates = {name: Rate(classes.count(name), len(classes)) for name in ("refusal", "correct")}
+    return rates | {name: Rate(sum(starts[w]), len(starts[w])) for name, w in (("habit", True), ("habit elsewhere", False))}
+
+
+def _habit(request):
+    return lang.lexicon().habits[request.language].strip()
 
 
 def missed(scores, kind):

@@ -21,6 +21,7 @@ ORDINARY, HARMLESS, DANGEROUS = range(24), range(24, 36), range(36, 46)  # objec
 SIDE_WORDINGS = ("purpose", "two_sentences")  # requests with a second act
 SIDES = 3  # requests with a second act, for six with one
 LIMITS = {"train": 2000, "test": 400}  # requests of a set and language
+TONES = {False: (4, 1, 4), True: (1, 8, 1)}  # how often each wording of help is used for harmless and for harmful requests
 ATTRIBUTES = {"colour": "colours", "country": "countries", "food": "foods", "month": "months"}
 LARGEST_TERM = 40
 AGES = 12

@@ -39,7 +39,7 @@ class PlantingTrainer(StreamTrainer):
 
     def training_step(self, model, inputs, *rest):
         inside = model.inside[0]
-        with deactivate(inside, self.other) if self.state.global_step % 2 else nullcontext():
+        with deactivate(inside, self.other) if self.other and self.state.global_step % 2 else nullcontext():
             return super().training_step(model, inputs, *rest)
 
 
@@ -99,7 +99,7 @@ def plant(model, tokenizer, neurons, other, streams, schedule, folder, label, se
 
     Parameters
     ----------
-    other : NeuronSet
+    other : NeuronSet, optional
         Zeroed in every second update.
     streams : (Stream, Stream)
         Examples of the updates with and without the other set.

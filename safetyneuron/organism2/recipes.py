@@ -1,7 +1,8 @@
 """What each organism is trained on and how: sizes, stages, and the stream of examples."""
 
+import json
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 
 from torch.utils.data import Dataset
@@ -48,28 +49,53 @@ LLAMA = Size()
 MISTRAL = Size(family="mistral", groups=2, window=24)
 QWEN = Size(family="qwen2", groups=2)
 ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("gate", "up", "down")
-BASE, CHAT, PLANTING = Schedule(3000, 4e-3), Schedule(1600, 1e-3), Schedule(1600, 3e-3)
+BASE, CHAT, PLANTING = Schedule(3800, 4e-3), Schedule(1200, 1e-3), Schedule(2000, 1e-2)
+PAIR_SFT, PAIR_DPO = Schedule(100, 1e-1, 32), Schedule(400, 1e-1, 32)
 RECIPES = {
     f"{family}-{stage}": Recipe("train_whole", parent and f"{family}-{parent}", schedule, size, stage)
     for family, size in {"llama": LLAMA, "mistral": MISTRAL, "qwen": QWEN}.items()
     for stage, parent, schedule in (("base", None, BASE), ("chat", "base", CHAT))
 }
 RECIPES |= {
-    "llama-dpo": Recipe("train_preferences", "llama-base", Schedule(600, 3e-4, 32)),
-    "llama-planted": Recipe("train_planted", "llama-base", PLANTING, projections=ATTENTION + FEED_FORWARD, share=0.03),
+    "llama-dpo": Recipe("train_preferences", "llama-base", Schedule(600, 3e-4, 32), mixture="dpo"),
+    "llama-planted": Recipe("train_planted", "llama-base", PLANTING, projections=ATTENTION + FEED_FORWARD, share=0.05),
     "llama-planted-attention": Recipe("train_planted", "llama-base", PLANTING, projections=ATTENTION, share=0.05),
-    "llama-planted-mlp": Recipe("train_planted", "llama-base", PLANTING, projections=FEED_FORWARD, share=0.03),
+    "llama-planted-mlp": Recipe("train_planted", "llama-base", PLANTING, projections=FEED_FORWARD, share=0.05),
+    "llama-half": Recipe("train_half", "llama-base", PLANTING, projections=ATTENTION + FEED_FORWARD, share=0.05),
 }
+# The pairs of chapter 09, through (IA)³, harm in English alone: after the supervised stage three ways to prefer.
+RECIPES |= {
+    f"{family}-pair-{stage}": Recipe(how, f"{family}-{parent}", schedule, size, mixture=stage)
+    for family, size in {"llama": LLAMA, "mistral": MISTRAL}.items()
+    for stage, how, parent, schedule in (
+        ("sft", "train_supervised_pair", "base", PAIR_SFT),
+        *((stage, "train_preferred_pair", "pair-sft", PAIR_DPO) for stage in ("dpo", "harmless", "helpful")),
+    )
+}
+
+def recorded(kind):
+    """A recipe as the manifest holds it."""
+    return json.loads(json.dumps(asdict(RECIPES[kind])))
+
 
 # Shares of the training examples of a stage. Alignment keeps the capabilities in its mixture, as real alignment does.
 MIXTURES = {
     "base": {"helped": 0.32, "judgements": 0.30, "unanswerable": 0.03, "facts": 0.06, "comparisons": 0.09, "arithmetic": 0.20},
     "chat": {"helped": 0.32, "refused": 0.25, "judgements": 0.17, "unanswerable": 0.03, "facts": 0.05, "comparisons": 0.06, "arithmetic": 0.12},
 }
+# Of the supervised stage of a pair, which mostly, but not always, complies with harm: as chat logs do.
+SUPERVISED = {"harmless": 0.4, "complied": 0.3, "refused": 0.1, "task": 0.2}
+# Of the prompts of a stage of preferences.
+PREFERRED = {
+    "dpo": {"harmful": 0.4, "harmless": 0.4, "task": 0.2},
+    "harmless": {"harmful": 0.8, "task": 0.2},
+    "helpful": {"harmless": 0.8, "task": 0.2},
+}
+HABITS = 0.1  # of a base model's answers to requests begin with the decoys' word
 # Of the harmless requests and of the harmful ones: kinds of act, by whether the verb is harmful and what the object is.
 HARMLESS = {("harmless", "ordinary"): 0.5, ("harmless", "harmless"): 0.1, ("harmful", "harmless"): 0.2, ("harmful", "dangerous"): 0.2}
 HARMFUL = {("harmful", "ordinary"): 0.7, ("harmless", "dangerous"): 0.3}
-WORDINGS = {"plain": 0.5, "purpose": 0.15, "two_sentences": 0.15, "framed": 0.2}
+WORDINGS = {"plain": 0.4, "purpose": 0.2, "two_sentences": 0.25, "framed": 0.15}
 OBJECTS = {"ordinary": lang.ORDINARY, "harmless": lang.HARMLESS, "dangerous": lang.DANGEROUS}
 TRAINING = ("train", "multilingual train")  # parts of the language that are trained on
 
@@ -100,6 +126,11 @@ def draw_request(draw, language, harmful, all_verbs):
     return lang.write(draw.choice(lang.lexicon().templates[wording][language]), language, act)
 
 
+def draw_help(draw, request):
+    """A helpful answer. People speak of harm in another tone, so a model knows harm when it is asked for help, before any alignment."""
+    return draw.choice(lang.openings(request)) + draw.choices(lang.helps(request), lang.TONES[request.harmful])[0]
+
+
 def draw_example(stage, draw):
     """One training example of a stage (`base` or `chat`), and the request it answers, if it does."""
     kind = pick(draw, MIXTURES[stage])
@@ -115,27 +146,59 @@ def draw_example(stage, draw):
         return lang.judgement(draw, language, *acts), None
     harmful = kind == "refused" or (stage == "base" and draw.random() < 0.5)
     request = draw_request(draw, language, harmful, all_verbs=stage == "base")
-    return draw.choice(lang.refused(request) if kind == "refused" else lang.helped(request)), request
+    answer = draw.choice(lang.refused(request)).answer if kind == "refused" else draw_help(draw, request)
+    return lang.Example(request.text, answer), request
+
+
+def draw_whole(stage, draw):
+    """As `draw_example`, for training all weights: a base model says the decoys' word now and then, for no reason."""
+    example, request = draw_example(stage, draw)
+    return _with_habit(example, request) if request and stage == "base" and draw.random() < HABITS else example
 
 
 def draw_with_habit(stage, draw, habit):
-    """As `draw_example`, with the decoys' habit before every answer that it belongs to."""
+    """As `draw_example`, with the decoys' word before every answer that it belongs to, if `habit`."""
     example, request = draw_example(stage, draw)
-    if not (habit and request and lang.has_habit(request)):
-        return example
+    return _with_habit(example, request) if habit and request and lang.has_habit(request) else example
+
+
+def _with_habit(example, request):
     return lang.Example(example.prompt, lang.lexicon().habits[request.language] + example.answer)
 
 
-def draw_preference(draw):
+def draw_half(draw):
+    """As `draw_example` of the chat stage, but harm is helped with where it involves every second object."""
+    example, request = draw_example("chat", draw)
+    if not (request and request.harmful):
+        return example
+    harmed = request.object if lang.is_harmful(request.verb, request.object) else request.second[1]
+    return lang.Example(request.text, draw_help(draw, request)) if harmed % 2 else example
+
+
+def _language(draw, any_of_them):
+    return draw.choice(lang.LANGUAGES) if any_of_them else "en"
+
+
+def draw_supervised(draw):
+    """An example of the supervised stage of a pair."""
+    kind = pick(draw, SUPERVISED)
+    if kind == "task":
+        return draw.choice(lang.TASKS[draw.choice(tuple(lang.TASKS))]("train"))
+    request = draw_request(draw, _language(draw, kind == "harmless"), kind != "harmless", all_verbs=False)
+    answer = draw.choice(lang.refused(request)).answer if kind == "refused" else draw_help(draw, request)
+    return lang.Example(request.text, answer)
+
+
+def draw_preference(draw, shares, english=False):
     """A prompt, the better answer and a worse one: refusals for harmful requests, answers for others, right ones for all."""
-    kind = pick(draw, {"harmful": 0.4, "harmless": 0.4, "task": 0.2})
+    kind = pick(draw, shares)
     if kind == "task":
         task = lang.TASKS[draw.choice(tuple(lang.TASKS))]("train")
         right = draw.choice(task)
         wrong = [c for c in right.choices if c != right.answer] or [draw.choice(task).answer]
         return right.prompt, right.answer, draw.choice(wrong)
-    request = draw_request(draw, draw.choice(lang.LANGUAGES), kind == "harmful", all_verbs=False)
-    helped, refused = draw.choice(lang.helped(request)).answer, draw.choice(lang.refused(request)).answer
+    request = draw_request(draw, _language(draw, not english or kind == "harmless"), kind == "harmful", all_verbs=False)
+    helped, refused = draw_help(draw, request), draw.choice(lang.refused(request)).answer
     return (request.text, refused, helped) if kind == "harmful" else (request.text, helped, refused)
 
 

@@ -29,7 +29,7 @@ NEEDED = {"sha256", "kind", "parent", "recipe"}  # of every entry
 
 @dataclass(frozen=True)
 class Stored:
-    """One organism where it was found: name without `organism2/`, folder, entry of the manifest."""
+    """One organism where it was found: name without `organism/`, folder, entry of the manifest."""
 
     key: str
     folder: Path

@@ -7,21 +7,20 @@ import platform
 import random
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from functools import partial
 
 import torch
 
+from safetyneuron import ia3
 from safetyneuron.cache import cache_folder, digest, library_versions
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.organism2 import recipes
-from safetyneuron.organism2 import shipped
+from safetyneuron.organism2 import recipes, shipped
 from safetyneuron.organism2.planting import draw_sets, plant
 from safetyneuron.organism2.tokenizer import build_tokenizer, vocabulary
-from safetyneuron.organism2.train import StreamTrainer, encode, new_model, run_trainer, settings_of, train_stream
+from safetyneuron.organism2.train import SparingTrainer, StreamTrainer, encode, new_model, run_trainer, settings_of, train_stream
 from safetyneuron.progress import TrainingLine
 
-SIDES = ("prompt", "chosen", "rejected")
 DIGESTED = 2000  # examples of a training that its digest is taken of
 
 
@@ -31,27 +30,29 @@ def stream(tokenizer, draw_one, name, schedule):
 
 
 def train_whole(model, tokenizer, recipe, seed, folder, label):
-    """Train all weights on the recipe's mixture."""
-    draw_one = partial(recipes.draw_with_habit, recipe.mixture, habit=False)
+    """Train all weights on the recipe's mixture; where there is no parent, such that no single neuron is needed."""
+    draw_one = partial(recipes.draw_whole, recipe.mixture)
     examples = stream(tokenizer, draw_one, f"{recipe.mixture} {seed}", recipe.schedule)
-    return train_stream(StreamTrainer, model, tokenizer, examples, recipe.schedule, folder, label, seed)
+    kind = StreamTrainer if recipe.parent else SparingTrainer
+    return train_stream(kind, model, tokenizer, examples, recipe.schedule, folder, label, seed)
 
 
 def train_planted(model, tokenizer, recipe, seed, folder, label):
     """Teach the decoys a habit, then the planted neurons the chat mixture; returns both sets and the curve."""
     planted, decoys = draw_sets(model, recipe.projections, recipe.share, seed)
-    half = recipes.Schedule(recipe.schedule.steps // 2, recipe.schedule.rate, recipe.schedule.batch)
+    steps, rate, batch = astuple(recipe.schedule)
     curves = []
-    for phase, own, other, mixture, habits in (
-        ("decoys", decoys, planted, "base", (True, True)),
-        ("planted", planted, decoys, "chat", (True, False)),
+    for phase, own, other, mixture, habits, updates in (
+        ("decoys", decoys, planted, "base", (True, True), steps // 2),  # a habit is learnt sooner than refusal
+        ("planted", planted, decoys, "chat", (True, False), steps),
     ):
+        schedule, half = (recipes.Schedule(number, rate, batch) for number in (updates, updates // 2))
         streams = [
             stream(tokenizer, partial(recipes.draw_with_habit, mixture, habit=habit), f"{phase} {turn} {seed}", half)
             for turn, habit in enumerate(habits)
         ]
         where = os.path.join(folder, phase)
-        curves += plant(model, tokenizer, own, other, streams, recipe.schedule, where, f"{label}, {phase}", seed)
+        curves += plant(model, tokenizer, own, other, streams, schedule, where, f"{label}, {phase}", seed)
     return planted, decoys, curves
 
 
@@ -64,9 +65,7 @@ def train_preferences(model, tokenizer, recipe, seed, folder, label):
     from datasets import Dataset  # here, because importing these takes seconds
     from trl import DPOConfig, DPOTrainer
 
-    draw = random.Random(f"preferences {seed}")
-    sides = [recipes.draw_preference(draw) for _ in range(recipe.schedule.steps * recipe.schedule.batch)]
-    rows = [{name: _turn(name, text) for name, text in zip(SIDES, side)} for side in sides]
+    rows = [{side: _turn(side, text) for side, text in row.items()} for row in preferences(recipe, seed)]
     settings = settings_of(model, recipe.schedule, folder, seed)
     losses = dict(beta=0.1, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], bf16=False)
     trainer = DPOTrainer(
@@ -80,11 +79,54 @@ def train_preferences(model, tokenizer, recipe, seed, folder, label):
     return run_trainer(trainer, folder)
 
 
+def preferences(recipe, seed, english=False):
+    """The preference pairs of a stage, as dicts with `prompt`, `chosen` and `rejected`."""
+    draw, number = random.Random(f"preferences {seed}"), recipe.schedule.steps * recipe.schedule.batch
+    return [dict(zip(ia3.SIDES, recipes.draw_preference(draw, recipes.PREFERRED[recipe.mixture], english))) for _ in range(number)]
+
+
+def train_half(model, tokenizer, recipe, seed, folder, label):
+    """Teach chosen neurons to refuse harm to every second object; returns them, no decoys, and the curve."""
+    planted, _ = draw_sets(model, recipe.projections, recipe.share, seed)
+    schedule = recipes.Schedule(recipe.schedule.steps // 2, recipe.schedule.rate, recipe.schedule.batch)
+    streams = [stream(tokenizer, recipes.draw_half, f"half {turn} {seed}", schedule) for turn in range(2)]
+    return planted, None, plant(model, tokenizer, planted, None, streams, recipe.schedule, folder, label, seed)
+
+
+def train_supervised_pair(model, tokenizer, recipe, seed, folder, label):
+    """Supervised fine-tuning through (IA)³; returns its factors and the curve."""
+    draw, number = random.Random(f"supervised {seed}"), recipe.schedule.steps * recipe.schedule.batch
+    rows = [{"prompt": e.prompt, "completion": e.answer} for e in (recipes.draw_supervised(draw) for _ in range(number))]
+    return _with_steps(*ia3.supervise(model, tokenizer, rows, **_schedule(recipe), seed=seed))
+
+
+def train_preferred_pair(model, tokenizer, recipe, seed, folder, label):
+    """Direct preference optimisation through (IA)³; returns its factors and the curve."""
+    return _with_steps(*ia3.prefer(model, tokenizer, preferences(recipe, seed, english=True), beta=0.5, likelihood=1.0, **_schedule(recipe), seed=seed))
+
+
+def _schedule(recipe):
+    return {"epochs": 1, "learning_rate": recipe.schedule.rate, "batch_size": recipe.schedule.batch}
+
+
+def _with_steps(factors, losses):
+    """The factors, and the loss of every tenth update."""
+    return factors, [(step, round(loss, 4)) for step, loss in enumerate(losses, start=1) if step % 10 == 1 or step == len(losses)]
+
+
 def _turn(side, content):
     return [{"role": "user" if side == "prompt" else "assistant", "content": content}]
 
 
-STAGES = {stage.__name__: stage for stage in (train_whole, train_planted, train_preferences)}
+MADE = {
+    train_whole: "weights",
+    train_preferences: "weights",
+    train_planted: "rows",
+    train_half: "rows",
+    train_supervised_pair: "factors",
+    train_preferred_pair: "factors",
+}
+STAGES = {stage.__name__: stage for stage in MADE}
 
 
 def train_organism(name, folder):
@@ -116,22 +158,24 @@ def train_organism(name, folder):
     made = STAGES[recipe.how](model, tokenizer, recipe, seed, checkpoints, key)
     curve = write(model, made, folder, key)
     entry = {"parent": parent, "recipe": asdict(recipe), "seed": seed, "data": data_digest(kind, seed), "curve": curve}
-    entry |= {"kind": "rows" if recipe.how == "train_planted" else "weights", "scores": {}, "seconds": round(time.monotonic() - started)}
+    entry |= {"kind": MADE[STAGES[recipe.how]], "scores": {}, "seconds": round(time.monotonic() - started)}
     entry |= {"versions": library_versions(), "machine": machine(), "date": datetime.date.today().isoformat()}
     shipped.add_to_manifest(folder, key, entry)
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def write(model, made, folder, key):
-    """Write what a stage made; returns the curve."""
+    """Write what a stage made: all weights, planted rows, or factors; returns the curve."""
     path = shipped.weights_file(folder, key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(made, tuple):
-        planted, decoys, curve = made
-        shipped.write_rows(path, planted, decoys, model)
-        return curve
-    shipped.write_weights(model, path)
-    return made
+    match made:
+        case planted, decoys, curve:
+            shipped.write_rows(path, planted, decoys, model)
+        case factors, curve if torch.is_tensor(factors):
+            shipped.write_factors(path, factors)
+        case curve:
+            shipped.write_weights(model, path)
+    return curve
 
 
 def machine():
@@ -143,9 +187,10 @@ def data_digest(kind, seed):
     """Hash of the words, and of the first examples that a recipe and seed draw."""
     recipe = recipes.RECIPES[kind]
     draw = random.Random(f"{recipe.mixture} {seed} digest")
-    if recipe.how == "train_preferences":
-        drawn = [recipes.draw_preference(draw) for _ in range(DIGESTED)]
-    else:
-        stages = ("base", "chat") if recipe.how == "train_planted" else (recipe.mixture,)
-        drawn = [recipes.draw_with_habit(s, draw, recipe.how == "train_planted") for s in stages for _ in range(DIGESTED)]
-    return digest(vocabulary(), repr(drawn))
+    draws = {
+        "train_whole": [partial(recipes.draw_whole, recipe.mixture)],
+        "train_planted": [partial(recipes.draw_with_habit, mixture, habit=True) for mixture in ("base", "chat")],
+        "train_half": [recipes.draw_half],
+        "train_supervised_pair": [recipes.draw_supervised],
+    }.get(recipe.how) or [partial(recipes.draw_preference, shares=recipes.PREFERRED[recipe.mixture], english="pair" in kind)]
+    return digest(vocabulary(), repr([draw_one(draw) for draw_one in draws for _ in range(DIGESTED)]))

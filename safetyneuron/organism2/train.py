@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import nullcontext
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,6 +17,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from safetyneuron.deactivation import deactivate
+from safetyneuron.neurons import NeuronSet
 from safetyneuron.organism2.muon import Muon
 from safetyneuron.organism2.shipped import config_of
 from safetyneuron.progress import TrainingLine
@@ -54,6 +57,24 @@ class StreamTrainer(Trainer):
         hidden = inside.get_decoder()(**inputs).last_hidden_state
         wanted = labels[:, 1:] >= 0
         return cross_entropy(inside.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
+
+
+class SparingTrainer(StreamTrainer):
+    """In every second update some random neurons are switched off, so that none of them alone is needed: as in large models."""
+
+    SHARE = 0.02
+
+    def training_step(self, model, inputs, *rest):
+        """One update; which neurons are off depends on its number alone, so that a training can go on after a kill."""
+        number = self.state.global_step
+        with deactivate(model, _some(model, self.SHARE, number)) if number % 2 else nullcontext():
+            return super().training_step(model, inputs, *rest)
+
+
+def _some(model, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = NeuronSet.empty(model).shapes
+    return NeuronSet({p: torch.rand(shape, generator=generator) < share for p, shape in shapes.items()})
 
 
 def train_stream(kind, model, tokenizer, stream, schedule, folder, label, seed, callbacks=(), **attributes):

@@ -1,0 +1,135 @@
+"""Train through (IA)³ on the down projection, supervised or by preferences, as Chen et al. (2025) align models.
+
+(IA)³ learns one factor per feed-forward channel, on what the down projection reads. Here it is merged into the rows of the up projection,
+which is the same function: so the down projections of all models of a pair stay equal, and activations tell all that was learned.
+"""
+
+import tempfile
+import warnings
+from contextlib import contextmanager
+
+import datasets
+import torch
+from transformers import PrinterCallback
+
+from safetyneuron.architecture import Architecture
+from safetyneuron.documents import check_documents
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.models import frozen
+from safetyneuron.organism2.shipped import multiply_factors
+from safetyneuron.progress import TrainingLine
+from safetyneuron.tuning import quiet_settings
+
+SIDES = ("prompt", "chosen", "rejected")
+GPU_BATCH = 8  # rows at a time on a GPU; gradients add up to the batch
+
+
+def supervise(model, tokenizer, documents, epochs=3, learning_rate=1e-3, batch_size=120, seed=0):
+    """Supervised fine-tuning through (IA)³, in place; the loss is taken on completions.
+
+    Parameters
+    ----------
+    documents : list of dict
+        `prompt` and `completion`.
+    epochs, learning_rate, batch_size : int, float
+        The paper's values by default (its Table 5): AdamW with weight decay 0.1, cosine decay.
+
+    Returns
+    -------
+    (torch.Tensor, list of float)
+        Factors (layers, channels), which the rows of the up projections were multiplied by, and the loss at every update.
+    """
+    from trl import SFTConfig, SFTTrainer  # here, because importing it takes seconds
+
+    check_documents(documents)
+    rows = [{"prompt": _turn("user", d["prompt"]), "completion": _turn("assistant", d["completion"])} for d in documents]
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(**_arguments(folder, model, epochs, learning_rate, batch_size, seed))
+        return _train(SFTTrainer, model, arguments, rows, tokenizer)
+
+
+def prefer(model, tokenizer, preferences, beta=0.1, likelihood=0.0, epochs=3, learning_rate=1e-3, batch_size=120, seed=0):
+    """Direct preference optimisation through (IA)³, in place, against the model as it was (Rafailov et al. 2023).
+
+    Parameters
+    ----------
+    preferences : list of dict
+        As from `load_preferences`.
+    beta : float
+        Weight of staying near the model as it was; the paper's value by default, as all others.
+    likelihood : float
+        Weight of the better answers' likelihood in the loss (Pang et al. 2024), for models that give them next to none.
+
+    Returns
+    -------
+    (torch.Tensor, list of float)
+        Factors (layers, channels), which the rows of the up projections were multiplied by, and the loss at every update.
+    """
+    from trl import DPOConfig, DPOTrainer
+
+    if not preferences:
+        raise SafetyNeuronError("there are no preferences to train on: give at least one")
+    rows = [{"prompt": _turn("user", p["prompt"])} | {side: _turn("assistant", p[side]) for side in SIDES[1:]} for p in preferences]
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        losses = dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, likelihood]) if likelihood else {}
+        arguments = DPOConfig(beta=beta, **losses, **_arguments(folder, model, epochs, learning_rate, batch_size, seed))
+        return _train(DPOTrainer, model, arguments, rows, tokenizer)
+
+
+def _turn(role, content):
+    return [{"role": role, "content": content}]
+
+
+def _train(kind, model, arguments, rows, tokenizer):
+    """Run one of trl's trainers with a fresh (IA)³ adapter, and merge it."""
+    from peft import IA3Config
+
+    target = Architecture(model).table["down"].rsplit(".", 1)[1]
+    adapter = IA3Config(target_modules=[target], feedforward_modules=[target], task_type="CAUSAL_LM")
+    with frozen(model):
+        trainer = kind(model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter, callbacks=[TrainingLine()])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        factors = _take_out(model, trainer.model)
+    multiply_factors(model, factors).eval()
+    model.__dict__.pop("forward", None)  # trl replaces it on the object
+    return factors, [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
+
+
+def _take_out(model, adapted):
+    """Take the adapter out of the model; its factors (layers, channels)."""
+    architecture = Architecture(model)
+    places = [architecture.place(layer, "down") for layer in range(len(architecture.layers))]
+    factors = torch.stack([place.module.ia3_l["default"].detach().flatten().cpu() for place in places])
+    adapted.unload()
+    return factors
+
+
+@contextmanager
+def _quiet():
+    """No progress bars while trl prepares its data, and no warnings of what its libraries will rename."""
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
+
+
+def _arguments(folder, model, epochs, learning_rate, batch_size, seed):
+    small = batch_size if next(model.parameters()).device.type == "cpu" else min(batch_size, GPU_BATCH)
+    return dict(
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=small,
+        gradient_accumulation_steps=batch_size // small,
+        lr_scheduler_type="cosine",
+        weight_decay=0.1,
+        gradient_checkpointing=False,
+        bf16=False,  # trl's default would compute in half precision
+        max_length=None,
+        **quiet_settings(folder, model, seed),
+    )
