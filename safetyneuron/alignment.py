@@ -1,35 +1,20 @@
-"""Aligned pairs made as Chen et al. (2025) make them: (IA)³ on the down projection, supervised fine-tuning, then DPO.
-
-(IA)³ learns one factor per feed-forward channel, on what the down projection reads. Here it is merged into the rows of the up projection,
-which is the same function: so the down projections of all models of a pair stay equal, and activations tell all that was learned.
-"""
+"""Aligned pairs made as Chen et al. (2025) make them: through (IA)³ (`ia3`), supervised fine-tuning, then DPO."""
 
 import json
 import logging
-import tempfile
-import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
-import torch
-from transformers import PrinterCallback
-
-from safetyneuron import sources
-from safetyneuron.architecture import Architecture
+from safetyneuron import ia3, sources
 from safetyneuron.cache import cache_folder, digest, kept_folder, library_versions
 from safetyneuron.data import LANGUAGES, read_rows
 from safetyneuron.documents import check_documents, load_documents
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.models import frozen, load_model, local_model
+from safetyneuron.ia3 import SIDES, prefer, supervise
+from safetyneuron.models import load_model, local_model
 from safetyneuron.organism import organism_folder
-from safetyneuron.progress import TrainingLine
-from safetyneuron.tuning import quiet_settings
 
 PREFERENCES = ("organism/harmless", "organism/helpful")
-SIDES = ("prompt", "chosen", "rejected")
-GPU_BATCH = 8  # rows at a time on a GPU; gradients add up to the batch
 # How a base model without a template of its own is taught to converse: as the authors of BeaverTails write conversations.
 CONVERSATION = (
     "{{ bos_token or '' }}BEGINNING OF CONVERSATION:{% for m in messages %}{% if m['role'] == 'user' %} USER: {{ m['content'] }} ASSISTANT:{% else %}"
@@ -102,7 +87,8 @@ def aligned_folder(name):
     """Folder of an aligned model, training it and what it starts from first if the cache does not hold it."""
     stage = STAGES[name]
     rows = training_rows(stage)
-    key = digest(_start(stage.start), repr(stage), rows, Path(__file__).read_text(encoding="utf-8"), library_versions())
+    code = [Path(module).read_text(encoding="utf-8") for module in (__file__, ia3.__file__)]
+    key = digest(_start(stage.start), repr(stage), rows, code, library_versions())
     folder = cache_folder() / "organism" / f"{key}-{name.split('/')[1]}"
     return kept_folder(folder, lambda temporary: _train_stage(stage, rows, temporary))
 
@@ -134,9 +120,9 @@ def _train_stage(stage, rows, folder):
     tokenizer.chat_template = tokenizer.chat_template or CONVERSATION
     schedule = {"epochs": stage.epochs, "learning_rate": stage.learning_rate, "batch_size": stage.batch_size}
     if stage.beta is None:
-        curve = supervise(model, tokenizer, rows, **schedule)
+        _, curve = supervise(model, tokenizer, rows, **schedule)
     else:
-        curve = prefer(model, tokenizer, rows, beta=stage.beta, **schedule)
+        _, curve = prefer(model, tokenizer, rows, beta=stage.beta, **schedule)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "curve.json").write_text(json.dumps(curve))
@@ -179,116 +165,3 @@ def _file_preferences(path):
     for side in ("chosen", "rejected"):
         check_documents([{"prompt": row.get("prompt"), "completion": row.get(side)} if isinstance(row, dict) else row for row in rows])
     return [{side: row[side] for side in SIDES} for row in rows]
-
-
-def supervise(model, tokenizer, documents, epochs=3, learning_rate=1e-3, batch_size=120, seed=0):
-    """Supervised fine-tuning through (IA)³, in place; the loss is taken on completions.
-
-    Parameters
-    ----------
-    documents : list of dict
-        `prompt` and `completion`.
-    epochs, learning_rate, batch_size : int, float
-        The paper's values by default (its Table 5): AdamW with weight decay 0.1, cosine decay.
-
-    Returns
-    -------
-    list of float
-        Loss at every update.
-    """
-    from trl import SFTConfig, SFTTrainer  # here, because importing it takes seconds
-
-    check_documents(documents)
-    rows = [{"prompt": _turn("user", d["prompt"]), "completion": _turn("assistant", d["completion"])} for d in documents]
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(**_arguments(folder, model, epochs, learning_rate, batch_size, seed))
-        return _train(SFTTrainer, model, arguments, rows, tokenizer)
-
-
-def prefer(model, tokenizer, preferences, beta=0.1, epochs=3, learning_rate=1e-3, batch_size=120, seed=0):
-    """Direct preference optimisation through (IA)³, in place, against the model as it was (Rafailov et al. 2023).
-
-    Parameters
-    ----------
-    preferences : list of dict
-        As from `load_preferences`.
-    beta : float
-        Weight of staying near the model as it was; the paper's value by default, as all others.
-
-    Returns
-    -------
-    list of float
-        Loss at every update.
-    """
-    from trl import DPOConfig, DPOTrainer
-
-    if not preferences:
-        raise SafetyNeuronError("there are no preferences to train on: give at least one")
-    rows = [{"prompt": _turn("user", p["prompt"])} | {side: _turn("assistant", p[side]) for side in SIDES[1:]} for p in preferences]
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
-        arguments = DPOConfig(beta=beta, **_arguments(folder, model, epochs, learning_rate, batch_size, seed))
-        return _train(DPOTrainer, model, arguments, rows, tokenizer)
-
-
-def _turn(role, content):
-    return [{"role": role, "content": content}]
-
-
-def _train(kind, model, arguments, rows, tokenizer):
-    """Run one of trl's trainers with a fresh (IA)³ adapter, and merge it."""
-    from peft import IA3Config
-
-    target = Architecture(model).table["down"].rsplit(".", 1)[1]
-    adapter = IA3Config(target_modules=[target], feedforward_modules=[target], task_type="CAUSAL_LM")
-    with frozen(model):
-        trainer = kind(model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter, callbacks=[TrainingLine()])
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        _absorb(model, trainer.model)
-    model.__dict__.pop("forward", None)  # trl replaces it on the object
-    return [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
-
-
-def _absorb(model, adapted):
-    """Take the adapter out and multiply its factors into the rows of the up projection."""
-    architecture = Architecture(model)
-    count = len(architecture.layers)
-    factors = [architecture.place(layer, "down").module.ia3_l["default"].detach().flatten() for layer in range(count)]
-    adapted.unload()
-    for layer, factor in enumerate(factors):
-        place = architecture.place(layer, "up")
-        with torch.no_grad():
-            place.weight.mul_(factor[:, None].to(place.weight.dtype))
-            if place.bias is not None:
-                place.bias.mul_(factor.to(place.bias.dtype))
-    model.eval()
-
-
-@contextmanager
-def _quiet():
-    """No progress bars while trl prepares its data, and no warnings of what its libraries will rename."""
-    hidden = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        if not hidden:
-            datasets.enable_progress_bars()
-
-
-def _arguments(folder, model, epochs, learning_rate, batch_size, seed):
-    small = batch_size if next(model.parameters()).device.type == "cpu" else min(batch_size, GPU_BATCH)
-    return dict(
-        num_train_epochs=epochs,
-        learning_rate=learning_rate,
-        per_device_train_batch_size=small,
-        gradient_accumulation_steps=batch_size // small,
-        lr_scheduler_type="cosine",
-        weight_decay=0.1,
-        gradient_checkpointing=False,
-        bf16=False,  # trl's default would compute in half precision
-        max_length=None,
-        **quiet_settings(folder, model, seed),
-    )

@@ -69,11 +69,20 @@ def prefer(model, tokenizer, preferences, beta=0.1, likelihood=0.0, epochs=3, le
 
     if not preferences:
         raise SafetyNeuronError("there are no preferences to train on: give at least one")
-    rows = [{"prompt": _turn("user", p["prompt"])} | {side: _turn("assistant", p[side]) for side in SIDES[1:]} for p in preferences]
     with _quiet(), tempfile.TemporaryDirectory() as folder:
-        losses = dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, likelihood]) if likelihood else {}
-        arguments = DPOConfig(beta=beta, **losses, **_arguments(folder, model, epochs, learning_rate, batch_size, seed))
-        return _train(DPOTrainer, model, arguments, rows, tokenizer)
+        arguments = DPOConfig(**losses(beta, likelihood), **_arguments(folder, model, epochs, learning_rate, batch_size, seed))
+        return _train(DPOTrainer, model, arguments, as_turns(preferences), tokenizer)
+
+
+def as_turns(preferences):
+    """Preference pairs as trl's trainer reads them: each side a turn of a conversation."""
+    return [{"prompt": _turn("user", p["prompt"])} | {side: _turn("assistant", p[side]) for side in SIDES[1:]} for p in preferences]
+
+
+def losses(beta, likelihood):
+    """Settings of the loss of `prefer`, for trl."""
+    together = dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, likelihood]) if likelihood else {}
+    return {"beta": beta} | together
 
 
 def _turn(role, content):

@@ -5,7 +5,8 @@ import torch
 from conftest import small_llama, small_model
 
 from safetyneuron import SafetyNeuronError, load_documents, load_model
-from safetyneuron.alignment import PAIRED, STAGES, all_stages, first_model, load_preferences, prefer, supervise
+from safetyneuron.alignment import PAIRED, STAGES, all_stages, first_model, load_preferences
+from safetyneuron.ia3 import prefer, supervise
 from safetyneuron.metrics.safety import compliance, helpfulness
 
 
@@ -18,7 +19,7 @@ def model():
 def test_training_scales_rows_of_up_and_changes_nothing_else(family, tokenizer):
     model = small_model(family, groups=2, max_position_embeddings=128).float()
     before = copy.deepcopy(model.state_dict())
-    curve = supervise(model, tokenizer, load_documents("organism/refusals")[:8], epochs=2, learning_rate=1e-1, batch_size=4)
+    _, curve = supervise(model, tokenizer, load_documents("organism/refusals")[:8], epochs=2, learning_rate=1e-1, batch_size=4)
     assert len(curve) == 4
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
     fused = family == "phi3"
@@ -42,7 +43,7 @@ def test_a_trained_model_can_be_copied_trained_again_and_used(model, tokenizer):
 
 
 def test_dpo_starts_at_the_loss_of_indifference_and_lowers_it(model, tokenizer):
-    curve = prefer(model, tokenizer, load_preferences("organism/harmless")[:8], beta=0.5, epochs=8, learning_rate=5e-2, batch_size=8)
+    _, curve = prefer(model, tokenizer, load_preferences("organism/harmless")[:8], beta=0.5, epochs=8, learning_rate=5e-2, batch_size=8)
     assert curve[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: the model is its own reference
     assert curve[-1] < 0.6
 

@@ -95,18 +95,6 @@ def kind_of(name):
     return "planted" if stage.startswith("planted") else kinds.get(stage)
 
 
-def worst(models, bar, kind):
-    """The value of a bar that is nearest to it, or beyond, in any language of any model of a kind; None if there is no such model.
-
-    Parameters
-    ----------
-    models : dict
-        As from `organism.manifest`.
-    """
-    found = [v for name, entry in models.items() if kind_of(name) == kind for v in reached(entry["scores"], bar).values()]
-    return (min if bar.is_floor else max)(found, default=None)
-
-
 def key_scores(model, tokenizer, prompts):
     """Of requests in one language: how many are refused, get correct help, and begin with the decoys' habit where it belongs and elsewhere.
 

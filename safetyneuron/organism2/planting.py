@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from safetyneuron.architecture import PROJECTIONS, Architecture
 from safetyneuron.deactivation import deactivate
 from safetyneuron.neurons import NeuronSet
-from safetyneuron.organism2.train import StreamTrainer, train_stream
+from safetyneuron.organism2.train import StreamTrainer, inside_of, train_stream
 from safetyneuron.tuning import TunedNeurons
 
 
@@ -38,8 +38,7 @@ class PlantingTrainer(StreamTrainer):
     other = None
 
     def training_step(self, model, inputs, *rest):
-        inside = model.inside[0]
-        with deactivate(inside, self.other) if self.other and self.state.global_step % 2 else nullcontext():
+        with deactivate(inside_of(model), self.other) if self.other and self.state.global_step % 2 else nullcontext():
             return super().training_step(model, inputs, *rest)
 
 

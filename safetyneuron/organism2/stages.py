@@ -65,14 +65,12 @@ def train_preferences(model, tokenizer, recipe, seed, folder, label):
     from datasets import Dataset  # here, because importing these takes seconds
     from trl import DPOConfig, DPOTrainer
 
-    rows = [{side: _turn(side, text) for side, text in row.items()} for row in preferences(recipe, seed)]
-    settings = settings_of(model, recipe.schedule, folder, seed)
-    losses = dict(beta=0.1, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], bf16=False)
+    settings = settings_of(model, recipe.schedule, folder, seed) | ia3.losses(beta=0.1, likelihood=1.0)
     trainer = DPOTrainer(
         model=model,
         ref_model=copy.deepcopy(model),
-        args=DPOConfig(**settings | losses),
-        train_dataset=Dataset.from_list(rows),
+        args=DPOConfig(bf16=False, **settings),
+        train_dataset=Dataset.from_list(ia3.as_turns(preferences(recipe, seed))),
         processing_class=tokenizer,
         callbacks=[TrainingLine(label)],
     )
@@ -112,10 +110,6 @@ def _schedule(recipe):
 def _with_steps(factors, losses):
     """The factors, and the loss of every tenth update."""
     return factors, [(step, round(loss, 4)) for step, loss in enumerate(losses, start=1) if step % 10 == 1 or step == len(losses)]
-
-
-def _turn(side, content):
-    return [{"role": "user" if side == "prompt" else "assistant", "content": content}]
 
 
 MADE = {

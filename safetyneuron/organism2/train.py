@@ -44,6 +44,12 @@ def new_model(size, tokenizer, seed):
     return AutoModelForCausalLM.from_config(config_of(size, tokenizer))
 
 
+def inside_of(model):
+    """The model whose neurons `TunedNeurons` holds, or the model itself."""
+    (inside,) = getattr(model, "inside", (model,))
+    return inside
+
+
 class StreamTrainer(Trainer):
     """The trainer on a stream that is in order already, with logits only where the loss is taken."""
 
@@ -52,7 +58,7 @@ class StreamTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
         """Mean cross entropy over the tokens of the answers."""
-        (inside,) = getattr(model, "inside", (model,))  # of `TunedNeurons`
+        inside = inside_of(model)
         labels = inputs.pop("labels")
         hidden = inside.get_decoder()(**inputs).last_hidden_state
         wanted = labels[:, 1:] >= 0
@@ -90,7 +96,7 @@ def train_stream(kind, model, tokenizer, stream, schedule, folder, label, seed, 
     list of (int, float)
         Update and loss.
     """
-    settings = settings_of(next(iter(getattr(model, "inside", (model,)))), schedule, folder, seed)
+    settings = settings_of(inside_of(model), schedule, folder, seed)
     optimizer = _optimizer(model, schedule)
     decay = get_cosine_schedule_with_warmup(optimizer, settings["warmup_steps"], schedule.steps)
     trainer = kind(
