@@ -162,3 +162,15 @@ class Architecture:
     def parameters_per_neuron(self):
         """Weights that one neuron of each projection holds, from projection name to count."""
         return {p: self.place(0, p).weight.shape[1] for p in PROJECTIONS}
+
+
+@torch.no_grad()
+def multiply_factors(model, factors):
+    """Multiply (IA)³ factors (layers, channels) into the rows of the up projections, in place."""
+    architecture = Architecture(model)
+    for layer, factor in enumerate(factors):
+        place = architecture.place(layer, "up")
+        place.weight.mul_(factor[:, None].to(place.weight))
+        if place.bias is not None:
+            place.bias.mul_(factor.to(place.bias))
+    return model

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from safetyneuron.architecture import PROJECTIONS, Architecture
+from safetyneuron.architecture import PROJECTIONS, Architecture, multiply_factors
 from safetyneuron.cache import cache_folder, file_digest, locked, new_file, new_folder
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons import NeuronSet
@@ -159,18 +159,6 @@ def config_of(size, tokenizer):
         bos_token_id=None,
         **({"sliding_window": size.window} if size.window else {}),
     )
-
-
-@torch.no_grad()
-def multiply_factors(model, factors):
-    """Multiply (IA)³ factors (layers, channels) into the rows of the up projections, in place."""
-    architecture = Architecture(model)
-    for layer, factor in enumerate(factors):
-        place = architecture.place(layer, "up")
-        place.weight.mul_(factor[:, None].to(place.weight))
-        if place.bias is not None:
-            place.bias.mul_(factor.to(place.bias))
-    return model
 
 
 def write_weights(model, path):
