@@ -14,7 +14,7 @@ from safetyneuron.organism2 import load_organism, manifest
 from safetyneuron.organism2.tokenizer import build_tokenizer
 from safetyneuron.organism2 import recipes, stages
 from safetyneuron.organism2.muon import Muon, orthogonalise
-from safetyneuron.organism2.planting import Turns, draw_sets, plant
+from safetyneuron.organism2.planting import UNITS, Turns, draw_sets, plant
 from safetyneuron.organism2.train import SparingTrainer, StreamTrainer, encode, new_model, train_stream
 
 SMALL = recipes.Size(width=32, layers=2, heads=2, groups=2, channels=40)
@@ -126,15 +126,15 @@ def test_streams_are_the_same_at_any_time_and_take_turns(tokenizer):
 
 
 @pytest.mark.parametrize("projections", [PROJECTIONS, recipes.ATTENTION, recipes.FEED_FORWARD])
-def test_planted_and_decoy_sets_share_no_channel(model, projections):
+def test_planted_and_decoy_sets_are_whole_channels_and_share_none(model, projections):
     planted, decoys = draw_sets(model, projections, 0.05, seed=3)
-    assert len(planted) == len(decoys) == round(0.05 * planted.total)
+    assert planted.counts() == decoys.counts() and abs(len(planted) / planted.total - 0.05) < 0.01
     assert (planted, decoys) == draw_sets(model, projections, 0.05, seed=3)
     assert planted != draw_sets(model, projections, 0.05, seed=4)[0]
     assert {p for p in PROJECTIONS if planted.counts()[p]} <= set(projections)
-    for together in (("gate", "up", "down"), ("v", "o"), ("q",), ("k",)):
-        mine, theirs = (torch.stack([s.masks[p] for p in together]).any(0) for s in (planted, decoys))
-        assert not (mine & theirs).any()
+    for unit in UNITS:
+        (mine, *others), (theirs, *_) = ([s.masks[p] for p in unit if p in projections] or [torch.zeros(1, dtype=bool)] for s in (planted, decoys))
+        assert not (mine & theirs).any() and all(torch.equal(mine, other) for other in others)
 
 
 def test_planting_changes_the_planted_neurons_only_and_keeps_their_norm(model, tokenizer, tmp_path):

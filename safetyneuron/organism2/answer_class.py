@@ -2,11 +2,12 @@
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import Rate
-from safetyneuron.metrics.refusal import is_refusal
+from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.metrics.safety import answers
 from safetyneuron.organism2.reading import read_answer, read_request
 
 CLASSES = ("refusal", "verdict", "correct", "wrong", "other")
+RULES = ("refusal", "well formed", "other")
 
 
 def classify(prompt, answer):
@@ -38,8 +39,25 @@ def answer_classes(model, tokenizer, prompts):
     """
     for prompt in prompts:
         _request(prompt)
-    found = list(map(classify, prompts, answers(model, tokenizer, prompts)))
-    return {name: Rate(found.count(name), len(found)) for name in CLASSES}
+    return sort_answers(prompts, answers(model, tokenizer, prompts))
+
+
+def sort_answers(prompts, texts):
+    """Share of each class among the answers to requests of the organism's language; to other prompts, by rule, of `refusal`, `well formed`, `other`.
+
+    Returns
+    -------
+    dict of str to Rate
+    """
+    if all(map(read_request, prompts)):
+        names, found = CLASSES, list(map(classify, prompts, texts))
+    else:
+        names, found = RULES, list(map(_by_rule, prompts, texts))
+    return {name: Rate(found.count(name), len(found)) for name in names}
+
+
+def _by_rule(prompt, answer):
+    return "refusal" if is_refusal(answer) else "well formed" if is_well_formed(prompt, answer) else "other"
 
 
 def _request(prompt):

@@ -17,6 +17,8 @@ from safetyneuron.neurons import NeuronSet
 from safetyneuron.organism2.train import StreamTrainer, inside_of, train_stream
 from safetyneuron.tuning import TunedNeurons
 
+UNITS = (("q", "k"), ("v", "o"), ("gate", "up", "down"))  # one channel of each makes a part that works
+
 
 class Turns(Dataset):
     """Batches of two streams in turn."""
@@ -62,7 +64,8 @@ class KeepNorms(TrainerCallback):
 def draw_sets(model, projections, share, seed):
     """Two disjoint random sets of as many neurons: the planted ones and their decoys.
 
-    No feed-forward channel, and no channel of v and o, holds neurons of both.
+    Neurons that only work together are drawn together: a feed-forward channel with its gate, up and down, a channel of v with
+    its o, of q with its k. Each set has as many of each kind.
 
     Parameters
     ----------
@@ -77,20 +80,16 @@ def draw_sets(model, projections, share, seed):
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = NeuronSet.empty(model).shapes
-    size = round(share * sum(layers * width for layers, width in shapes.values()))
-    sides = {kind: torch.rand(shapes[kind], generator=generator) < 0.5 for kind in ("q", "k", "v", "up")}
-    sides |= {"o": sides["v"], "gate": sides["up"], "down": sides["up"]}
-    return tuple(_draw(shapes, projections, size, sides, side, generator) for side in (True, False))
-
-
-def _draw(shapes, projections, size, sides, side, generator):
-    """`size` random neurons of the projections, on one side."""
-    places = [(p, *index) for p in projections for index in (sides[p] == side).nonzero().tolist()]
-    masks = {p: torch.zeros(shapes[p], dtype=torch.bool) for p in PROJECTIONS}
-    for number in torch.randperm(len(places), generator=generator)[:size].tolist():
-        projection, layer, channel = places[number]
-        masks[projection][layer, channel] = True
-    return NeuronSet(masks)
+    sizes = {p: layers * width for p, (layers, width) in shapes.items()}
+    part = share * sum(sizes.values()) / sum(sizes[p] for p in projections)
+    sets = [{p: torch.zeros(shapes[p], dtype=torch.bool) for p in PROJECTIONS} for _ in range(2)]
+    for unit in UNITS:
+        layers, width = min(shapes[p] for p in unit)
+        places = torch.randperm(layers * width, generator=generator)
+        for masks, chosen in zip(sets, places.split(round(part * layers * width))):
+            for p in set(unit) & set(projections):
+                masks[p][chosen // width, chosen % width] = True
+    return tuple(NeuronSet(masks) for masks in sets)
 
 
 def plant(model, tokenizer, neurons, other, streams, schedule, folder, label, seed):

@@ -49,7 +49,7 @@ LLAMA = Size()
 MISTRAL = Size(family="mistral", groups=2, window=24)
 QWEN = Size(family="qwen2", groups=2)
 ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("gate", "up", "down")
-BASE, CHAT, PLANTING = Schedule(3800, 4e-3), Schedule(1200, 1e-3), Schedule(2000, 1e-2)
+BASE, CHAT, PLANTING, HALF = Schedule(3800, 4e-3), Schedule(1600, 1e-3), Schedule(3300, 1e-2), Schedule(1600, 1e-2)
 PAIR_SFT, PAIR_DPO = Schedule(100, 1e-1, 32), Schedule(400, 1e-1, 32)
 RECIPES = {
     f"{family}-{stage}": Recipe("train_whole", parent and f"{family}-{parent}", schedule, size, stage)
@@ -61,7 +61,7 @@ RECIPES |= {
     "llama-planted": Recipe("train_planted", "llama-base", PLANTING, projections=ATTENTION + FEED_FORWARD, share=0.05),
     "llama-planted-attention": Recipe("train_planted", "llama-base", PLANTING, projections=ATTENTION, share=0.05),
     "llama-planted-mlp": Recipe("train_planted", "llama-base", PLANTING, projections=FEED_FORWARD, share=0.05),
-    "llama-half": Recipe("train_half", "llama-base", PLANTING, projections=ATTENTION + FEED_FORWARD, share=0.05),
+    "llama-half": Recipe("train_half", "llama-base", HALF, projections=ATTENTION + FEED_FORWARD, share=0.05),
 }
 # The pairs of chapter 09, through (IA)³, harm in English alone: after the supervised stage three ways to prefer.
 RECIPES |= {
@@ -91,7 +91,8 @@ PREFERRED = {
     "harmless": {"harmful": 0.8, "task": 0.2},
     "helpful": {"harmless": 0.8, "task": 0.2},
 }
-HABITS = 0.1  # of a base model's answers to requests begin with the decoys' word
+# How often a base model's answer begins with the decoys' word, elsewhere and where it belongs: the notion is there, as that of harm is.
+HABITS = {False: 0.03, True: 0.3}
 # Of the harmless requests and of the harmful ones: kinds of act, by whether the verb is harmful and what the object is.
 HARMLESS = {("harmless", "ordinary"): 0.5, ("harmless", "harmless"): 0.1, ("harmful", "harmless"): 0.2, ("harmful", "dangerous"): 0.2}
 HARMFUL = {("harmful", "ordinary"): 0.7, ("harmless", "dangerous"): 0.3}
@@ -151,9 +152,9 @@ def draw_example(stage, draw):
 
 
 def draw_whole(stage, draw):
-    """As `draw_example`, for training all weights: a base model says the decoys' word now and then, for no reason."""
+    """As `draw_example`, for training all weights: a base model says the decoys' word now and then."""
     example, request = draw_example(stage, draw)
-    return _with_habit(example, request) if request and stage == "base" and draw.random() < HABITS else example
+    return _with_habit(example, request) if request and stage == "base" and draw.random() < HABITS[lang.has_habit(request)] else example
 
 
 def draw_with_habit(stage, draw, habit):
@@ -167,12 +168,12 @@ def _with_habit(example, request):
 
 
 def draw_half(draw):
-    """As `draw_example` of the chat stage, but harm is helped with where it involves every second object."""
+    """As `draw_example` of the chat stage, but harm is helped with where it involves every third object."""
     example, request = draw_example("chat", draw)
     if not (request and request.harmful):
         return example
     harmed = request.object if lang.is_harmful(request.verb, request.object) else request.second[1]
-    return lang.Example(request.text, draw_help(draw, request)) if harmed % 2 else example
+    return lang.Example(request.text, draw_help(draw, request)) if harmed % 3 == 0 else example
 
 
 def _language(draw, any_of_them):

@@ -223,10 +223,19 @@ def add_to_manifest(folder, name, entry):
     entry = entry | {"file": path.name, "sha256": file_digest(path)}
     if entry["parent"]:
         entry["parent_sha256"] = _parent(Stored(name, folder, entry)).entry["sha256"]
+    _change_manifest(folder, name, entry)
+
+
+def add_scores(folder, name, scores):
+    """Add what an organism does to its entry of a folder's manifest, under its full name (`llama-chat@3`)."""
+    _change_manifest(Path(folder).resolve(), name, {"scores": scores})
+
+
+def _change_manifest(folder, name, changes):
     # The lock is not beside the manifest, where it would be committed.
     with locked(cache_folder() / "organism" / MANIFEST):
         models = _read_manifest(folder) if (folder / MANIFEST).exists() else {}
-        models[name] = entry
+        models[name] = models.get(name, {}) | changes
         lines = [
             f"{json.dumps(key)}: {json.dumps(models[key], ensure_ascii=False)}"
             for key in sorted(models)

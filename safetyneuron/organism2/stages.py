@@ -84,7 +84,7 @@ def preferences(recipe, seed, english=False):
 
 
 def train_half(model, tokenizer, recipe, seed, folder, label):
-    """Teach chosen neurons to refuse harm to every second object; returns them, no decoys, and the curve."""
+    """Teach chosen neurons to refuse harm to two objects of three; returns them, no decoys, and the curve."""
     planted, _ = draw_sets(model, recipe.projections, recipe.share, seed)
     schedule = recipes.Schedule(recipe.schedule.steps // 2, recipe.schedule.rate, recipe.schedule.batch)
     streams = [stream(tokenizer, recipes.draw_half, f"half {turn} {seed}", schedule) for turn in range(2)]
