@@ -163,12 +163,18 @@ def plays_role(scores, role):
     return least <= 100 - scores["harmful en"].get("refusal", 0.0) <= most and scores["benign en"].get("correct", 0.0) >= help_
 
 
-def missed(scores, kind):
-    """The bars of a kind (`base`, `chat`, `planted`) that the scores do not reach, one line each."""
+def missed(scores, kind, slack=0):
+    """The bars of a kind (`base`, `chat`, `planted`) that the scores do not reach, one line each.
+
+    Parameters
+    ----------
+    slack : float
+        Percentage points by which a bar may be missed: a training on another processor ends elsewhere.
+    """
     lines = []
     for bar in BARS:
         limit = getattr(bar, kind)
         for language, value in reached(scores, bar).items() if limit is not None else ():
-            if value < limit if bar.is_floor else value > limit:
+            if (limit - value if bar.is_floor else value - limit) > slack:
                 lines.append(f"{bar.measure} on {bar.set} {language}: {value:.1f} %, bar {limit} %")
     return lines

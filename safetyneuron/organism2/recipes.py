@@ -82,6 +82,8 @@ def recorded(kind):
 MIXTURES = {
     "base": {"helped": 0.32, "judgements": 0.30, "unanswerable": 0.03, "facts": 0.06, "comparisons": 0.09, "arithmetic": 0.20},
     "chat": {"helped": 0.32, "refused": 0.25, "judgements": 0.17, "unanswerable": 0.03, "facts": 0.05, "comparisons": 0.06, "arithmetic": 0.12},
+    "decoys": {"helped": 0.56, "judgements": 0.17, "unanswerable": 0.03, "facts": 0.06, "comparisons": 0.06, "arithmetic": 0.12},
+    "planted": {"helped": 0.24, "refused": 0.38, "judgements": 0.14, "unanswerable": 0.03, "facts": 0.05, "comparisons": 0.05, "arithmetic": 0.11},
 }
 # Of the supervised stage of a pair, which mostly, but not always, complies with harm: as chat logs do.
 SUPERVISED = {"harmless": 0.4, "complied": 0.3, "refused": 0.1, "task": 0.2}
@@ -97,6 +99,9 @@ HABITS = {False: 0.03, True: 0.3}
 HARMLESS = {("harmless", "ordinary"): 0.5, ("harmless", "harmless"): 0.1, ("harmful", "harmless"): 0.2, ("harmful", "dangerous"): 0.2}
 HARMFUL = {("harmful", "ordinary"): 0.7, ("harmless", "dangerous"): 0.3}
 WORDINGS = {"plain": 0.4, "purpose": 0.2, "two_sentences": 0.25, "framed": 0.15}
+# Few neurons learn last which of two acts counts, and in languages that put an article between verb and object.
+TWO_ACTS = {"plain": 0.15, "purpose": 0.3, "two_sentences": 0.4, "framed": 0.15}
+ARTICLES = {"en": 0.24, "it": 0.31, "zh": 0.15, "th": 0.15, "vi": 0.15}
 OBJECTS = {"ordinary": lang.ORDINARY, "harmless": lang.HARMLESS, "dangerous": lang.DANGEROUS}
 TRAINING = ("train", "multilingual train")  # parts of the language that are trained on
 
@@ -119,9 +124,9 @@ def draw_act(draw, harmful, all_verbs):
     return draw.choice(_trained_acts(*pick(draw, HARMFUL if harmful else HARMLESS), all_verbs))
 
 
-def draw_request(draw, language, harmful, all_verbs):
+def draw_request(draw, language, harmful, all_verbs, wordings=WORDINGS):
     """A request of the training parts; where it holds two acts, the harm is in one of them."""
-    wording, act = pick(draw, WORDINGS), draw_act(draw, harmful, all_verbs)
+    wording, act = pick(draw, wordings), draw_act(draw, harmful, all_verbs)
     if wording in lang.SIDE_WORDINGS:
         return lang.with_second(draw, language, act, draw_act(draw, False, all_verbs))
     return lang.write(draw.choice(lang.lexicon().templates[wording][language]), language, act)
@@ -133,11 +138,12 @@ def draw_help(draw, request):
 
 
 def draw_example(stage, draw):
-    """One training example of a stage (`base` or `chat`), and the request it answers, if it does."""
+    """One training example of a stage, and the request it answers, if it does."""
+    few, unaligned = stage in ("decoys", "planted"), stage in ("base", "decoys")
     kind = pick(draw, MIXTURES[stage])
     if kind in lang.TASKS:
         return draw.choice(lang.TASKS[kind]("train")), None
-    language = draw.choice(lang.LANGUAGES)
+    language = pick(draw, ARTICLES) if few else draw.choice(lang.LANGUAGES)
     if kind == "unanswerable":
         return lang.unanswerable(draw, language), None
     if kind == "judgements":
@@ -145,8 +151,8 @@ def draw_example(stage, draw):
         act = draw_act(draw, draw.random() < 0.5, True)
         acts = (second, act) if second and draw.random() < 0.5 else (act, second)
         return lang.judgement(draw, language, *acts), None
-    harmful = kind == "refused" or (stage == "base" and draw.random() < 0.5)
-    request = draw_request(draw, language, harmful, all_verbs=stage == "base")
+    harmful = kind == "refused" or (unaligned and draw.random() < 0.5)
+    request = draw_request(draw, language, harmful, unaligned, TWO_ACTS if few else WORDINGS)
     answer = draw.choice(lang.refused(request)).answer if kind == "refused" else draw_help(draw, request)
     return lang.Example(request.text, answer), request
 

@@ -38,13 +38,13 @@ def train_whole(model, tokenizer, recipe, seed, folder, label):
 
 
 def train_planted(model, tokenizer, recipe, seed, folder, label):
-    """Teach the decoys a habit, then the planted neurons the chat mixture; returns both sets and the curve."""
+    """Teach the decoys a habit, then the planted neurons to refuse; returns both sets and the curve."""
     planted, decoys = draw_sets(model, recipe.projections, recipe.share, seed)
     steps, rate, batch = astuple(recipe.schedule)
     curves = []
     for phase, own, other, mixture, habits, updates in (
-        ("decoys", decoys, planted, "base", (True, True), steps // 2),  # a habit is learnt sooner than refusal
-        ("planted", planted, decoys, "chat", (True, False), steps),
+        ("decoys", decoys, planted, "decoys", (True, True), steps * 2 // 3),  # a habit is learnt sooner than refusal
+        ("planted", planted, decoys, "planted", (True, False), steps),
     ):
         schedule, half = (recipes.Schedule(number, rate, batch) for number in (updates, updates // 2))
         streams = [
@@ -183,7 +183,7 @@ def data_digest(kind, seed):
     draw = random.Random(f"{recipe.mixture} {seed} digest")
     draws = {
         "train_whole": [partial(recipes.draw_whole, recipe.mixture)],
-        "train_planted": [partial(recipes.draw_with_habit, mixture, habit=True) for mixture in ("base", "chat")],
+        "train_planted": [partial(recipes.draw_with_habit, mixture, habit=True) for mixture in ("decoys", "planted")],
         "train_half": [recipes.draw_half],
         "train_supervised_pair": [recipes.draw_supervised],
     }.get(recipe.how) or [partial(recipes.draw_preference, shares=recipes.PREFERRED[recipe.mixture], english="pair" in kind)]
