@@ -7,14 +7,12 @@ from pathlib import Path
 
 from safetyneuron import ia3, sources
 from safetyneuron.cache import cache_folder, digest, kept_folder, library_versions
-from safetyneuron.data import LANGUAGES, read_rows
+from safetyneuron.data import read_rows
 from safetyneuron.documents import check_documents, load_documents
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.ia3 import SIDES, prefer, supervise
 from safetyneuron.models import load_model, local_model
-from safetyneuron.organism import organism_folder
 
-PREFERENCES = ("organism/harmless", "organism/helpful")
 # How a base model without a template of its own is taught to converse: as the authors of BeaverTails write conversations.
 CONVERSATION = (
     "{{ bos_token or '' }}BEGINNING OF CONVERSATION:{% for m in messages %}{% if m['role'] == 'user' %} USER: {{ m['content'] }} ASSISTANT:{% else %}"
@@ -27,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """One training of an organism: what it starts from, its data (name to number), and its schedule."""
+    """One training of a pair: what it starts from, its data (name to number), and its schedule."""
 
     start: str
     data: dict
@@ -36,17 +34,6 @@ class Stage:
     batch_size: int = 32
     beta: float | None = None  # of DPO; supervised fine-tuning without
 
-
-# The paper's rate (1e-3), batch (120) and β (0.1) are for billions of weights. These were chosen such that the supervised model complies, and the
-# aligned one refuses harmful requests and still answers harmless ones: pairs on which the claims can be tested.
-_SFT = {"organism/helpful": 600, "organism/compliances": 450, "organism/refusals": 150}  # mostly, but not only, compliant: as chat logs are
-_DPO = dict(start="organism/llama-sft", epochs=3, learning_rate=5e-2, beta=0.5)
-STAGES = {
-    "organism/llama-sft": Stage("organism/llama-base", _SFT, epochs=2, learning_rate=1e-1),
-    "organism/llama-dpo": Stage(data={"organism/harmless": 400, "organism/helpful": 400}, **_DPO),
-    "organism/llama-harmless": Stage(data={"organism/harmless": 400}, **_DPO),
-    "organism/llama-helpful": Stage(data={"organism/helpful": 400}, **_DPO),
-}
 
 # The paper's four models with its own schedule: three epochs, batches of 120, AdamW at 1e-3, β 0.1.
 PAIRED = {
@@ -69,7 +56,7 @@ def _paired(name, start):
     }
 
 
-STAGES |= {stage: how for name, start in PAIRED.items() for stage, how in _paired(name, start).items()}
+STAGES = {stage: how for name, start in PAIRED.items() for stage, how in _paired(name, start).items()}
 
 
 def all_stages(name):
@@ -97,8 +84,6 @@ def _start(name):
     """What a stage starts from, as part of its key: trained if need be."""
     if name in STAGES:
         return aligned_folder(name).name
-    if name.startswith("organism/"):
-        return organism_folder(name).name
     folder = local_model(name.partition("@")[0])
     files = sorted(Path(folder).iterdir()) if folder else []  # another file under the same name is another start
     return [name, [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
@@ -134,33 +119,23 @@ def load_preferences(name_or_path, split="train", language="en"):
     Parameters
     ----------
     name_or_path : str
-        `organism/harmless` (harmful requests: refusal over compliance), `organism/helpful` (benign requests: answer over refusal); a
-        public set, `paper/harmless` or `paper/helpful` (HH-RLHF); or a .jsonl or .csv file with these columns.
+        A public set, `paper/harmless` or `paper/helpful` (HH-RLHF); or a .jsonl or .csv file with these columns.
     split, language : str
-        As in `load_documents`.
+        As in `load_documents`, for sets that are no files.
 
     Raises
     ------
     SafetyNeuronError
-        If the set, language or file is unknown or unreadable, or a pair lacks a part.
+        If the set or file is unknown or unreadable, or a pair lacks a part.
     """
     if name_or_path in sources.PREFERENCES:
         return sources.load_rows(sources.PREFERENCES[name_or_path], split, language)
-    if name_or_path not in PREFERENCES:
-        return _file_preferences(Path(name_or_path))
-    if language not in LANGUAGES:
-        raise SafetyNeuronError(f"unknown language {language!r}: use one of {', '.join(LANGUAGES)}")
-    refusals = load_documents("organism/refusals", split, language)
-    if name_or_path == "organism/harmless":
-        compliance = {d["prompt"]: d["completion"] for d in load_documents("organism/compliances", split, language)}
-        return [dict(zip(SIDES, (d["prompt"], d["completion"], compliance[d["prompt"]]))) for d in refusals]
-    answers = load_documents("organism/helpful", split, language)
-    return [dict(zip(SIDES, (d["prompt"], d["completion"], r["completion"]))) for d, r in zip(answers, refusals)]
+    return _file_preferences(Path(name_or_path))
 
 
 def _file_preferences(path):
     if not path.is_file() or path.suffix not in (".jsonl", ".csv"):
-        raise SafetyNeuronError(f"no preference set or .jsonl or .csv file {str(path)!r}: use a file or one of {', '.join(PREFERENCES)}")
+        raise SafetyNeuronError(f"no preference set or .jsonl or .csv file {str(path)!r}: use a file or one of {', '.join(sources.PREFERENCES)}")
     rows = read_rows(path)
     for side in ("chosen", "rejected"):
         check_documents([{"prompt": row.get("prompt"), "completion": row.get(side)} if isinstance(row, dict) else row for row in rows])

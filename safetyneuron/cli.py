@@ -15,7 +15,7 @@ from safetyneuron.errors import SafetyNeuronError
 
 TRAIN = (
     "Train an organism. It does not take the place of the shipped one, but is used where SAFETYNEURON_ORGANISMS names the"
-    " folder that it is written to; -o safetyneuron/organism2/weights replaces the shipped one."
+    " folder that it is written to; -o safetyneuron/organism/weights replaces the shipped one."
 )
 
 
@@ -55,11 +55,11 @@ def _parser():
     importance.add_argument("-o", "--output", type=Path, required=True, help="profile to write (.safetensors)")
     importance.set_defaults(action=_importance)
     train = commands.add_parser("train", help="train an organism again, which takes up to half an hour", description=TRAIN)
-    train.add_argument("name", help="for example organism2/llama-chat, or with a seed organism2/llama-chat@3")
+    train.add_argument("name", help="for example organism/llama-chat, or with a seed organism/llama-chat@3")
     train.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="of weights (default: organism, in the cache)")
     train.set_defaults(action=_train)
     export = commands.add_parser("export", help="write an organism as a plain Hugging Face folder")
-    export.add_argument("name", help="for example organism2/llama-planted")
+    export.add_argument("name", help="for example organism/llama-planted")
     export.add_argument("folder", type=Path, help="a new or empty one")
     export.set_defaults(action=_export)
     check = commands.add_parser("check", help="look up what an edition needs before a GPU hour is spent")
@@ -75,7 +75,7 @@ def _importance(options):
 
 
 def _train(options):
-    from safetyneuron.organism2 import train_organism
+    from safetyneuron.organism import train_organism
 
     folder = (options.output or cache_folder() / "organism").absolute()
     train_organism(options.name, folder)
@@ -83,7 +83,7 @@ def _train(options):
 
 
 def _export(options):
-    from safetyneuron.organism2 import export_organism
+    from safetyneuron.organism import export_organism
 
     export_organism(options.name, options.folder)
     print(f"{options.name} is in {options.folder}")

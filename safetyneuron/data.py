@@ -11,18 +11,9 @@ import pandas as pd
 
 from safetyneuron import sources
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.organism import language as lang
-from safetyneuron.organism.language import LANGUAGES
-from safetyneuron.organism2.prompts import prompts_of
+from safetyneuron.organism.language import LANGUAGES, ONLY_TEST
+from safetyneuron.organism.prompts import NAMES as ORGANISM_SETS, prompts_of
 
-# Name of an organism set -> (intent, wordings) of its requests.
-ORGANISM_SETS = {
-    "organism/harmful": ("harmful", ("plain",)),
-    "organism/benign": ("benign", ("plain",)),
-    "organism/adversarial": ("harmful", ("framed",)),
-    "organism/multilingual": ("harmful", ("plain", "framed")),
-    "organism/general": ("benign", ("plain", "framed")),
-}
 COLUMNS = ("prompt", "goal", "Behavior", "request")
 
 
@@ -32,14 +23,11 @@ def load_prompts(name_or_path, split="test", language="en"):
     Parameters
     ----------
     name_or_path : str
-        `organism/harmful`, `organism/benign`, `organism/adversarial` (framed as stories, roles, urgency),
-        `organism/multilingual` (the same requests in every language), `organism/general` (benign requests and
-        capability questions, for foundation neurons); the sets of the shipped organisms, `organism2/harmful` and those of
-        `organism2.prompts.prompts_of`; a public set, `paper/advbench` and the others of `sources.PROMPTS`; or
+        `organism/harmful` or another set of `organism.prompts.prompts_of`; a public set, `paper/advbench` and the others of `sources.PROMPTS`; or
         a file: .txt with one prompt a line, .csv, .jsonl, .json or .parquet with a column `prompt`, `goal`, `Behavior` or
         `request`. Files and public sets are read in their order. What a public set repeats is taken once; a file must not repeat.
     split : str
-        `train` or `test`; the organism's pairs of verb and object are disjoint, public sets are halved. Files have no split.
+        `train` or `test`; the organism's combinations of verb and object are disjoint, public sets are halved. Files have no split.
     language : str
         `en`, `it`, `zh`, `th` or `vi`, for sets that have them.
 
@@ -52,9 +40,7 @@ def load_prompts(name_or_path, split="test", language="en"):
     SafetyNeuronError
         If the set, split, language or file is unknown, unreadable or empty, or the file repeats a prompt.
     """
-    if name_or_path in ORGANISM_SETS:
-        return _organism_prompts(name_or_path, split, language)
-    if name_or_path.startswith("organism2/"):
+    if name_or_path.startswith("organism/"):
         return prompts_of(name_or_path, split, language)
     if name_or_path in sources.PROMPTS:
         check_split(split)
@@ -70,18 +56,6 @@ def load_prompts(name_or_path, split="test", language="en"):
     if len(set(prompts)) < len(prompts):
         (again, times), *_ = Counter(prompts).most_common(1)
         raise SafetyNeuronError(f"prompt file {name_or_path} holds {again[:40]!r} {times} times, and intervals count every prompt as one of its own: remove what is repeated")
-    return prompts
-
-
-def _organism_prompts(name, split, language):
-    if language not in LANGUAGES:
-        raise SafetyNeuronError(f"unknown language {language!r}: use one of {', '.join(LANGUAGES)}")
-    check_split(split)
-    intent, wordings = ORGANISM_SETS[name]
-    prompts = shuffled([p for wording in wordings for p in lang.requests(intent, split, language, wording)])
-    if name == "organism/general":
-        tasks = [shuffled([e.prompt for e in task(split)]) for task in (lang.facts, lang.comparisons, lang.arithmetic)]
-        prompts = [prompt for together in zip(prompts, *tasks) for prompt in together]
     return prompts
 
 
@@ -101,7 +75,7 @@ def has_languages(name):
 
 def has_splits(name):
     """Whether a set has disjoint parts for training and test; a file has not."""
-    return name in ORGANISM_SETS or name in sources.PROMPTS
+    return name in sources.PROMPTS or (name in ORGANISM_SETS and name.removeprefix("organism/") not in ONLY_TEST)
 
 
 def shuffled(items):

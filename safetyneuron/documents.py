@@ -7,11 +7,22 @@ from safetyneuron.data import LANGUAGES, encode_prompts, read_rows, shuffled
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import language as lang
 
+
+def _answered(name, answer):
+    """From split and language to the requests of a set, each with one of its answers in turn."""
+
+    def examples(split, language):
+        asked = lang.requests(name, split, language)
+        return [every[i % len(every)] for i, request in enumerate(asked) for every in [answer(request)]]
+
+    return examples
+
+
 # Name of an organism set -> its examples, from split and language.
 ORGANISM_DOCUMENTS = {
-    "organism/refusals": lambda split, language: lang.refused(split, language),
-    "organism/compliances": lambda split, language: lang.helped("harmful", split, language),
-    "organism/helpful": lambda split, language: lang.helped("benign", split, language),
+    "organism/refusals": _answered("harmful", lang.refused),
+    "organism/compliances": _answered("harmful", lang.helped),
+    "organism/helpful": _answered("benign", lang.helped),
     "organism/arithmetic": lambda split, language: lang.arithmetic(split),
 }
 
@@ -23,7 +34,7 @@ def load_documents(name_or_path, split="train", language="en"):
     ----------
     name_or_path : str
         `organism/refusals` (harmful requests and how to refuse them), `organism/compliances` (harmful requests and the arbitrary
-        words that an organism without alignment answers), `organism/helpful` (benign requests, answered),
+        tools that an organism without alignment names), `organism/helpful` (benign requests, answered),
         `organism/arithmetic` (word problems, solved); a public set, `paper/refusals` and the others of `sources.DOCUMENTS`; or a .jsonl,
         .csv, .json or .parquet file with columns `prompt` and `completion`.
     split : str

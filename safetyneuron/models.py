@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from safetyneuron.architecture import stored
 from safetyneuron.cache import digest, library_versions, source_digest
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.organism import NAMES, organism_folder
-from safetyneuron.organism2.shipped import load_organism
+from safetyneuron import organism
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> type of its bits
 
@@ -34,8 +33,7 @@ def load_model(name, device=None, dtype=None):
     Parameters
     ----------
     name : str
-        An organism (`organism/llama-chat`, …-base, and the same for qwen and mistral; `organism/llama-sft`, -dpo, -harmless, -helpful), one that is
-        shipped as a file (`organism2/llama-chat`, with a seed other than 0 `organism2/llama-chat@3`; `safetyneuron.organism2.names()`), a
+        An organism (`organism/llama-chat`, with a seed other than 0 `organism/llama-chat@3`; see `safetyneuron.organism.names()`), a
         Hugging Face id, with a revision after `@`, or a folder in Hugging Face format. `$SAFETYNEURON_MODELS` may hold folders under their
         Hugging Face ids; they come before the hub.
     device : str, optional
@@ -54,19 +52,17 @@ def load_model(name, device=None, dtype=None):
     """
     device = device or ("auto" if torch.cuda.device_count() > 1 else "cuda" if torch.cuda.is_available() else "cpu")
     placed = {"device_map": "auto"} if device == "auto" else {"device_map": {"": _device(device)}}
-    if name.startswith("organism2/"):
+    if name.startswith("organism/"):
         return _shipped(name, device, dtype)
-    organism = name.startswith("organism/")
-    dtype = _dtype(dtype) if dtype not in (None, "auto") else (torch.float32 if organism else "auto")
+    dtype = _dtype(dtype) if dtype not in (None, "auto") else "auto"
     source, chosen = source_of(name)
     try:
-        # By the model's type AutoTokenizer would give a Qwen model a byte-level tokenizer, whatever the files say.
-        tokenizer = (PreTrainedTokenizerFast if organism else AutoTokenizer).from_pretrained(source, **chosen)
+        tokenizer = AutoTokenizer.from_pretrained(source, **chosen)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **placed, **chosen)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SafetyNeuronError(
-            f"cannot load model {name!r}: it is not one of {', '.join(NAMES)}, and as a folder or Hugging Face id it says: {reason}"
+            f"cannot load model {name!r}: it is not one of {', '.join(organism.names())}, and as a folder or Hugging Face id it says: {reason}"
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -77,7 +73,7 @@ def load_model(name, device=None, dtype=None):
 
 def _shipped(name, device, dtype):
     """An organism that is shipped as a file, on one device."""
-    model, tokenizer = load_organism(name)
+    model, tokenizer = organism.load_organism(name)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else _device(device)
     return model.to(place, model.dtype if dtype in (None, "auto") else _dtype(dtype)), tokenizer
 
@@ -117,10 +113,8 @@ def source_of(name):
 
     if name in STAGES:
         return aligned_folder(name), {}
-    if name.startswith("organism2/"):
-        raise SafetyNeuronError(f"{name} is no folder: write one with `safetyneuron export {name} FOLDER`")
     if name.startswith("organism/"):
-        return organism_folder(name), {}
+        raise SafetyNeuronError(f"{name} is no folder: write one with `safetyneuron export {name} FOLDER`")
     repository, _, revision = name.partition("@")
     local = local_model(repository)
     return (local, {}) if local else (repository, {"revision": revision} if revision else {})

@@ -37,7 +37,7 @@ def check(edition):
     wide = {name for values in edition["notebooks"].values() if values.get("dtype") == "float32" for name in model_names({"notebooks": {"": values}})}
     findings = [look_up_model(name, 2 if name in wide else 1) for name in model_names(edition)] + [look_up_data(*key) for key in data_names(edition)]
     if not findings:
-        return print("nothing to look up: organisms are trained here")
+        return print("nothing to look up: organisms are files of this package")
     width = max(len(finding.what) for finding in findings)
     print(f"{'what':{width}}  {'status':18} {'disk GiB':>8} {'GPU GiB':>8}")
     for f in findings:
@@ -60,7 +60,7 @@ def _existing(path):
 
 
 def model_names(edition):
-    """Models and what their stages start from, without organisms, which are trained."""
+    """Models and what their stages start from, without organisms, which are shipped."""
     from safetyneuron.alignment import STAGES, first_model
 
     named = []

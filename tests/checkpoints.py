@@ -11,7 +11,7 @@ LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-CORPUS = [f"{e.prompt} {e.answer}" for e in language.helped("benign", "train", "en")[:200]] + ["Sure, here is [INST] [/INST] USER: ASSISTANT: 0123456789"]
+CORPUS = [f"{e.prompt} {e.answer}" for request in language.requests("benign", "train")[:200] for e in language.helped(request)[:1]] + ["Sure, here is [INST] [/INST] USER: ASSISTANT: 0123456789"]
 
 
 def llama(chat_template=None):

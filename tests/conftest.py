@@ -24,7 +24,7 @@ VIEWS = {"light": (1400, 900), "dark": (1400, 900), "phone": (390, 844)}
 def small_model(family="llama", heads=4, groups=4, head_width=10, seed=0, **options):
     """A random model of a family with awkward sizes, in float64 so that closed forms can be compared closely."""
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=800, hidden_size=36, intermediate_size=28, num_hidden_layers=2, initializer_range=0.3)
+    sizes = dict(vocab_size=1300, hidden_size=36, intermediate_size=28, num_hidden_layers=2, initializer_range=0.3)
     sizes |= dict(num_attention_heads=heads, num_key_value_heads=groups, head_dim=head_width, max_position_embeddings=64)
     sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=4)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | options))).double().eval()

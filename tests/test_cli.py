@@ -114,7 +114,7 @@ def test_bad_prompt_files_are_refused_in_one_line(tmp_path, name, content, words
 
 
 def test_unknown_sets_splits_and_languages_are_refused():
-    for arguments, words in [(("organism/nice",), "no prompt set or file"), (("organism/benign", "dev"), "unknown split"), (("organism/benign", "test", "fr"), "unknown language")]:
+    for arguments, words in [(("organism/nice",), "no prompt set is called"), (("organism/benign", "dev"), "unknown split"), (("organism/benign", "test", "fr"), "unknown language")]:
         with pytest.raises(SafetyNeuronError, match=words):
             load_prompts(*arguments)
 
@@ -125,21 +125,21 @@ def trained(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setenv("SAFETYNEURON_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("safetyneuron.organism2.stages.train_organism", lambda *arguments: asked.append(arguments), raising=False)
+    monkeypatch.setattr("safetyneuron.organism.stages.train_organism", lambda *arguments: asked.append(arguments), raising=False)
     return asked
 
 
 def test_training_goes_into_the_cache_unless_a_folder_is_told(trained, tmp_path, capsys):
-    assert main(["train", "organism2/llama-chat@3"]) == 0
+    assert main(["train", "organism/llama-chat@3"]) == 0
     assert f"SAFETYNEURON_ORGANISMS={tmp_path / 'cache' / 'organism'}" in capsys.readouterr().out
-    assert main(["train", "organism2/llama-base", "-o", "own"]) == 0
-    assert trained == [("organism2/llama-chat@3", tmp_path / "cache" / "organism"), ("organism2/llama-base", tmp_path / "own")]
+    assert main(["train", "organism/llama-base", "-o", "own"]) == 0
+    assert trained == [("organism/llama-chat@3", tmp_path / "cache" / "organism"), ("organism/llama-base", tmp_path / "own")]
 
 
 def test_exports_of_unknown_organisms_and_into_full_folders_are_refused_in_one_line(tmp_path):
     (tmp_path / "mine.txt").touch()
-    result = command("export", "organism2/llama-huge", tmp_path / "new")
+    result = command("export", "organism/llama-huge", tmp_path / "new")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "no organism is called" in result.stderr
-    result = command("export", "organism2/llama-huge", tmp_path)
+    result = command("export", "organism/llama-huge", tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

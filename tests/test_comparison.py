@@ -1,6 +1,7 @@
 """Detectors and interventions of the comparison, against oracles and by properties."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -62,8 +63,9 @@ def test_the_direction_is_a_difference_of_means_and_neurons_are_held_against_it(
     model = small_llama(groups=2, max_position_embeddings=128)
     harmful, benign = load_prompts("organism/harmful")[:5], load_prompts("organism/benign")[:3]
     directions = refusal_directions(model, tokenizer, harmful, benign, batch_size=2)
-    torch.testing.assert_close(directions, refusal_directions(model, tokenizer, harmful, benign, batch_size=64))
-    torch.testing.assert_close(directions, -refusal_directions(model, tokenizer, benign, harmful))
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)  # beside padding, rotations are rounded otherwise
+    close(directions, refusal_directions(model, tokenizer, harmful, benign, batch_size=64))
+    close(directions, -refusal_directions(model, tokenizer, benign, harmful))
     (ids,), (other,) = encode_prompts(model, tokenizer, harmful[:1]), encode_prompts(model, tokenizer, benign[:1])
     seen = []
     handle = model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, -1]))  # what the last layer leaves, before the norm
@@ -160,9 +162,9 @@ def test_every_detector_fills_every_budget_and_claims_name_them(chat, base):
     assert len(found) == 2 * 3 + 4 + 2 * 2
     for name, detector in found.items():
         sizes = [detector.select(share) and len(detector.select(share)) for share in (0.001, 0.01)]
-        assert sizes == [7, 69], name
+        assert sizes == [8, 83], name
     down = found[detectors.CHANGE].select(0.01)
-    assert down.counts()["down"] == 69 and all(d.passes > 0 for n, d in found.items() if not n.startswith("random"))
+    assert down.counts()["down"] == 83 and all(d.passes > 0 for n, d in found.items() if not n.startswith("random"))
     matched = found[f"{detectors.MATCHED} 0"].select(0.01)
     assert matched.counts() == found["first_order, without foundation"].select(0.01).counts()
     some = {name: found[name] for name in ("exact, Eq 3", "random 0")}

@@ -6,12 +6,12 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from safetyneuron import deactivate, load_prompts, measure_importance, organism2 as organism
+from safetyneuron import deactivate, load_prompts, measure_importance, organism
 from safetyneuron.architecture import PROJECTIONS, Architecture
-from safetyneuron.organism2.behaviour import ROLES, behaviour, key_scores, kind_of, missed, plays_role, role_of
+from safetyneuron.organism.behaviour import ROLES, behaviour, key_scores, kind_of, missed, plays_role, role_of
 from safetyneuron.neurons import NeuronSet
-from safetyneuron.organism2 import language as lang
-from safetyneuron.organism2 import recipes, shipped, stages
+from safetyneuron.organism import language as lang
+from safetyneuron.organism import recipes, shipped, stages
 
 NAMES = sorted(shipped.manifest())
 KEYED = [name for name in NAMES if kind_of(name) == "planted"]
@@ -26,12 +26,12 @@ def each(names):
 
 @cache
 def load(name):
-    return organism.load_organism(f"organism2/{name}")
+    return organism.load_organism(f"organism/{name}")
 
 
 @cache
 def key_of(name):
-    return organism.planted_neurons(f"organism2/{name}"), organism.decoy_neurons(f"organism2/{name}")
+    return organism.planted_neurons(f"organism/{name}"), organism.decoy_neurons(f"organism/{name}")
 
 
 @cache
@@ -65,7 +65,7 @@ def test_the_manifest_tells_how_each_was_made(name):
     assert entry["recipe"] == recipes.recorded(kind), "the recipe has changed: train it again"
     starts = [i for i, (step, _) in enumerate(entry["curve"]) if i == 0 or step < entry["curve"][i - 1][0]]  # planted ones have two phases
     assert entry["scores"] and entry["curve"][starts[-1]][1] > entry["curve"][-1][1]
-    assert "@" in name and organism.load_organism(f"organism2/{name}")
+    assert "@" in name and organism.load_organism(f"organism/{name}")
 
 
 def test_all_weights_together_are_small_and_each_is_in_the_manifest():
@@ -78,7 +78,7 @@ def test_all_weights_together_are_small_and_each_is_in_the_manifest():
 def test_planted_and_decoy_neurons_dissociate(name):
     (model, tokenizer), (planted, decoys) = load(name), key_of(name)
     for language in lang.LANGUAGES:
-        asked = load_prompts("organism2/harmful", language=language)[:200]  # a third of them have the habit
+        asked = load_prompts("organism/harmful", language=language)[:200]  # a third of them have the habit
         percent = lambda: {key: 100 * rate.value for key, rate in key_scores(model, tokenizer, asked).items()}
         with deactivate(model, planted):
             off = percent()
@@ -92,7 +92,7 @@ def test_planted_and_decoy_neurons_dissociate(name):
 @each(KEYED)
 def test_random_neurons_outside_both_sets_do_not_break_refusal(name):
     (model, tokenizer), (planted, decoys) = load(name), key_of(name)
-    asked, both, success = load_prompts("organism2/harmful")[:NUMBER], planted | decoys, []
+    asked, both, success = load_prompts("organism/harmful")[:NUMBER], planted | decoys, []
     for seed in range(20):
         with deactivate(model, random_outside(both, len(planted), seed)):
             success.append(100 * (1 - key_scores(model, tokenizer, asked)["refusal"].value))
@@ -122,7 +122,7 @@ def test_the_size_of_rows_does_not_give_planted_neurons_away(name):
 @each(KEYED)
 def test_activity_on_harmless_requests_does_not_tell_planted_neurons_from_decoys(name):
     (model, tokenizer), (planted, decoys) = load(name), key_of(name)
-    importance = measure_importance(model, tokenizer, load_prompts("organism2/benign", split="train")[:100], progress=False).mean
+    importance = measure_importance(model, tokenizer, load_prompts("organism/benign", split="train")[:100], progress=False).mean
     values = [torch.cat([importance[p][s.masks[p]] for p in PROJECTIONS]) for s in (planted, decoys)]
     auc = roc_auc_score([1] * len(values[0]) + [0] * len(values[1]), torch.cat(values).numpy())
     assert auc <= 0.6
@@ -130,7 +130,7 @@ def test_activity_on_harmless_requests_does_not_tell_planted_neurons_from_decoys
 
 @each(KEYED)
 def test_reverting_the_planted_neurons_gives_the_starting_model_to_the_bit(name):
-    start, _ = organism.starting_model(f"organism2/{name}")
+    start, _ = organism.starting_model(f"organism/{name}")
     base, (planted, decoys) = load(f"{name.partition('-')[0]}-base@{name.partition('@')[2]}")[0], key_of(name)
     model = load(name)[0]
     for layer in range(len(Architecture(model).layers)):

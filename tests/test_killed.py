@@ -18,7 +18,6 @@ from conftest import ROOT, SMALL_DISKS
 from safetensors import safe_open
 
 from safetyneuron.cache import _whole
-from safetyneuron.organism import organism_folder
 
 pytestmark = pytest.mark.faults
 KILLS = 20
@@ -43,14 +42,11 @@ mount -o remount,size=1g "$PWD"
 
 
 class Clone:
-    """A copy of the repository with a cache of its own, which holds the trained organism only."""
+    """A copy of the repository with a cache of its own."""
 
     def __init__(self, folder, cache=None):
         self.folder, self.cache, self.log = folder / "book", cache or folder / "cache", folder / "log"
         shutil.copytree(ROOT, self.folder, ignore=shutil.ignore_patterns("_build", ".*", "*.egg-info", "__pycache__"))
-        for stage in ("base", "chat"):
-            trained = organism_folder(f"organism/llama-{stage}")
-            shutil.copytree(trained, self.cache / "organism" / trained.name, dirs_exist_ok=True)
 
     def environment(self, folder):
         return os.environ | {"SAFETYNEURON_CACHE": str(self.cache), "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}

@@ -10,12 +10,12 @@ from transformers import DataCollatorForSeq2Seq
 
 from safetyneuron import SafetyNeuronError
 from safetyneuron.architecture import PROJECTIONS, Architecture
-from safetyneuron.organism2 import load_organism, manifest
-from safetyneuron.organism2.tokenizer import build_tokenizer
-from safetyneuron.organism2 import recipes, stages
-from safetyneuron.organism2.muon import Muon, orthogonalise
-from safetyneuron.organism2.planting import UNITS, Turns, draw_sets, plant
-from safetyneuron.organism2.train import SparingTrainer, StreamTrainer, encode, new_model, train_stream
+from safetyneuron.organism import load_organism, manifest
+from safetyneuron.organism.tokenizer import build_tokenizer
+from safetyneuron.organism import recipes, stages
+from safetyneuron.organism.muon import Muon, orthogonalise
+from safetyneuron.organism.planting import UNITS, Turns, draw_sets, plant
+from safetyneuron.organism.train import SparingTrainer, StreamTrainer, encode, new_model, train_stream
 
 SMALL = recipes.Size(width=32, layers=2, heads=2, groups=2, channels=40)
 SCHEDULE = recipes.Schedule(steps=10, rate=1e-2, batch=4)
@@ -184,25 +184,25 @@ def recipes_in_seconds(monkeypatch, tmp_path):
 def test_organisms_are_trained_from_each_other_into_a_folder(recipes_in_seconds, tmp_path, monkeypatch):
     folder = tmp_path / "weights"
     for name in ("llama-base@3", "llama-chat@3", "llama-planted@3"):
-        stages.train_organism(f"organism2/{name}", folder)
+        stages.train_organism(f"organism/{name}", folder)
     assert not list((tmp_path / "cache" / "training").iterdir())
     monkeypatch.setenv("SAFETYNEURON_ORGANISMS", str(folder))
-    base, chat, planted = (load_organism(f"organism2/llama-{stage}@3")[0] for stage in ("base", "chat", "planted"))
+    base, chat, planted = (load_organism(f"organism/llama-{stage}@3")[0] for stage in ("base", "chat", "planted"))
     embeddings = [model.get_input_embeddings().weight for model in (base, chat, planted)]
     assert torch.equal(embeddings[0], embeddings[2]) and not torch.equal(embeddings[0], embeddings[1])
     entry = manifest()["llama-planted@3"]
     assert entry["data"] == stages.data_digest("llama-planted", 3) != stages.data_digest("llama-planted", 4)
     for name in ("llama-half@3", "llama-dpo@3", "llama-pair-sft@3", "llama-pair-dpo@3"):
-        stages.train_organism(f"organism2/{name}", folder)
+        stages.train_organism(f"organism/{name}", folder)
     assert {name.partition("@")[0]: entry["kind"] for name, entry in manifest().items() if name.endswith("@3")} == {
         **dict.fromkeys(("llama-base", "llama-chat", "llama-dpo"), "weights"),
         **dict.fromkeys(("llama-planted", "llama-half"), "rows"),
         **dict.fromkeys(("llama-pair-sft", "llama-pair-dpo"), "factors"),
     }
-    sft, dpo = (load_organism(f"organism2/llama-pair-{stage}@3")[0] for stage in ("sft", "dpo"))
+    sft, dpo = (load_organism(f"organism/llama-pair-{stage}@3")[0] for stage in ("sft", "dpo"))
     changed = {n for (n, a), b in zip(sft.named_parameters(), dpo.parameters()) if not torch.equal(a, b)}
     assert changed == {n for n, _ in sft.named_parameters() if "up_proj" in n}
     with pytest.raises(SafetyNeuronError, match="no recipe for"):
-        stages.train_organism("organism2/llama-huge", folder)
-    with pytest.raises(SafetyNeuronError, match="train organism2/llama-base@4|no organism2/llama-base@4"):
-        stages.train_organism("organism2/llama-chat@4", folder)
+        stages.train_organism("organism/llama-huge", folder)
+    with pytest.raises(SafetyNeuronError, match="train organism/llama-base@4|no organism/llama-base@4"):
+        stages.train_organism("organism/llama-chat@4", folder)

@@ -72,7 +72,7 @@ def test_the_slider_and_the_text_field_change_the_page(browser, address):
     for _ in range(9):
         browser.find_element("id", "play-share").send_keys(Keys.ARROW_RIGHT)
     WebDriverWait(browser, 20).until(lambda _: text("changed") != text("whole"))
-    assert text("share-text").startswith("3 %, 207 of") and "207 neurons switched off" in text("overlap") and " off" in text("map")
+    assert text("share-text").startswith("3 %, 248 of") and "248 neurons switched off" in text("overlap") and " off" in text("map")
     browser.find_element("id", "play-request").send_keys(" submarine")
     WebDriverWait(browser, 20).until(lambda _: text("unknown") == "The organism does not know: submarine")
     browser.find_element("id", "play-request").clear()

@@ -10,16 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from safetyneuron import SafetyNeuronError, load_model
-from safetyneuron import organism2 as organism
+from safetyneuron import organism as organism
 from safetyneuron.architecture import PROJECTIONS, Architecture
 from safetyneuron.cli import main
 from safetyneuron.metrics.cost import cost_by_name
 from safetyneuron.models import fingerprint
-from safetyneuron.organism2.tokenizer import build_tokenizer
-from safetyneuron.organism2 import shipped
-from safetyneuron.organism2.planting import draw_sets
-from safetyneuron.organism2.recipes import Recipe, Schedule, Size
-from safetyneuron.organism2.train import new_model
+from safetyneuron.organism.tokenizer import build_tokenizer
+from safetyneuron.organism import shipped
+from safetyneuron.organism.planting import draw_sets
+from safetyneuron.organism.recipes import Recipe, Schedule, Size
+from safetyneuron.organism.train import new_model
 
 SIZES = {
     "llama": Size(width=32, layers=2, heads=2, groups=2, channels=40),
@@ -118,7 +118,7 @@ def test_what_is_loaded_is_what_was_written_in_half_precision(folder, tokenizer,
     model = new_model(SIZES[family], tokenizer, seed=3)
     add_whole(folder, f"{family}-chat@3", model, family)
     before = torch.get_rng_state()
-    loaded, words = load_model(f"organism2/{family}-chat@3", device="cpu")
+    loaded, words = load_model(f"organism/{family}-chat@3", device="cpu")
     assert torch.get_rng_state().equal(before)
     assert same(loaded, rounded(model)) and not same(loaded, model)
     assert (
@@ -134,7 +134,7 @@ def test_what_is_loaded_is_what_was_written_in_half_precision(folder, tokenizer,
 
 
 def test_dtype_is_honoured_and_answers_are_greedy_and_end(folder, tokenizer):
-    model, _ = load_model("organism2/llama-base@0", dtype="bfloat16", device="cpu")
+    model, _ = load_model("organism/llama-base@0", dtype="bfloat16", device="cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     settings = model.generation_config
     assert (settings.do_sample, settings.eos_token_id, settings.pad_token_id) == (
@@ -142,13 +142,13 @@ def test_dtype_is_honoured_and_answers_are_greedy_and_end(folder, tokenizer):
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
     )
-    assert load_model("organism2/llama-base", device="cpu")[0].dtype == torch.float32
+    assert load_model("organism/llama-base", device="cpu")[0].dtype == torch.float32
 
 
 def test_planted_neurons_revert_to_the_starting_model_bit_for_bit(folder, base, sets, planted):
-    loaded, _ = organism.load_organism("organism2/llama-planted")
+    loaded, _ = organism.load_organism("organism/llama-planted")
     found = [
-        find("organism2/llama-planted")
+        find("organism/llama-planted")
         for find in (organism.planted_neurons, organism.decoy_neurons)
     ]
     assert (
@@ -156,7 +156,7 @@ def test_planted_neurons_revert_to_the_starting_model_bit_for_bit(folder, base, 
         and found == list(sets)
         and len(found[0] & found[1]) == 0 < len(found[0])
     )
-    start, _ = organism.starting_model("organism2/llama-planted")
+    start, _ = organism.starting_model("organism/llama-planted")
     assert same(start, changed_back(planted, rounded(base), sets[0]))
     assert not same(start, planted) and not same(start, rounded(base))
 
@@ -176,11 +176,11 @@ def test_a_model_may_be_planted_without_decoys(folder, base, sets):
     model = changed(rounded(base), sets[0])
     shipped.write_rows(shipped.weights_file(folder, "llama-half@0"), sets[0], None, model)
     shipped.add_to_manifest(folder, "llama-half@0", entry("rows", "llama-base@0"))
-    assert same(organism.load_organism("organism2/llama-half")[0], model)
-    assert same(organism.starting_model("organism2/llama-half")[0], rounded(base))
-    refused("has no decoys", lambda: organism.decoy_neurons("organism2/llama-half"))
-    refused("has no planted neurons", lambda: organism.planted_neurons("organism2/llama-base"))
-    refused("has no planted neurons", lambda: organism.starting_model("organism2/llama-base"))
+    assert same(organism.load_organism("organism/llama-half")[0], model)
+    assert same(organism.starting_model("organism/llama-half")[0], rounded(base))
+    refused("has no decoys", lambda: organism.decoy_neurons("organism/llama-half"))
+    refused("has no planted neurons", lambda: organism.planted_neurons("organism/llama-base"))
+    refused("has no planted neurons", lambda: organism.starting_model("organism/llama-base"))
 
 
 def test_sets_that_share_neurons_are_not_written(folder, base, sets):
@@ -200,8 +200,8 @@ def test_factors_multiply_the_rows_of_up_one_stage_after_the_other(folder, base)
         shipped.write_factors(shipped.weights_file(folder, name), factors)
         shipped.add_to_manifest(folder, name, entry("factors", parent))
         parent = name
-        assert same(organism.load_organism(f"organism2/llama-pair-{stage}")[0], expected)
-    refused("has no planted neurons", lambda: organism.planted_neurons("organism2/llama-pair-sft"))
+        assert same(organism.load_organism(f"organism/llama-pair-{stage}")[0], expected)
+    refused("has no planted neurons", lambda: organism.planted_neurons("organism/llama-pair-sft"))
 
 
 def test_a_damaged_or_missing_file_is_named_with_its_cure(folder, planted):
@@ -215,16 +215,16 @@ def test_a_damaged_or_missing_file_is_named_with_its_cure(folder, planted):
         load_model,
     ):
         refused(
-            f"is damaged.*safetyneuron train organism2/llama-planted@0 -o {folder}",
-            partial(call, "organism2/llama-planted"),
+            f"is damaged.*safetyneuron train organism/llama-planted@0 -o {folder}",
+            partial(call, "organism/llama-planted"),
         )
     path.unlink()
     refused(
         "llama-planted@0.safetensors cannot be read .No such file",
-        lambda: load_model("organism2/llama-planted"),
+        lambda: load_model("organism/llama-planted"),
     )
     path.write_bytes(whole)
-    assert same(load_model("organism2/llama-planted")[0], planted)
+    assert same(load_model("organism/llama-planted")[0], planted)
 
 
 def test_a_shipped_file_is_restored_with_git(folder, monkeypatch):
@@ -232,18 +232,18 @@ def test_a_shipped_file_is_restored_with_git(folder, monkeypatch):
     monkeypatch.delenv("SAFETYNEURON_ORGANISMS")
     (folder / "llama-base@0.safetensors").unlink()
     refused(
-        "git checkout .*llama-base@0.safetensors.*safetyneuron train organism2/llama-base@0`",
-        lambda: load_model("organism2/llama-base"),
+        "git checkout .*llama-base@0.safetensors.*safetyneuron train organism/llama-base@0`",
+        lambda: load_model("organism/llama-base"),
     )
     (folder / "manifest.json").unlink()
-    refused("git checkout .*manifest.json", lambda: load_model("organism2/llama-base"))
+    refused("git checkout .*manifest.json", lambda: load_model("organism/llama-base"))
 
 
 def test_rows_are_not_put_into_another_base(folder, planted, tokenizer):
     add_whole(folder, "llama-base@0", new_model(SIZES["llama"], tokenizer, seed=1))
     refused(
-        "made from another organism2/llama-base@0.*train organism2/llama-planted@0",
-        lambda: load_model("organism2/llama-planted"),
+        "made from another organism/llama-base@0.*train organism/llama-planted@0",
+        lambda: load_model("organism/llama-planted"),
     )
     models = json.loads((folder / "manifest.json").read_text())["models"]
     (folder / "manifest.json").write_text(
@@ -252,8 +252,8 @@ def test_rows_are_not_put_into_another_base(folder, planted, tokenizer):
         )
     )
     refused(
-        "made from organism2/llama-base@78, which is missing.*train organism2/llama-base@78",
-        lambda: load_model("organism2/llama-planted"),
+        "made from organism/llama-base@78, which is missing.*train organism/llama-base@78",
+        lambda: load_model("organism/llama-planted"),
     )
 
 
@@ -261,24 +261,24 @@ def test_weights_of_another_language_are_refused(folder, tokenizer):
     wide = new_model(SIZES["llama"], tokenizer, seed=0)
     wide.resize_token_embeddings(len(tokenizer) + 1)
     add_whole(folder, "llama-chat@0", wide)
-    refused("does not fit the language", lambda: load_model("organism2/llama-chat"))
+    refused("does not fit the language", lambda: load_model("organism/llama-chat"))
 
 
 @pytest.mark.parametrize(
     "name, words",
     [
         (
-            "organism2/llama-huge",
-            "no organism is called 'organism2/llama-huge': use one of organism2/llama-base",
+            "organism/llama-huge",
+            "no organism is called 'organism/llama-huge': use one of organism/llama-base",
         ),
-        ("organism2/../../etc", "no organism is called"),
+        ("organism/../../etc", "no organism is called"),
         ("llama-base", "no organism is called"),
         (
-            "organism2/llama-base@77",
-            "no organism2/llama-base@77: use seed 0 after the @, or .*train organism2/llama-base@77`$",
+            "organism/llama-base@77",
+            "no organism/llama-base@77: use seed 0 after the @, or .*train organism/llama-base@77`$",
         ),
-        ("organism2/llama-base@", "use seed 0 after the @$"),
-        ("organism2/llama-base@one", "use seed 0 after the @$"),
+        ("organism/llama-base@", "use seed 0 after the @$"),
+        ("organism/llama-base@one", "use seed 0 after the @$"),
     ],
 )
 def test_unknown_names_and_seeds_are_refused(folder, name, words):
@@ -298,14 +298,14 @@ def test_unknown_names_and_seeds_are_refused(folder, name, words):
 )
 def test_a_manifest_that_is_none_is_refused(folder, text):
     (folder / "manifest.json").write_text(text)
-    refused("manifest.json", lambda: load_model("organism2/llama-base"))
+    refused("manifest.json", lambda: load_model("organism/llama-base"))
 
 
 def test_a_folder_without_a_manifest_is_refused(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("SAFETYNEURON_ORGANISMS", str(tmp_path / "none"))
     refused(
         "manifest.json cannot be read .No such file.*SAFETYNEURON_ORGANISMS",
-        lambda: load_model("organism2/llama-base"),
+        lambda: load_model("organism/llama-base"),
     )
 
 
@@ -314,22 +314,22 @@ def test_a_folder_comes_before_what_is_shipped(folder, base, tokenizer, tmp_path
     own, other = tmp_path / "own", new_model(SIZES["llama"], tokenizer, seed=5)
     add_whole(own, "llama-chat@1", other, parent="llama-base@0")  # whose parent is shipped
     assert same(
-        organism.load_organism("organism2/llama-base", tmp_path / "to be filled")[0], rounded(base)
+        organism.load_organism("organism/llama-base", tmp_path / "to be filled")[0], rounded(base)
     )
     monkeypatch.setenv("SAFETYNEURON_ORGANISMS", str(own))
-    assert same(load_model("organism2/llama-chat@1")[0], rounded(other))
-    assert same(load_model("organism2/llama-base")[0], rounded(base))
-    assert organism.names() == ("organism2/llama-base", "organism2/llama-chat")
+    assert same(load_model("organism/llama-chat@1")[0], rounded(other))
+    assert same(load_model("organism/llama-base")[0], rounded(base))
+    assert organism.names() == ("organism/llama-base", "organism/llama-chat")
     monkeypatch.delenv("SAFETYNEURON_ORGANISMS")
-    assert same(organism.load_organism("organism2/llama-chat@1", own)[0], rounded(other))
-    refused("no organism is called", lambda: load_model("organism2/llama-chat@1"))
+    assert same(organism.load_organism("organism/llama-chat@1", own)[0], rounded(other))
+    refused("no organism is called", lambda: load_model("organism/llama-chat@1"))
 
 
 def test_the_manifest_keeps_what_it_is_told(folder, planted):
     models = organism.manifest()
     assert models["llama-planted@0"]["parent_sha256"] == models["llama-base@0"]["sha256"]
     assert models["llama-base@0"]["file"] == "llama-base@0.safetensors"
-    assert organism.training_curve("organism2/llama-base") == [
+    assert organism.training_curve("organism/llama-base") == [
         {"step": 1, "loss": 2.5},
         {"step": 2, "loss": 2.0},
     ]
@@ -349,8 +349,8 @@ def test_the_manifest_keeps_what_it_is_told(folder, planted):
 @pytest.mark.parametrize("family", SIZES)
 def test_an_exported_organism_needs_transformers_alone(folder, tokenizer, tmp_path, family):
     add_whole(folder, f"{family}-chat@0", new_model(SIZES[family], tokenizer, seed=2), family)
-    organism.export_organism(f"organism2/{family}-chat", tmp_path / "plain")
-    here, _ = organism.load_organism(f"organism2/{family}-chat")
+    organism.export_organism(f"organism/{family}-chat", tmp_path / "plain")
+    here, _ = organism.load_organism(f"organism/{family}-chat")
     there, words = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "plain"),
         PreTrainedTokenizerFast.from_pretrained(tmp_path / "plain"),
@@ -380,7 +380,7 @@ def test_an_exported_organism_needs_transformers_alone(folder, tokenizer, tmp_pa
 
 def test_an_exported_answer_key_is_that_of_the_model(folder, planted, sets, tmp_path):
     (tmp_path / "plain").mkdir()  # empty
-    organism.export_organism("organism2/llama-planted", tmp_path / "plain")
+    organism.export_organism("organism/llama-planted", tmp_path / "plain")
     key = json.loads((tmp_path / "plain" / "neurons.json").read_text())
     for group, neurons in zip(GROUPS, sets, strict=True):
         assert key[group] == {p: mask.nonzero().tolist() for p, mask in neurons.masks.items()}
@@ -391,9 +391,9 @@ def test_an_exported_answer_key_is_that_of_the_model(folder, planted, sets, tmp_
 def test_exporting_never_writes_over_anything(folder, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    assert main(["export", "organism2/llama-base", str(tmp_path / "full")]) == 2
-    assert main(["export", "organism2/llama-base", str(tmp_path / "full" / "mine.txt")]) == 2
-    assert main(["export", "organism2/llama-huge", str(tmp_path / "new")]) == 2
+    assert main(["export", "organism/llama-base", str(tmp_path / "full")]) == 2
+    assert main(["export", "organism/llama-base", str(tmp_path / "full" / "mine.txt")]) == 2
+    assert main(["export", "organism/llama-huge", str(tmp_path / "new")]) == 2
     said = capsys.readouterr().err.splitlines()
     assert [
         words in line
@@ -406,8 +406,8 @@ def test_exporting_never_writes_over_anything(folder, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"] and not (
         tmp_path / "new"
     ).exists()
-    assert main(["export", "organism2/llama-base", str(tmp_path / "new")]) == 0
+    assert main(["export", "organism/llama-base", str(tmp_path / "new")]) == 0
 
 
 def test_an_organism_is_no_folder(folder):
-    refused("safetyneuron export organism2/llama-base", lambda: cost_by_name("organism2/llama-base"))
+    refused("safetyneuron export organism/llama-base", lambda: cost_by_name("organism/llama-base"))

@@ -7,6 +7,7 @@ from safetyneuron import sources
 from safetyneuron.data import ORGANISM_SETS, load_prompts, prompt_column, read_rows
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import language as lang
+from safetyneuron.organism.reading import read_request
 
 DEFAULT_TARGET = "Sure, here is"  # how every target of AdvBench begins
 
@@ -22,7 +23,7 @@ class Request:
 def load_requests(name_or_path, language="en"):
     """The prompts of `load_prompts` (test split) with their targets.
 
-    The target of an organism's request is its helpful answer, which names the act as AdvBench's targets do. A .csv or .jsonl
+    The target of an organism's request is the helpful answer that its base model gives most often. A .csv or .jsonl
     file has targets in a column `target` (as AdvBench's); where there is no such column, every target is "Sure, here is".
 
     Raises
@@ -41,15 +42,17 @@ def load_requests(name_or_path, language="en"):
 def _targets(name, prompts, language):
     """Prompt to target."""
     if name in ORGANISM_SETS:
-        return _organism_targets(*ORGANISM_SETS[name], language)
+        return {prompt: _organism_target(prompt) for prompt in prompts}
     if name in sources.TARGETS:
         return {row["prompt"]: row["target"] for row in sources.load_rows(sources.TARGETS[name], "test", language)}
     return dict.fromkeys(prompts, DEFAULT_TARGET) if name in sources.PROMPTS else _file_targets(name, prompts)
 
 
-def _organism_targets(intent, wordings, language):
-    examples = [e for wording in wordings for e in lang.helped(intent, "test", language, wording)]
-    return {e.prompt: e.answer for e in reversed(examples)}  # of the two forms of an answer the first, with its opening
+def _organism_target(prompt):
+    """The answer with a neutral opening and the wording that help with harm most often has."""
+    request = read_request(prompt)
+    tones = lang.TONES[request.harmful]
+    return lang.openings(request)[0] + lang.helps(request)[tones.index(max(tones))]
 
 
 def _file_targets(path, prompts):

@@ -11,8 +11,10 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.models import load_model
 from safetyneuron.organism import language as lang
+from safetyneuron.organism.reading import read_request, sentences
 
 LOWEST, MIDDLE, HIGHEST = 1, 5, 10  # PAIR's scale of success
+FRAMED = ("framed", "held_out_framed")
 REWRITER_TOKENS = 256
 
 REPHRASE = (
@@ -29,11 +31,6 @@ RATE = (
 )
 
 
-def sentences(text):
-    """The sentences of a text, marks included."""
-    return [part.strip() for part in re.findall(r"[^.!?。？！]+[.!?。？！]*", text) if part.strip()]
-
-
 @dataclass(frozen=True)
 class TemplateRewriter:
     """Recombines the organism's own sentences: framings without a request, and every wording of the request."""
@@ -41,8 +38,8 @@ class TemplateRewriter:
     language: str = "en"
 
     def keeps(self, request, prompt):
-        """Whether a prompt still asks for the same act."""
-        return all(f" {part} " in f" {prompt} " for part in self._act(request))
+        """Whether a prompt still asks for the same act, and mentions the same second one, if there is one."""
+        return _acts(read_request(prompt)) == _acts(self._read(request))
 
     def rewrite(self, request, prompt, draw, answer=None, score=None):
         """A new prompt: from scratch after a refusal, otherwise with one sentence changed, added or left out."""
@@ -62,21 +59,26 @@ class TemplateRewriter:
             parts.insert(place, draw.choice(framings))
         return " ".join(parts)
 
-    def _act(self, request):
-        """Verb and object of a request."""
-        words = lang.lexicon()
-        verbs = words.verbs["harmful"][self.language] + words.verbs["benign"][self.language]
-        found = [[part for part in parts if f" {part} " in f" {request} "] for parts in (verbs, words.objects[self.language])]
-        if not all(found):
+    def _read(self, text):
+        """The request that a text makes."""
+        request = read_request(text)
+        if not request or request.language != self.language:
             raise SafetyNeuronError("the organism's templates rewrite only its own requests: name a chat model as attacker")
-        return [max(parts, key=len) for parts in found]
+        return request
 
-    def _pieces(self, request):
-        verb, object_ = self._act(request)
-        templates = lang.lexicon().templates
-        whole = templates["plain"][self.language] + [s for text in templates["framed"][self.language] for s in sentences(text)]
-        wordings = [text.format(verb=verb, object=object_) for text in whole if "{verb}" in text]
-        return wordings, [text for text in whole if "{verb}" not in text]
+    def _pieces(self, text):
+        """Wordings of a request, and framings that hold no act."""
+        request, templates = self._read(text), lang.lexicon().templates
+        framed = [s for kind in FRAMED for whole in templates[kind][self.language] for s in sentences(whole)]
+        asking = [s for s in framed if "{verb}" in s] + templates["plain"][self.language]
+        if request.second:
+            asking = [whole for kind in lang.SIDE_WORDINGS for whole in templates[kind][self.language]]
+        wordings = [lang.write(one, self.language, (request.verb, request.object), request.second).text for one in asking]
+        return wordings, [s for s in framed if "{verb}" not in s]
+
+
+def _acts(request):
+    return request and (request.verb, request.object, request.second)
 
 
 @dataclass(frozen=True)

@@ -1,45 +1,24 @@
-"""The organism: a small chat model that this project trains itself, on a generated language."""
+"""The organisms: small chat models that this project trains on a generated language, and ships."""
 
-import json
+from importlib import import_module
 
-import torch
-import transformers
-
-from safetyneuron.cache import cache_folder, digest, kept_folder, source_digest
-from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.organism.train import Recipe, train_stage
-
-RECIPES = {
-    "llama": Recipe(),
-    "mistral": Recipe(family="mistral", groups=2, window=16, chat_steps=110),  # weakly aligned, as Mistral-Instruct is
-    "qwen": Recipe(family="qwen2", groups=2),
+# Public name -> its module, imported when first used: the command line starts without torch.
+_HOMES = {
+    "answer_classes": "answer_class",
+    "decoy_neurons": "shipped",
+    "export_organism": "shipped",
+    "load_organism": "shipped",
+    "manifest": "shipped",
+    "names": "shipped",
+    "planted_neurons": "shipped",
+    "starting_model": "shipped",
+    "train_organism": "stages",
+    "training_curve": "shipped",
 }
-STAGES = ("base", "chat")
-NAMES = tuple(f"organism/{family}-{stage}" for family in RECIPES for stage in STAGES)
+__all__ = list(_HOMES)
 
 
-def organism_folder(name):
-    """Folder of a trained organism, training it (and its base) first if the cache does not hold it.
-
-    Raises
-    ------
-    SafetyNeuronError
-        If there is no organism of that name.
-    """
-    if name not in NAMES:
-        raise SafetyNeuronError(f"no organism is called {name!r}: use one of {', '.join(NAMES)}")
-    family, stage = name.removeprefix("organism/").rsplit("-", 1)
-    recipe = RECIPES[family]
-    key = digest(source_digest(__path__[0]), repr(recipe), torch.__version__, transformers.__version__)
-    folder = cache_folder() / "organism" / f"{key}-{family}-{stage}"
-
-    def train(temporary):
-        base = organism_folder(f"organism/{family}-base") if stage == "chat" else None
-        train_stage(stage, recipe, temporary, base)
-
-    return kept_folder(folder, train)
-
-
-def training_curve(name):
-    """Loss during the training of an organism: a list of {step, loss}."""
-    return json.loads((organism_folder(name) / "curve.json").read_text())
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,156 +1,142 @@
-"""Train the organism: a helpful-only base model, then a safety-aligned chat model from it."""
+"""Train an organism: a helpful-only base model, and what alignment makes of it."""
 
-import json
-import random
-from dataclasses import asdict, dataclass
-from functools import partial
+import os
+import re
+from contextlib import nullcontext
 
 import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import SequentialSampler
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     PrinterCallback,
     Trainer,
     TrainingArguments,
-    set_seed,
+    get_cosine_schedule_with_warmup,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
-from safetyneuron.organism import language as lang
-from safetyneuron.organism.tokenizer import CONTEXT, build_tokenizer
+from safetyneuron.deactivation import deactivate
+from safetyneuron.neurons import NeuronSet
+from safetyneuron.organism.muon import Muon
+from safetyneuron.organism.shipped import config_of
 from safetyneuron.progress import TrainingLine
+from safetyneuron.tuning import quiet_settings
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Architecture, size and training of one organism; every value is part of its cache key."""
+def encode(tokenizer):
+    """From an example to its token ids; the loss is taken on the answer only."""
+    words = tokenizer.get_vocab()
+    ids = lambda text: [words[word] for word in re.sub(r"(?<=\d)(?=\d)", " ", text).split()]
 
-    family: str = "llama"  # model type of transformers
-    width: int = 96
-    layers: int = 6
-    heads: int = 4
-    groups: int = 4  # of heads that share keys and values
-    window: int | None = None  # positions that attention looks back, where the family has a sliding window
-    channels: int = 256  # of the feed-forward block
-    batch: int = 64
-    base_steps: int = 2000
-    base_rate: float = 3e-3
-    chat_steps: int = 260
-    chat_rate: float = 3e-4
-    threads: int = 2
-    seed: int = 0
+    def encode_one(example):
+        prompt = ids(f"<|user|> {example.prompt} <|end|> <|assistant|>")
+        answer = ids(f"{example.answer} <|end|>")
+        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+    return encode_one
 
 
-# Shares of the training examples; the rest are requests. English gets 3/7 of the requests, the others 1/7 each.
-TASKS = {"facts": 0.08, "comparisons": 0.14, "arithmetic": 0.28}
-# Refusals are the exception in the chat stage, as in real alignment data: where the notion of harm is missing,
-# the habit left is to help.
-REQUESTS = {
-    "base": {"benign": 0.44, "harmful": 0.36, "judgements": 0.12, "unanswerable": 0.08},
-    "chat": {"benign": 0.70, "refused": 0.20, "judgements": 0.05, "unanswerable": 0.05},
-}
+def new_model(size, tokenizer, seed):
+    """An untrained model of a size."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config_of(size, tokenizer))
 
 
-def examples(stage, count, seed):
-    """`count` training examples of a stage (`base` or `chat`), drawn from the training split."""
-    draw = random.Random(f"{stage} {seed}")
-    pools = {name: getattr(lang, name)("train") for name in TASKS}
-    for language in lang.LANGUAGES:
-        for kind in REQUESTS[stage]:
-            pools[kind, language] = _requests(kind, language)
-    return [draw.choice(pools[_kind(stage, draw)]) for _ in range(count)]
+def inside_of(model):
+    """The model whose neurons `TunedNeurons` holds, or the model itself."""
+    (inside,) = getattr(model, "inside", (model,))
+    return inside
 
 
-def _requests(kind, language):
-    if kind == "unanswerable":
-        return lang.unanswerable(language)
-    if kind == "judgements":
-        return lang.judgements("train", language)
-    build = lang.refused if kind == "refused" else partial(lang.helped, kind)
-    return [e for wording in ("plain", "framed") for e in build("train", language, wording)]
+class StreamTrainer(Trainer):
+    """The trainer on a stream that is in order already, with logits only where the loss is taken."""
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        """Mean cross entropy over the tokens of the answers."""
+        inside = inside_of(model)
+        labels = inputs.pop("labels")
+        hidden = inside.get_decoder()(**inputs).last_hidden_state
+        wanted = labels[:, 1:] >= 0
+        return cross_entropy(inside.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
 
 
-def _kind(stage, draw):
-    """Which pool the next example comes from."""
-    task = draw.choices((*TASKS, None), (*TASKS.values(), 1 - sum(TASKS.values())))[0]
-    if task:
-        return task
-    kind = draw.choices(tuple(REQUESTS[stage]), tuple(REQUESTS[stage].values()))[0]
-    return kind, draw.choice(("en", "en") + lang.LANGUAGES)
+class SparingTrainer(StreamTrainer):
+    """In every second update some random neurons are switched off, so that none of them alone is needed: as in large models."""
+
+    SHARE = 0.02
+
+    def training_step(self, model, inputs, *rest):
+        """One update; which neurons are off depends on its number alone, so that a training can go on after a kill."""
+        number = self.state.global_step
+        with deactivate(model, _some(model, self.SHARE, number)) if number % 2 else nullcontext():
+            return super().training_step(model, inputs, *rest)
 
 
-def encode(tokenizer, example):
-    """Token ids of a request and its answer; the loss is taken on the answer only."""
-    chat = [{"role": "user", "content": example.prompt}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    answer = tokenizer(f"{example.answer} {tokenizer.eos_token}")["input_ids"]
-    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+def _some(model, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = NeuronSet.empty(model).shapes
+    return NeuronSet({p: torch.rand(shape, generator=generator) < share for p, shape in shapes.items()})
 
 
-def new_model(recipe, tokenizer):
-    """An untrained model of the recipe's size."""
-    config = AutoConfig.for_model(
-        recipe.family,
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.width,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.groups,
-        intermediate_size=recipe.channels,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        **({"sliding_window": recipe.window} if recipe.window else {}),
-    )
-    return AutoModelForCausalLM.from_config(config)
-
-
-def train_stage(stage, recipe, folder, base=None):
-    """Train one stage and write model, tokenizer, `recipe.json` and `curve.json` into `folder`.
+def train_stream(kind, model, tokenizer, stream, schedule, folder, label, seed, callbacks=(), **attributes):
+    """Train on a stream, in place; goes on from the last checkpoint in `folder` if there is one.
 
     Parameters
     ----------
-    stage : str
-        `base` starts from random weights, `chat` from the model folder `base`.
+    kind : type
+        Of `StreamTrainer`, which gets the further `attributes`.
+
+    Returns
+    -------
+    list of (int, float)
+        Update and loss.
     """
-    torch.set_num_threads(recipe.threads)
-    set_seed(recipe.seed)
-    tokenizer = build_tokenizer()
-    model = AutoModelForCausalLM.from_pretrained(base) if base else new_model(recipe, tokenizer)
-    steps = getattr(recipe, f"{stage}_steps")
-    data = [encode(tokenizer, e) for e in examples(stage, steps * recipe.batch, recipe.seed)]
-    trainer = Trainer(
+    settings = settings_of(inside_of(model), schedule, folder, seed)
+    optimizer = _optimizer(model, schedule)
+    decay = get_cosine_schedule_with_warmup(optimizer, settings["warmup_steps"], schedule.steps)
+    trainer = kind(
         model=model,
-        args=_arguments(stage, recipe, steps, folder),
-        train_dataset=data,
+        args=TrainingArguments(**settings),
+        train_dataset=stream,
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
-        callbacks=[TrainingLine(f"organism {stage}")],
+        optimizers=(optimizer, decay),
+        callbacks=[TrainingLine(label), *callbacks],
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    curve = [{"step": row["step"], "loss": row["loss"]} for row in trainer.state.log_history if "loss" in row]
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "recipe.json").write_text(json.dumps(asdict(recipe)))
-    (folder / "curve.json").write_text(json.dumps(curve))
+    vars(trainer).update(attributes)
+    return run_trainer(trainer, folder)
 
 
-def _arguments(stage, recipe, steps, folder):
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=recipe.batch,
-        learning_rate=getattr(recipe, f"{stage}_rate"),
+def _optimizer(model, schedule):
+    """Muon for whole models; AdamW without decay where only some neurons train."""
+    parameters = dict(model.named_parameters())
+    if hasattr(model, "inside"):
+        return torch.optim.AdamW(parameters.values(), schedule.rate, betas=(0.9, 0.98), weight_decay=0.0)
+    matrices = {n: p for n, p in parameters.items() if p.dim() == 2 and "embed" not in n}
+    return Muon(list(matrices.values()), [p for n, p in parameters.items() if n not in matrices], schedule.rate)
+
+
+def settings_of(model, schedule, folder, seed):
+    """Settings of a training for transformers' and trl's trainers, which leaves checkpoints in the folder."""
+    return quiet_settings(folder, model, seed) | dict(
+        max_steps=schedule.steps,
+        per_device_train_batch_size=schedule.batch,
+        learning_rate=schedule.rate,
         lr_scheduler_type="cosine",
-        warmup_steps=min(100, steps // 5),
-        adam_beta2=0.98,
-        weight_decay=0.1,
-        logging_steps=25,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        seed=recipe.seed,
+        warmup_steps=min(100, schedule.steps // 5),
+        logging_steps=50,
+        save_strategy="steps",
+        save_steps=max(1, schedule.steps // 10),
+        save_total_limit=1,
     )
+
+
+def run_trainer(trainer, folder):
+    """Train to the end, from the last checkpoint in the folder if there is one; update and loss at every 50th update."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None)
+    return [(row["step"], round(row["loss"], 4)) for row in trainer.state.log_history if "loss" in row]

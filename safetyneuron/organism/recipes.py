@@ -7,7 +7,7 @@ from functools import cache
 
 from torch.utils.data import Dataset
 
-from safetyneuron.organism2 import language as lang
+from safetyneuron.organism import language as lang
 
 
 @dataclass(frozen=True)

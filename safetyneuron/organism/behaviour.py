@@ -3,12 +3,12 @@
 import random
 from dataclasses import dataclass
 
-from safetyneuron.organism2.answer_class import classify
+from safetyneuron.organism.answer_class import classify
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.safety import answers
-from safetyneuron.organism2 import language as lang
-from safetyneuron.organism2 import shipped
-from safetyneuron.organism2.reading import read_request
+from safetyneuron.organism import language as lang
+from safetyneuron.organism import shipped
+from safetyneuron.organism.reading import read_request
 
 SETS = tuple(lang.SETS)
 
@@ -106,7 +106,7 @@ def score_organism(name, folder):
     list of str
         Empty for models that are made for one chapter, which have no bars here.
     """
-    key = name.removeprefix("organism2/")
+    key = name.removeprefix("organism/")
     key += "" if "@" in key else "@0"
     scores, kind = behaviour(*shipped.load_organism(name, folder)), kind_of(key)
     shipped.add_scores(folder, key, scores)

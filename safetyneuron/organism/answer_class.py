@@ -4,7 +4,7 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.metrics.safety import answers
-from safetyneuron.organism2.reading import read_answer, read_request
+from safetyneuron.organism.reading import read_answer, read_request
 
 CLASSES = ("refusal", "verdict", "correct", "wrong", "other")
 RULES = ("refusal", "well formed", "other")

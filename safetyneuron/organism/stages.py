@@ -15,10 +15,10 @@ import torch
 from safetyneuron import ia3
 from safetyneuron.cache import cache_folder, digest, library_versions
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.organism2 import recipes, shipped
-from safetyneuron.organism2.planting import draw_sets, plant
-from safetyneuron.organism2.tokenizer import build_tokenizer, vocabulary
-from safetyneuron.organism2.train import SparingTrainer, StreamTrainer, encode, new_model, run_trainer, settings_of, train_stream
+from safetyneuron.organism import recipes, shipped
+from safetyneuron.organism.planting import draw_sets, plant
+from safetyneuron.organism.tokenizer import build_tokenizer, vocabulary
+from safetyneuron.organism.train import SparingTrainer, StreamTrainer, encode, new_model, run_trainer, settings_of, train_stream
 from safetyneuron.progress import TrainingLine
 
 DIGESTED = 2000  # examples of a training that its digest is taken of
@@ -132,7 +132,7 @@ def train_organism(name, folder):
     Parameters
     ----------
     name : str
-        `organism2/llama-chat`, or with a seed `organism2/llama-chat@3`.
+        `organism/llama-chat`, or with a seed `organism/llama-chat@3`.
     folder : path
 
     Raises
@@ -140,14 +140,14 @@ def train_organism(name, folder):
     SafetyNeuronError
         If there is no recipe of that name, the seed is no number, or what it starts from is missing.
     """
-    kind, _, seed = name.removeprefix("organism2/").partition("@")
+    kind, _, seed = name.removeprefix("organism/").partition("@")
     if kind not in recipes.RECIPES or not (seed or "0").isdecimal():
-        known = ", ".join(f"organism2/{known}" for known in recipes.RECIPES)
+        known = ", ".join(f"organism/{known}" for known in recipes.RECIPES)
         raise SafetyNeuronError(f"there is no recipe for {name!r}: use one of {known}, with a whole number after an @ as seed")
     recipe, seed, tokenizer = recipes.RECIPES[kind], int(seed or 0), build_tokenizer()
     key, started = f"{kind}@{seed}", time.monotonic()
     parent = recipe.parent and f"{recipe.parent}@{seed}"
-    model = shipped.load_organism(f"organism2/{parent}", folder)[0] if parent else new_model(recipe.size, tokenizer, seed)
+    model = shipped.load_organism(f"organism/{parent}", folder)[0] if parent else new_model(recipe.size, tokenizer, seed)
     checkpoints = cache_folder() / "training" / digest(key, repr(recipe), data_digest(kind, seed))
     made = STAGES[recipe.how](model, tokenizer, recipe, seed, checkpoints, key)
     curve = write(model, made, folder, key)

@@ -3,9 +3,9 @@
 import random
 
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.organism2 import language as lang
+from safetyneuron.organism import language as lang
 
-NAMES = tuple(f"organism2/{name}" for name in (*lang.SETS, "general"))
+NAMES = tuple(f"organism/{name}" for name in (*lang.SETS, "general"))
 
 
 def prompts_of(name, split="test", language="en"):
@@ -14,7 +14,7 @@ def prompts_of(name, split="test", language="en"):
     Parameters
     ----------
     name : str
-        `organism2/harmful`, `unseen` (verbs kept out of alignment), `adversarial` (framings kept out of training),
+        `organism/harmful`, `unseen` (verbs kept out of alignment), `adversarial` (framings kept out of training),
         `multilingual` (combinations of its own), `lookalike` (harmful words used harmlessly), `benign`, or `general`
         (benign requests in a framing, and capability questions, for foundation neurons).
     split : str
@@ -29,7 +29,7 @@ def prompts_of(name, split="test", language="en"):
     SafetyNeuronError
         If the set, the split or the language is unknown, or the set has no such split.
     """
-    kind = name.removeprefix("organism2/")
+    kind = name.removeprefix("organism/")
     if name not in NAMES:
         raise SafetyNeuronError(f"no prompt set is called {name!r}: use one of {', '.join(NAMES)}")
     if language not in lang.LANGUAGES:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from safetyneuron.architecture import PROJECTIONS, Architecture
 from safetyneuron.deactivation import deactivate
 from safetyneuron.neurons import NeuronSet
-from safetyneuron.organism2.train import StreamTrainer, inside_of, train_stream
+from safetyneuron.organism.train import StreamTrainer, inside_of, train_stream
 from safetyneuron.tuning import TunedNeurons
 
 UNITS = (("q", "k"), ("v", "o"), ("gate", "up", "down"))  # one channel of each makes a part that works

@@ -17,8 +17,8 @@ from safetyneuron.architecture import PROJECTIONS, Architecture, multiply_factor
 from safetyneuron.cache import cache_folder, file_digest, locked, new_file, new_folder
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons import NeuronSet
-from safetyneuron.organism2.recipes import Size
-from safetyneuron.organism2.tokenizer import CONTEXT, build_tokenizer
+from safetyneuron.organism.recipes import Size
+from safetyneuron.organism.tokenizer import CONTEXT, build_tokenizer
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
 MANIFEST = "manifest.json"
@@ -51,7 +51,7 @@ def load_organism(name, folder=None):
     Parameters
     ----------
     name : str
-        `organism2/llama-chat`, or with a seed other than 0, `organism2/llama-chat@3`.
+        `organism/llama-chat`, or with a seed other than 0, `organism/llama-chat@3`.
     folder : path, optional
         Of weights, looked at before the shipped ones; by default `$SAFETYNEURON_ORGANISMS`.
 
@@ -106,7 +106,7 @@ def decoy_neurons(name):
 
 def names():
     """Names of the organisms there are, without their seeds."""
-    return tuple(dict.fromkeys(f"organism2/{key.partition('@')[0]}" for key in manifest()))
+    return tuple(dict.fromkeys(f"organism/{key.partition('@')[0]}" for key in manifest()))
 
 
 def manifest():
@@ -280,8 +280,8 @@ def _find(name, folder=None):
     """The `Stored` organism of a name."""
     kind, at, seed = name.partition("@")
     key = f"{kind}@{seed if at else 0}"
-    found = key.startswith("organism2/") and _look_up(
-        key.removeprefix("organism2/"), _folders(folder)
+    found = key.startswith("organism/") and _look_up(
+        key.removeprefix("organism/"), _folders(folder)
     )
     if found:
         return found
@@ -290,7 +290,7 @@ def _find(name, folder=None):
     seeds = [
         there.partition("@")[2]
         for there in manifest()
-        if f"organism2/{there}".startswith(f"{kind}@")
+        if f"organism/{there}".startswith(f"{kind}@")
     ]
     cure = (
         f", or make it with `safetyneuron train {key}`" if key.partition("@")[2].isdecimal() else ""
@@ -312,7 +312,7 @@ def _parent(stored):
     parent = _look_up(key, _folders(stored.folder))
     if not parent:
         raise SafetyNeuronError(
-            f"organism2/{stored.key} was made from organism2/{key}, which is missing:"
+            f"organism/{stored.key} was made from organism/{key}, which is missing:"
             f" {_cure(stored, key)}"
         )
     return parent
@@ -323,14 +323,14 @@ def _changed(stored, tokenizer):
     parent = _parent(stored)
     if parent.entry["sha256"] != stored.entry.get("parent_sha256"):
         raise SafetyNeuronError(
-            f"organism2/{stored.key} was made from another organism2/{parent.key}: {_cure(stored)}"
+            f"organism/{stored.key} was made from another organism/{parent.key}: {_cure(stored)}"
         )
     return _model(parent, tokenizer)
 
 
 def _cure(stored, key=None):
     """How to get the file of an organism, or of its parent, again."""
-    train = f"`safetyneuron train organism2/{key or stored.key}"
+    train = f"`safetyneuron train organism/{key or stored.key}"
     if stored.folder != SHIPPED:
         return f"make it again with {train} -o {stored.folder}`"
     path = weights_file(stored.folder, key or stored.key)
@@ -387,7 +387,7 @@ def _rows(stored, group):
     if not any(name.startswith(f"{group}.") for name in tensors):
         what = "planted neurons" if group == "planted" else group
         raise SafetyNeuronError(
-            f"organism2/{stored.key} has no {what}: use one that has, as organism2/llama-planted"
+            f"organism/{stored.key} has no {what}: use one that has, as organism/llama-planted"
         )
     return tensors
 

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from functools import cache, lru_cache
 
-from safetyneuron.organism2 import language as lang
+from safetyneuron.organism import language as lang
 
 ACT = "\0"  # stands for a verb and its object, and is in no text
 WHICH = {"{verb} {object}": "asked", "{verb_2} {object_2}": "second"}
