@@ -13,9 +13,12 @@ from safetyneuron.architecture import ATTENTION
 from safetyneuron.cache import digest
 from safetyneuron.detection import select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.figures import CLASS_NAMES
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.neurons import NeuronSet
+from safetyneuron.organism import behaviour
+from safetyneuron.organism.answer_class import examples_of
 
 ORIGIN, EQ3, SPECIFIC = "Origin.", "Deact-SN: Eq 3", "Deact-SN: Eq 3 without foundation"
 RANDOM = {EQ3: "Deact-R: like Eq 3", SPECIFIC: "Deact-R: like without foundation"}
@@ -86,7 +89,24 @@ def answers_table(requests, answers):
     """Requests beside answers. For the organism, whose answers carry nothing usable."""
     table = pd.DataFrame({"request": requests, "answer": answers}).style.hide(axis="index")
     table.set_uuid(digest(list(requests), list(answers))[:8])  # not drawn at random: equal runs are equal pages
-    return table.set_table_attributes('class="dataframe"')
+    return table.set_table_attributes('class="dataframe texts"')
+
+
+def glue_examples(name, model_name, prompts, texts):
+    """Glue three answers of each class of an organism; what another model answers to harmful requests is not shown."""
+    if not model_name.startswith("organism/"):
+        return glue_text(**{name: "Answers of this model are scored and dropped."})
+    rows = [(CLASS_NAMES.get(kind, kind), *pair) for kind, pairs in examples_of(prompts, texts).items() for pair in pairs]
+    table = pd.DataFrame(rows, columns=["class", "request", "answer"]).style.hide(axis="index").set_uuid(name)
+    glue(name, table.set_table_attributes('class="dataframe texts"'), display=False)
+
+
+def behaviour_table(models):
+    """The bars of behaviour and the value of any model and language that comes nearest to each. models: as from `organism.manifest`."""
+    text = lambda bar, kind: f"{'≥' if bar.is_floor else '≤'} {getattr(bar, kind)}: {behaviour.worst(models, bar, kind):.1f}"
+    kinds = [kind for kind in ("base", "chat", "planted") if any(behaviour.kind_of(name) == kind for name in models)]
+    rows = {(bar.measure, bar.set): {k: "–" if getattr(bar, k) is None else text(bar, k) for k in kinds} for bar in behaviour.BARS}
+    return pd.DataFrame(rows).T.rename_axis(["%", "set"])
 
 
 def scores_table(scores):

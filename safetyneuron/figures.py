@@ -9,6 +9,8 @@ from safetyneuron.architecture import PROJECTIONS
 from safetyneuron.metrics.rates import Rate
 
 PALETTE = "colorblind"
+CLASS_COLOURS = ("#56b4e9", "#f0e442", "#d55e00", "#cc79a7", "#bbbbbb")  # of refusal, verdict, correct and wrong help, other
+CLASS_NAMES = {"correct": "correct help", "wrong": "wrong help"}
 
 
 def set_style():
@@ -63,6 +65,23 @@ def condition_bars(table):
     axes.set_xticks(range(len(measures)), measures)
     axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     axes.grid(axis="x", visible=False)
+    return axes
+
+
+def class_bars(classes):
+    """Shares of the classes of answers as stacked bars, one per row. classes: row to the result of `sort_answers`."""
+    _, axes = plt.subplots(figsize=(8, 0.9 + 0.38 * len(classes)))
+    names = list(dict.fromkeys(name for shares in classes.values() for name in shares))
+    left = dict.fromkeys(classes, 0.0)
+    for name, colour in zip(names, CLASS_COLOURS):
+        widths = [100 * shares[name].value for shares in classes.values()]
+        bars = axes.barh(list(classes), widths, left=list(left.values()), label=CLASS_NAMES.get(name, name), color=colour)
+        axes.bar_label(bars, [f"{w:.0f}" if w >= 4 else "" for w in widths], label_type="center", fontsize=8)
+        left = {row: left[row] + width for row, width in zip(classes, widths)}
+    axes.set(xlabel="% of the answers", xlim=(0, 100))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.legend(ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=8)
     return axes
 
 

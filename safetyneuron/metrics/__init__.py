@@ -13,12 +13,13 @@ from safetyneuron.metrics.safety import (
     helpfulness,
     over_refusal_rate,
 )
-from safetyneuron.metrics.suite import Suite, evaluate
+from safetyneuron.metrics.suite import Suite, answers_without, evaluate
 
 __all__ = [
     "Rate",
     "Suite",
     "answers",
+    "answers_without",
     "attack_success_rate",
     "capability",
     "coherent_compliance_rate",

@@ -8,7 +8,7 @@ from safetyneuron.data import load_prompts
 from safetyneuron.deactivation import deactivate
 from safetyneuron.metrics.capability import capability
 from safetyneuron.metrics.rates import Rate
-from safetyneuron.metrics.safety import compliance, helpfulness
+from safetyneuron.metrics.safety import answers, compliance, helpfulness
 from safetyneuron.models import identity
 
 
@@ -56,6 +56,25 @@ def evaluate_within(model, tokenizer, suite, within, key):
     prompts = {name: load_prompts(name, language=suite.language)[suite.skip :][: suite.prompts] for name in suite.prompt_sets}
     whole = [identity(model, tokenizer), asdict(suite), prompts, key]
     return remember_rates("scores", whole, lambda: _measure(model, tokenizer, suite, prompts, within))
+
+
+def answers_without(model, tokenizer, prompts, sets):
+    """Greedy answers of a model with each set of neurons switched off, and whole where the set is None.
+
+    Parameters
+    ----------
+    sets : dict of str to NeuronSet or None
+
+    Returns
+    -------
+    dict of str to list of str
+        Answers of real models to harmful prompts are for scoring: do not store or show them.
+    """
+    texts = {}
+    for name, neurons in sets.items():
+        with deactivate(model, neurons) if neurons else nullcontext():
+            texts[name] = answers(model, tokenizer, prompts)
+    return texts
 
 
 def remember_rates(kind, key, compute):

@@ -56,6 +56,20 @@ def sort_answers(prompts, texts):
     return {name: Rate(found.count(name), len(found)) for name in names}
 
 
+def examples_of(prompts, texts, number=3):
+    """The first answers of each class that occurs: dict from the name of the class to pairs of prompt and answer.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If a prompt is no request of the organism's language.
+    """
+    found = {name: [] for name in CLASSES}
+    for prompt, text in zip(prompts, texts):
+        found[classify(prompt, text)].append((prompt, text))
+    return {name: pairs[:number] for name, pairs in found.items() if pairs}
+
+
 def _by_rule(prompt, answer):
     return "refusal" if is_refusal(answer) else "well formed" if is_well_formed(prompt, answer) else "other"
 
