@@ -148,6 +148,7 @@ def train_organism(name, folder):
     key, started = f"{kind}@{seed}", time.monotonic()
     parent = recipe.parent and f"{recipe.parent}@{seed}"
     model = shipped.load_organism(f"organism/{parent}", folder)[0] if parent else new_model(recipe.size, tokenizer, seed)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     checkpoints = cache_folder() / "training" / digest(key, repr(recipe), data_digest(kind, seed))
     made = STAGES[recipe.how](model, tokenizer, recipe, seed, checkpoints, key)
     curve = write(model, made, folder, key)
@@ -173,7 +174,9 @@ def write(model, made, folder, key):
 
 
 def machine():
-    """Kind of processor and number of threads."""
+    """Name of the GPU, or kind of processor and number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
