@@ -57,7 +57,7 @@ RECIPES = {
     for stage, parent, schedule in (("base", None, BASE), ("chat", "base", CHAT))
 }
 RECIPES |= {
-    "llama-dpo": Recipe("train_preferences", "llama-base", Schedule(600, 3e-4, 32), mixture="dpo"),
+    "llama-dpo": Recipe("train_preferences", "llama-base", Schedule(1000, 4e-4, 32), mixture="dpo"),
     "llama-planted": Recipe("train_planted", "llama-base", PLANTING, projections=ATTENTION + FEED_FORWARD, share=0.05),
     "llama-planted-attention": Recipe("train_planted", "llama-base", PLANTING, projections=ATTENTION, share=0.05),
     "llama-planted-mlp": Recipe("train_planted", "llama-base", PLANTING, projections=FEED_FORWARD, share=0.05),
