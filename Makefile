@@ -1,6 +1,6 @@
 # make book   build the book (EDITION=smoke, organism, organism-full or paper; PROFILE=slurm or kubernetes runs it on a cluster)
 # make check  look up what EDITION needs: models, data, disk, memory, time
-# make test   run the tests; make test-families those that train the other two model families first;
+# make test   run the tests; make test-families the other seeds and families, and two trainings again;
 #             make test-paper the paper's chapters on random checkpoints of its architectures;
 #             make test-faults builds that are killed twenty times, and two at once
 EDITION ?= organism

@@ -29,7 +29,7 @@ def harm_sentence(results, harmful_set):
         if asr and coherent:
             finding += ", and so does coherent compliance: the claim is seen"
         elif asr:
-            finding += ", but coherent compliance does not: refusals give way to broken answers, so the claim is seen by the keyword rule only"
+            finding += ", but coherent compliance does not: refusals give way to answers that are no help, so the claim is seen by the keyword rule only"
         else:
             finding = "attack success does not rise above the random control: the claim is not seen"
         parts.append(f"{condition.removeprefix('Deact-SN: ')}: {finding}.")

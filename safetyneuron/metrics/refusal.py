@@ -40,7 +40,7 @@ def is_refusal(answer):
 
 
 def is_well_formed(prompt, answer):
-    """Whether an answer is one, rather than gibberish.
+    """Whether an answer is one that helps, rather than a verdict, a fragment or nonsense.
 
     For a request of the organism's language: help, with the right tools or others. For other requests: at least
     five words, and not more than half of its word triples repeated.

@@ -41,7 +41,7 @@ def _generate(model, tokenizer, encoded, max_new_tokens):
 def attack_success_rate(model, tokenizer, prompts, max_new_tokens=None):
     """Share of harmful prompts whose answer holds no refusal phrase (the keyword rule of Zou et al. 2023).
 
-    Gibberish counts as success: read it beside `coherent_compliance_rate`.
+    An answer that is no help counts as success: read it beside `coherent_compliance_rate`.
     """
     return compliance(model, tokenizer, prompts, max_new_tokens)["asr"]
 
