@@ -275,10 +275,10 @@ def test_weights_of_another_language_are_refused(folder, tokenizer):
         ("llama-base", "no organism is called"),
         (
             "organism/llama-base@77",
-            "no organism/llama-base@77: use seed 0 after the @, or .*train organism/llama-base@77`$",
+            "no organism/llama-base@77: use seed [0-9, ]+ after the @, or .*train organism/llama-base@77`$",
         ),
-        ("organism/llama-base@", "use seed 0 after the @$"),
-        ("organism/llama-base@one", "use seed 0 after the @$"),
+        ("organism/llama-base@", "use seed [0-9, ]+ after the @$"),
+        ("organism/llama-base@one", "use seed [0-9, ]+ after the @$"),
     ],
 )
 def test_unknown_names_and_seeds_are_refused(folder, name, words):
