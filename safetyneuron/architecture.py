@@ -5,6 +5,7 @@ an input channel (a column) of o and down. Adding an architecture is adding a ro
 """
 
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import nn
@@ -162,6 +163,11 @@ class Architecture:
     def parameters_per_neuron(self):
         """Weights that one neuron of each projection holds, from projection name to count."""
         return {p: self.place(0, p).weight.shape[1] for p in PROJECTIONS}
+
+
+def cache_argument(model):
+    """What `model.forward` and its output call the keys and values read before: transformers 5.24 renamed `past_key_values`."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 @torch.no_grad()

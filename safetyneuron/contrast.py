@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from safetyneuron.architecture import Architecture
+from safetyneuron.architecture import Architecture, cache_argument
 from safetyneuron.data import encode_prompts, pad
 from safetyneuron.deactivation import check_shapes
 from safetyneuron.errors import SafetyNeuronError
@@ -203,17 +203,20 @@ class _Follower:
     def run(self, module, arguments, options):
         """Hook before the recipient's forward pass."""
         options = dict(options)
-        past = options.pop("past_key_values", None)
+        past = options.pop(cache_argument(module), None)
         done = past.get_seq_length() if past is not None else 0
         if done == 0:
             self.cache, self.length = None, 0
         if done != self.length:
             raise SafetyNeuronError("patched generation cannot follow a cache that it has not seen from its start: generate inside the block")
-        wanted = {name: _moved(value, self.donor.device) for name, value in options.items() if name in ("input_ids", "attention_mask", "position_ids", "inputs_embeds")}
-        result = self.donor(*(_moved(value, self.donor.device) for value in arguments), **wanted, past_key_values=self.cache, use_cache=past is not None, logits_to_keep=1)
+        kept = cache_argument(self.donor)
+        wanted = {kept: self.cache, "use_cache": past is not None, "logits_to_keep": 1}
+        wanted |= {name: _moved(value, self.donor.device) for name, value in options.items() if name in ("input_ids", "attention_mask", "position_ids", "inputs_embeds")}
+        result = self.donor(*(_moved(value, self.donor.device) for value in arguments), **wanted)
         self.active = self.positions == "all" or (self.positions == "prompt") == (done == 0)
         if past is not None:
-            self.cache, self.length = result.past_key_values, result.past_key_values.get_seq_length()
+            self.cache = result[kept]
+            self.length = self.cache.get_seq_length()
 
 
 def _moved(value, device):

@@ -5,6 +5,7 @@ import copy
 import torch
 from torch.nn.functional import cross_entropy
 
+from safetyneuron.architecture import cache_argument
 from safetyneuron.data import pad
 from safetyneuron.memory import Batches
 
@@ -31,7 +32,7 @@ class TargetLoss:
         if prefix:
             with torch.no_grad():
                 ids = torch.tensor([list(prefix)], device=model.device)
-                self.cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+                self.cache = model(input_ids=ids, use_cache=True, logits_to_keep=1)[cache_argument(model)]
 
     def __call__(self, rows):
         """Loss after each row of token ids, and whether greedy decoding would write the target: tensors (rows,).
@@ -70,7 +71,8 @@ class TargetLoss:
             cache = copy.deepcopy(self.cache)
             cache.batch_repeat_interleave(len(mask))
             mask = torch.cat([mask.new_ones(len(mask), self.prefix), mask], 1)
-        logits = self.model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=bool(self.prefix), logits_to_keep=len(self.target) + 1).logits
+        inputs |= {cache_argument(self.model): cache, "use_cache": bool(self.prefix), "logits_to_keep": len(self.target) + 1}
+        logits = self.model(**inputs, attention_mask=mask).logits
         return logits[:, :-1].float()
 
     def _targets(self, logits):
