@@ -1,5 +1,6 @@
 """How organisms are trained: the optimiser, the streams of examples, and planting."""
 
+import json
 import copy
 import random
 from functools import partial
@@ -194,7 +195,8 @@ def test_organisms_are_trained_from_each_other_into_a_folder(recipes_in_seconds,
     assert entry["data"] == stages.data_digest("llama-planted", 3) != stages.data_digest("llama-planted", 4)
     for name in ("llama-half@3", "llama-dpo@3", "llama-pair-sft@3", "llama-pair-dpo@3"):
         stages.train_organism(f"organism/{name}", folder)
-    assert {name.partition("@")[0]: entry["kind"] for name, entry in manifest().items() if name.endswith("@3")} == {
+    made = json.loads((folder / "manifest.json").read_text())["models"]
+    assert {name.partition("@")[0]: entry["kind"] for name, entry in made.items()} == {
         **dict.fromkeys(("llama-base", "llama-chat", "llama-dpo"), "weights"),
         **dict.fromkeys(("llama-planted", "llama-half"), "rows"),
         **dict.fromkeys(("llama-pair-sft", "llama-pair-dpo"), "factors"),
@@ -204,5 +206,5 @@ def test_organisms_are_trained_from_each_other_into_a_folder(recipes_in_seconds,
     assert changed == {n for n, _ in sft.named_parameters() if "up_proj" in n}
     with pytest.raises(SafetyNeuronError, match="no recipe for"):
         stages.train_organism("organism/llama-huge", folder)
-    with pytest.raises(SafetyNeuronError, match="train organism/llama-base@4|no organism/llama-base@4"):
-        stages.train_organism("organism/llama-chat@4", folder)
+    with pytest.raises(SafetyNeuronError, match="no organism/llama-base@77"):
+        stages.train_organism("organism/llama-chat@77", folder)
