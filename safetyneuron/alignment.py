@@ -8,7 +8,8 @@ from pathlib import Path
 from safetyneuron import ia3, sources
 from safetyneuron.cache import cache_folder, digest, kept_folder, library_versions
 from safetyneuron.data import read_rows
-from safetyneuron.documents import check_documents, load_documents
+from safetyneuron.neurons.encoding import check_documents
+from safetyneuron.documents import load_documents
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.ia3 import SIDES, prefer, supervise
 from safetyneuron.models import load_model, local_model

@@ -6,9 +6,9 @@ import time
 import pandas as pd
 import torch
 
-from safetyneuron.architecture import PROJECTIONS
+from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.brute_force import brute_force
-from safetyneuron.data import encode_prompts, pad
+from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.detection import select_fraction
 from safetyneuron.differences import OneByOne, effects
 from safetyneuron.recording import RULES, Recorder, recording

@@ -9,14 +9,14 @@ from IPython.display import HTML, Markdown
 from myst_nb import glue
 
 from safetyneuron import mechanism, reported
-from safetyneuron.architecture import ATTENTION
+from safetyneuron.neurons.architecture import ATTENTION
 from safetyneuron.cache import digest
 from safetyneuron.detection import select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.figures import CLASS_NAMES
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.suite import evaluate
-from safetyneuron.neurons import NeuronSet
+from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism import behaviour
 from safetyneuron.organism.answer_class import examples_of
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from safetyneuron.architecture import FEED_FORWARD, PROJECTIONS, Architecture
+from safetyneuron.neurons.architecture import Architecture, FEED_FORWARD, PROJECTIONS
 
 
 def capture_inputs(model, batch):

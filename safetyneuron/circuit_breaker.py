@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 from transformers import PrinterCallback, Trainer
 
-from safetyneuron.architecture import Architecture
+from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.cache import new_file
-from safetyneuron.data import pad
-from safetyneuron.documents import encode_documents
+from safetyneuron.neurons.encoding import pad
+from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.models import fingerprint, frozen
+from safetyneuron.neurons.weights import fingerprint, frozen
 from safetyneuron.progress import TrainingLine
 from safetyneuron.tuning import OneDevice, quiet_settings
 

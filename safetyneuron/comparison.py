@@ -7,14 +7,14 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from safetyneuron.architecture import ATTENTION, PROJECTIONS
+from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
 from safetyneuron.cache import remember
 from safetyneuron.data import load_prompts
-from safetyneuron.deactivation import deactivate, transplant
+from safetyneuron.neurons.deactivation import deactivate, transplant
 from safetyneuron.defences import tuned
 from safetyneuron.detectors import MATCHED, RANDOM
 from safetyneuron.documents import load_documents
-from safetyneuron.interventions import channel_means, mean_ablated
+from safetyneuron.neurons.activations import channel_means, mean_ablated
 from safetyneuron.mechanism import BROKEN
 from safetyneuron.metrics.capability import correct_answers
 from safetyneuron.metrics.perplexity import perplexity

@@ -11,7 +11,7 @@ import pandas as pd
 
 from safetyneuron import sources
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.organism.language import LANGUAGES, ONLY_TEST
+from safetyneuron.organism.language import ONLY_TEST
 from safetyneuron.organism.prompts import NAMES as ORGANISM_SETS, prompts_of
 
 COLUMNS = ("prompt", "goal", "Behavior", "request")
@@ -126,35 +126,3 @@ def prompt_column(path, row):
         if isinstance(row, dict) and isinstance(row.get(column), str):
             return row[column]
     raise SafetyNeuronError(f"prompt file {path} has no column named one of {', '.join(COLUMNS)}: rename the column that holds the prompts")
-
-
-def encode_prompts(model, tokenizer, prompts, room=0):
-    """Token ids of each prompt, ready for an answer of `room` tokens; refuses what the model cannot read."""
-    if isinstance(prompts, str):
-        raise SafetyNeuronError(f"one text, {prompts[:40]!r}, stands for the prompts: give a list of texts")
-    if not prompts:
-        raise SafetyNeuronError("there are no prompts: give at least one")
-    for number, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.replace(tokenizer.pad_token or "\n", "").strip():
-            raise SafetyNeuronError(f"prompt {number} is {prompt!r}, which holds nothing to read: give it words or leave it out")
-    context = model.config.get_text_config().max_position_embeddings - room
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    for prompt, ids in zip(prompts, encoded):
-        if not 0 < len(ids) <= context:
-            raise SafetyNeuronError(
-                f"prompt {prompt[:40]!r}… has {len(ids)} tokens but the model reads 1 to {context}: shorten or remove it"
-            )
-    return encoded
-
-
-def _encode(tokenizer, prompt):
-    if not tokenizer.chat_template:
-        return tokenizer(prompt)["input_ids"]
-    chat = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-
-
-def pad(encoded, tokenizer, device):
-    """Token ids of several prompts as one batch, padded on the left."""
-    batch = tokenizer.pad({"input_ids": encoded}, return_tensors="pt", padding_side="left")
-    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}

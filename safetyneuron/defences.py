@@ -14,7 +14,7 @@ from safetyneuron.detection import measure_importance, select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.suite import Suite, evaluate, remember_rates
 from safetyneuron.models import identity
-from safetyneuron.neurons import NeuronSet
+from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.tuning import fine_tune, sn_tune
 
 ORIGIN, CIRCUIT_BREAK, EQ3, SPECIFIC = "Origin.", "Circ-Break", "SN-Tune: Eq 3", "SN-Tune: without foundation"

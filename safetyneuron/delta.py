@@ -8,11 +8,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from safetyneuron.architecture import Architecture
+from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.cache import new_file
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.models import fingerprint
-from safetyneuron.neurons import NeuronSet
+from safetyneuron.neurons.weights import fingerprint
+from safetyneuron.neurons.sets import NeuronSet
 
 
 class NeuronDelta:

@@ -9,14 +9,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from safetyneuron.architecture import PROJECTIONS
+from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.cache import digest, new_file
-from safetyneuron.data import encode_prompts, pad
+from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.memory import Batches
 from safetyneuron.recording import RULES, recording
-from safetyneuron.models import fingerprint
-from safetyneuron.neurons import NeuronSet
+from safetyneuron.neurons.weights import fingerprint
+from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.progress import steps
 
 

@@ -6,14 +6,15 @@ from functools import partial
 
 import torch
 
-from safetyneuron.architecture import PROJECTIONS
+from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.contrast import change_scores
-from safetyneuron.data import encode_prompts, load_prompts, pad
+from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.data import load_prompts
 from safetyneuron.detection import largest_difference, measure_importance, select_difference, select_fraction
 from safetyneuron.direction import alignment_with, refusal_directions
 from safetyneuron.documents import load_documents
 from safetyneuron.memory import Batches
-from safetyneuron.neurons import NeuronSet
+from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.recording import RULES
 from safetyneuron.saliency import snip, wanda
 

@@ -11,8 +11,8 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from safetyneuron.detection import select_per_layer
-from safetyneuron.documents import encode_documents
-from safetyneuron.neurons import NeuronSet
+from safetyneuron.neurons.encoding import encode_documents
+from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.readings import divided_by_four, head_norms, paper_key, paper_query, paper_value, probability_change, unrotated
 from safetyneuron.recording import Recorder, widen
 from safetyneuron.tuning import TunedNeurons

@@ -5,8 +5,8 @@ from contextlib import ExitStack
 import torch
 from torch.nn.functional import cosine_similarity
 
-from safetyneuron.architecture import COLUMN_PROJECTIONS, PROJECTIONS, Architecture
-from safetyneuron.data import encode_prompts, pad
+from safetyneuron.neurons.architecture import Architecture, COLUMN_PROJECTIONS, PROJECTIONS
+from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.memory import Batches
 
 

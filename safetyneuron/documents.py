@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from safetyneuron import sources
-from safetyneuron.data import LANGUAGES, encode_prompts, read_rows, shuffled
+from safetyneuron.data import read_rows, shuffled
+from safetyneuron.neurons.encoding import check_documents
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import language as lang
 
@@ -48,8 +49,8 @@ def load_documents(name_or_path, split="train", language="en"):
         If the set, language or file is unknown or unreadable, or a document lacks a side.
     """
     if name_or_path in ORGANISM_DOCUMENTS:
-        if language not in LANGUAGES:
-            raise SafetyNeuronError(f"unknown language {language!r}: use one of {', '.join(LANGUAGES)}")
+        if language not in lang.LANGUAGES:
+            raise SafetyNeuronError(f"unknown language {language!r}: use one of {', '.join(lang.LANGUAGES)}")
         examples = shuffled(ORGANISM_DOCUMENTS[name_or_path](split, language))
         return [{"prompt": e.prompt, "completion": e.answer} for e in examples]
     if name_or_path in sources.DOCUMENTS:
@@ -61,52 +62,3 @@ def load_documents(name_or_path, split="train", language="en"):
     documents = read_rows(path)
     check_documents(documents)
     return [{side: document[side] for side in ("prompt", "completion")} for document in documents]
-
-
-def check_documents(documents):
-    """Refuse an empty list, and documents that do not have both sides."""
-    if not documents:
-        raise SafetyNeuronError("there are no documents to train on: give at least one")
-    for number, document in enumerate(documents, 1):
-        sides = [document.get(side) for side in ("prompt", "completion")] if isinstance(document, dict) else [None]
-        if not all(isinstance(side, str) and side.strip() for side in sides):
-            raise SafetyNeuronError(f"document {number} is one-sided: it needs text under both 'prompt' and 'completion'")
-
-
-def encode_documents(model, tokenizer, documents):
-    """Token ids and labels of each document; the loss is taken on the completion and what ends the turn.
-
-    Raises
-    ------
-    SafetyNeuronError
-        If there are no documents, one is one-sided or longer than the context, or the chat template does not let a
-        completion follow the prompt.
-    """
-    check_documents(documents)
-    prompts = encode_prompts(model, tokenizer, [d["prompt"] for d in documents])
-    context, data = model.config.get_text_config().max_position_embeddings, []
-    for number, (prompt, document) in enumerate(zip(prompts, documents), 1):
-        ids = _whole(tokenizer, prompt, document)
-        if ids is None:
-            raise SafetyNeuronError(f"document {number}: the chat template writes a conversation that does not begin with its own prompt: use a tokenizer with another template")
-        if len(ids) > context:
-            raise SafetyNeuronError(f"document {number} has {len(ids)} tokens but the model reads {context}: shorten or remove it")
-        data.append({"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]})
-    return data
-
-
-def _whole(tokenizer, prompt, document):
-    """Token ids of prompt and completion; None if the conversation does not begin with the prompt."""
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": document["prompt"]}, {"role": "assistant", "content": document["completion"]}]
-        ids = tokenizer.apply_chat_template(chat, return_dict=False)
-        return ids if ids[: len(prompt)] == prompt else _continued(tokenizer, prompt, chat)
-    if tokenizer.eos_token_id is None:
-        raise SafetyNeuronError("the tokenizer has neither a chat template nor an end-of-text token: set tokenizer.eos_token")
-    return prompt + tokenizer(document["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-
-
-def _continued(tokenizer, prompt, chat):
-    """Prompt and completion where a word piece would span both: split between them, as when the model writes."""
-    before, whole = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False), tokenizer.apply_chat_template(chat, tokenize=False)
-    return prompt + tokenizer(whole.removeprefix(before), add_special_tokens=False)["input_ids"] if whole.startswith(before) else None

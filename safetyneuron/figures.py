@@ -5,7 +5,7 @@ import pandas as pd
 import seaborn as sns
 
 from safetyneuron import patching
-from safetyneuron.architecture import PROJECTIONS
+from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.metrics.rates import Rate
 
 PALETTE = "colorblind"

@@ -12,10 +12,10 @@ import datasets
 import torch
 from transformers import PrinterCallback
 
-from safetyneuron.architecture import Architecture, multiply_factors
-from safetyneuron.documents import check_documents
+from safetyneuron.neurons.architecture import Architecture, multiply_factors
+from safetyneuron.neurons.encoding import check_documents
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.models import frozen
+from safetyneuron.neurons.weights import frozen
 from safetyneuron.progress import TrainingLine
 from safetyneuron.tuning import quiet_settings
 

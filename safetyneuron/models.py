@@ -1,21 +1,18 @@
 """Load a model and its tokenizer by name: an organism, a Hugging Face id, or a local folder."""
 
-import hashlib
 import os
 from collections.abc import Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from safetyneuron.architecture import stored
 from safetyneuron.cache import digest, library_versions, source_digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron import organism
+from safetyneuron.neurons.weights import fingerprint
 
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> type of its bits
 
 # Models that were trained on conversations but whose tokenizer does not say how they are written: part of the name -> template.
 CHAT_TEMPLATES = {
@@ -147,28 +144,3 @@ def identity(model, tokenizer):
     """What a result depends on beside its own parameters, for cache keys: model, tokenizer, this package, libraries."""
     words = digest(tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return [fingerprint(model), words, source_digest(Path(__file__).parent), library_versions()]
-
-
-def fingerprint(model):
-    """Hash of a model's shapes and of the sum of the bits of every row: one changed weight changes it."""
-    hasher = hashlib.sha256(repr([(n, tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters()]).encode())
-    for name, parameter in model.named_parameters():
-        module, _, own = name.rpartition(".")
-        parameter = stored(model.get_submodule(module), own, name)
-        bits = parameter.detach().view(_INTEGER[parameter.element_size()])
-        hasher.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())  # whole numbers: no order of summing matters
-    return hasher.hexdigest()[:20]
-
-
-@contextmanager
-def frozen(model):
-    """No weight of the model asks for a gradient for the length of a `with` block; afterwards those do that did before."""
-    parameters = list(model.parameters())
-    wanted = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        yield model
-    finally:
-        for parameter, flag in zip(parameters, wanted):
-            parameter.requires_grad_(flag)

@@ -4,15 +4,15 @@ import html
 
 import ipywidgets as widgets
 
-from safetyneuron.architecture import PROJECTIONS
+from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.data import load_prompts
-from safetyneuron.deactivation import deactivate
+from safetyneuron.neurons.deactivation import deactivate
 from safetyneuron.detection import largest_without_foundation, measure_importance, select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.mechanism import EQ3, SPECIFIC, within
 from safetyneuron.metrics.safety import answers, compliance, over_refusal_rate
 from safetyneuron.models import load_model
-from safetyneuron.neurons import NeuronSet
+from safetyneuron.neurons.sets import NeuronSet
 
 RANDOM = "random, like Eq 3"
 

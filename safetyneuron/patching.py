@@ -7,17 +7,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from safetyneuron.architecture import Architecture
-from safetyneuron.contrast import activations, constant_patch, patched_generation
-from safetyneuron.data import encode_prompts, has_languages, has_splits, load_prompts, pad
+from safetyneuron.neurons.architecture import Architecture
+from safetyneuron.neurons.activations import activations
+from safetyneuron.neurons.patching import constant_patch
+from safetyneuron.neurons.patching import patched_generation
+from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.data import has_languages, has_splits, load_prompts
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.memory import Batches
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_refusal
 from safetyneuron.metrics.safety import answers
 from safetyneuron.metrics.suite import evaluate, evaluate_within
-from safetyneuron.models import fingerprint
-from safetyneuron.neurons import NeuronSet
+from safetyneuron.neurons.weights import fingerprint
+from safetyneuron.neurons.sets import NeuronSet
 
 CHANGE, RANDOM, LAST = "highest change scores", "random others in the same layers", "last layers"
 

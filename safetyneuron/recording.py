@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from safetyneuron import importance, readings
-from safetyneuron.architecture import FEED_FORWARD, Architecture
+from safetyneuron.neurons.architecture import Architecture, FEED_FORWARD
 from safetyneuron.first_order import first_order
 
 

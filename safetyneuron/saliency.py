@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from safetyneuron.architecture import PROJECTIONS, Architecture, stored
-from safetyneuron.documents import encode_documents
+from safetyneuron.neurons.architecture import Architecture, PROJECTIONS, stored
+from safetyneuron.neurons.encoding import encode_documents
 
 
 def snip(model, tokenizer, documents):

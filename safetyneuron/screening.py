@@ -4,8 +4,8 @@ from functools import partial
 
 import torch
 
-from safetyneuron.architecture import PROJECTIONS
-from safetyneuron.data import encode_prompts
+from safetyneuron.neurons.architecture import PROJECTIONS
+from safetyneuron.neurons.encoding import encode_prompts
 from safetyneuron.detection import by_length, lower, scored, select_fraction
 from safetyneuron.recording import recording
 

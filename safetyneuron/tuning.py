@@ -16,13 +16,13 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 
-from safetyneuron.architecture import COLUMN_PROJECTIONS, Architecture
+from safetyneuron.neurons.architecture import Architecture, COLUMN_PROJECTIONS
 from safetyneuron.cache import digest
-from safetyneuron.deactivation import check_shapes
+from safetyneuron.neurons.deactivation import check_shapes
 from safetyneuron.delta import NeuronDelta
-from safetyneuron.documents import encode_documents
+from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.models import fingerprint, frozen
+from safetyneuron.neurons.weights import fingerprint, frozen
 from safetyneuron.progress import TrainingLine
 
 SCHEDULE = "linear"

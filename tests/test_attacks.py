@@ -11,8 +11,8 @@ from safetyneuron.attacks import GCG, PAIR, AutoDAN, ChatJudge, ChatRewriter, Di
 from safetyneuron.attacks.autodan import cross
 from safetyneuron.attacks.gcg import Suffix, plain_tokens, swaps
 from safetyneuron.attacks.likelihood import TargetLoss
-from safetyneuron.data import encode_prompts
-from safetyneuron.models import fingerprint
+from safetyneuron.neurons.encoding import encode_prompts
+from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.reading import read_answer, read_request, sentences
 

@@ -4,7 +4,7 @@ from conftest import small_llama
 
 from safetyneuron import SafetyNeuronError, load_documents
 from safetyneuron.circuit_breaker import CircuitBreaker, circuit_break, coefficients, rerouting_loss, retain_loss, target_layers
-from safetyneuron.models import fingerprint
+from safetyneuron.neurons.weights import fingerprint
 
 
 @pytest.fixture

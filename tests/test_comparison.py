@@ -9,15 +9,15 @@ import torch
 from conftest import small_llama, small_model
 
 from safetyneuron import NeuronSet, SafetyNeuronError, comparison, detectors, load_documents, load_prompts
-from safetyneuron.architecture import PROJECTIONS, Architecture
-from safetyneuron.deactivation import transplant
-from safetyneuron.data import encode_prompts
+from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
+from safetyneuron.neurons.deactivation import transplant
+from safetyneuron.neurons.encoding import encode_prompts
 from safetyneuron.detection import select_difference, select_fraction
 from safetyneuron.direction import alignment_with, refusal_directions
-from safetyneuron.documents import encode_documents
-from safetyneuron.interventions import channel_means, mean_ablated
+from safetyneuron.neurons.encoding import encode_documents
+from safetyneuron.neurons.activations import channel_means, mean_ablated
 from safetyneuron.metrics.rates import Rate
-from safetyneuron.models import fingerprint
+from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.saliency import snip, wanda
 
 DOCUMENTS = load_documents("organism/refusals")[:3]

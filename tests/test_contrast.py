@@ -3,7 +3,10 @@ import torch
 from conftest import small_llama, small_model
 
 from safetyneuron import NeuronSet, SafetyNeuronError, load_prompts
-from safetyneuron.contrast import ChangeScores, activations, change_scores, completion_mask, constant_patch, mean_activations, patched_generation
+from safetyneuron.contrast import change_scores, ChangeScores, completion_mask
+from safetyneuron.neurons.patching import constant_patch
+from safetyneuron.neurons.activations import activations, mean_activations
+from safetyneuron.neurons.patching import patched_generation
 from safetyneuron.metrics import answers
 
 PROMPTS = load_prompts("organism/harmful")[:6] + load_prompts("organism/adversarial")[:2]  # of different lengths

@@ -9,7 +9,7 @@ from safetyneuron.attacks import GCG, PAIR, AttackResult, load_requests
 from safetyneuron.defences import Column
 from safetyneuron.metrics import Suite
 from safetyneuron.metrics.suite import evaluate
-from safetyneuron.models import fingerprint
+from safetyneuron.neurons.weights import fingerprint
 
 SUITE = Suite(("organism/harmful",), "organism/benign", (), prompts=4)
 LANGUAGES = ["en", "zh"]

@@ -3,9 +3,9 @@ import torch
 from conftest import small_llama, small_model
 
 from safetyneuron import ImportanceProfile, NeuronSet, SafetyNeuronError, load_prompts, measure_importance, screen, screening
-from safetyneuron.architecture import PROJECTIONS
+from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.detection import largest_without_foundation, ranks, select_fraction, select_without_foundation
-from safetyneuron.models import fingerprint
+from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.recording import Recorder
 
 

@@ -11,7 +11,7 @@ from safetyneuron import load_documents
 from safetyneuron.appendix import compare_rules, rank_agreement, released_differences
 from safetyneuron.data import load_prompts
 from safetyneuron.differences import PRINTED, OneByOne, clipped_away, first_of_set_kept, gradient_norms, per_layer_kept
-from safetyneuron.documents import encode_documents
+from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.recording import recording
 
 

@@ -7,9 +7,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from safetyneuron import deactivate, load_prompts, measure_importance, organism
-from safetyneuron.architecture import PROJECTIONS, Architecture
+from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
 from safetyneuron.organism.behaviour import behaviour, key_scores, kind_of, missed, plays_role, role_of
-from safetyneuron.neurons import NeuronSet
+from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism import language as lang
 from safetyneuron.organism import recipes, shipped, stages
 

@@ -4,7 +4,7 @@ import torch
 from test_detection import random_profile
 
 from safetyneuron import NeuronSet, Rate, book, mechanism
-from safetyneuron.architecture import ATTENTION, PROJECTIONS
+from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import torch
 from conftest import small_llama
 
 from safetyneuron import NeuronSet, SafetyNeuronError, deactivate
-from safetyneuron.architecture import COLUMN_PROJECTIONS, Architecture
+from safetyneuron.neurons.architecture import Architecture, COLUMN_PROJECTIONS
 
 
 def random_set(model, seed=0, share=0.3):

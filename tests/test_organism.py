@@ -7,8 +7,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
-from safetyneuron import SafetyNeuronError, load_model, load_prompts
-from safetyneuron.organism.behaviour import behaviour, missed
+from safetyneuron import SafetyNeuronError, load_prompts
 from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.reading import mentioned_acts, read_request, sentences

@@ -22,7 +22,8 @@ from safetyneuron.cli import main, run_notebook
 from safetyneuron.detection import ImportanceProfile
 from safetyneuron.metrics import answers
 from safetyneuron.metrics.capability import _correct
-from safetyneuron.models import Loaded, fingerprint
+from safetyneuron.models import Loaded
+from safetyneuron.neurons.weights import fingerprint
 
 EDITION = yaml.safe_load((ROOT / "workflow" / "editions" / "paper.yaml").read_text(encoding="utf-8"))
 COUNT = 40  # rows of every data file

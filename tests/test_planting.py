@@ -10,13 +10,13 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from safetyneuron import SafetyNeuronError
-from safetyneuron.architecture import PROJECTIONS, Architecture
+from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
 from safetyneuron.organism import load_organism, manifest
 from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.organism import recipes, stages
 from safetyneuron.organism.muon import Muon, orthogonalise
 from safetyneuron.organism.planting import UNITS, Turns, draw_sets, plant
-from safetyneuron.organism.train import SparingTrainer, StreamTrainer, encode, new_model, train_stream
+from safetyneuron.organism.train import SparingTrainer, StreamTrainer, new_model, train_stream
 
 SMALL = recipes.Size(width=32, layers=2, heads=2, groups=2, channels=40)
 SCHEDULE = recipes.Schedule(steps=10, rate=1e-2, batch=4)

@@ -8,9 +8,9 @@ import torch
 from conftest import ROOT, show
 
 from safetyneuron import NeuronSet, deactivate, load_prompts
-from safetyneuron.architecture import PROJECTIONS
-from safetyneuron.contrast import activations
-from safetyneuron.data import encode_prompts
+from safetyneuron.neurons.architecture import PROJECTIONS
+from safetyneuron.neurons.activations import activations
+from safetyneuron.neurons.encoding import encode_prompts
 from safetyneuron.metrics import answers, is_refusal
 
 sys.path.insert(0, str(ROOT / "workflow"))

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from safetyneuron import SafetyNeuronError, load_model
 from safetyneuron import organism as organism
-from safetyneuron.architecture import PROJECTIONS, Architecture
+from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
 from safetyneuron.cli import main
 from safetyneuron.metrics.cost import cost_by_name
-from safetyneuron.models import fingerprint
+from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.organism import shipped
 from safetyneuron.organism.planting import draw_sets

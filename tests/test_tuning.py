@@ -7,8 +7,8 @@ from test_detection import random_profile
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from safetyneuron import NeuronDelta, NeuronSet, SafetyNeuronError, load_documents, sn_tune
-from safetyneuron.architecture import PROJECTIONS, Architecture
-from safetyneuron.documents import encode_documents
+from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
+from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.progress import TrainingLine
 from safetyneuron.tuning import fine_tune, learning_rates
 

@@ -16,9 +16,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from safetyneuron import NeuronSet, load_model, load_prompts, measure_importance
-from safetyneuron.architecture import COLUMN_PROJECTIONS, PROJECTIONS, Architecture
+from safetyneuron.neurons.architecture import Architecture, COLUMN_PROJECTIONS, PROJECTIONS
 from safetyneuron.cache import new_folder
-from safetyneuron.data import encode_prompts
+from safetyneuron.neurons.encoding import encode_prompts
 from safetyneuron.detection import largest_without_foundation, select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.mechanism import EQ3, RANDOM, SPECIFIC

@@ -8,7 +8,7 @@ import torch
 from safetyneuron.attacks.attack import Attempt
 from safetyneuron.attacks.likelihood import TargetLoss
 from safetyneuron.attacks.rewriters import ChatRewriter, TemplateRewriter, sentences
-from safetyneuron.data import encode_prompts
+from safetyneuron.neurons.encoding import encode_prompts
 from safetyneuron.progress import steps
 
 

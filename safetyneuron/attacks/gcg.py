@@ -7,8 +7,8 @@ import torch
 
 from safetyneuron.attacks.attack import Attempt
 from safetyneuron.attacks.likelihood import TargetLoss
-from safetyneuron.data import encode_prompts
-from safetyneuron.models import frozen
+from safetyneuron.neurons.encoding import encode_prompts
+from safetyneuron.neurons.weights import frozen
 from safetyneuron.progress import steps
 
 

@@ -5,8 +5,8 @@ import copy
 import torch
 from torch.nn.functional import cross_entropy
 
-from safetyneuron.architecture import cache_argument
-from safetyneuron.data import pad
+from safetyneuron.neurons.architecture import cache_argument
+from safetyneuron.neurons.encoding import pad
 from safetyneuron.memory import Batches
 
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from safetyneuron.data import encode_prompts, pad
+from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.models import load_model

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from safetyneuron.data import pad
-from safetyneuron.documents import encode_documents
+from safetyneuron.neurons.encoding import pad
+from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.memory import Batches
 from safetyneuron.metrics.rates import bootstrap
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from safetyneuron.data import encode_prompts, pad
+from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.memory import Batches
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_coherent_compliance, is_refusal

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from safetyneuron.cache import remember
 from safetyneuron.data import load_prompts
-from safetyneuron.deactivation import deactivate
+from safetyneuron.neurons.deactivation import deactivate
 from safetyneuron.metrics.capability import capability
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.safety import answers, compliance, helpfulness

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from safetyneuron.architecture import PROJECTIONS, Architecture
-from safetyneuron.deactivation import deactivate
-from safetyneuron.neurons import NeuronSet
+from safetyneuron.neurons.architecture import PROJECTIONS
+from safetyneuron.neurons.deactivation import deactivate
+from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.train import StreamTrainer, inside_of, train_stream
 from safetyneuron.tuning import TunedNeurons
 

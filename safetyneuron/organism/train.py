@@ -17,8 +17,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from safetyneuron.deactivation import deactivate
-from safetyneuron.neurons import NeuronSet
+from safetyneuron.neurons.deactivation import deactivate
+from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.muon import Muon
 from safetyneuron.organism.shipped import config_of
 from safetyneuron.progress import TrainingLine

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safetyneuron.architecture import PROJECTIONS
-from safetyneuron.neurons import NeuronSet
+from safetyneuron.neurons.architecture import PROJECTIONS
+from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.recording import RULES, recording
 from safetyneuron.screening import screen

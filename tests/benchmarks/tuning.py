@@ -21,8 +21,8 @@ import torch
 from importance import _seconds, _status
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safetyneuron.architecture import PROJECTIONS, Architecture
-from safetyneuron.neurons import NeuronSet
+from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
+from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.tuning import TunedNeurons, with_lora
 
 BATCH, LENGTH, SHARE, REPEATS = 8, 64, 0.005, 7

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from safetyneuron.architecture import Architecture
+from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.errors import SafetyNeuronError
 
 

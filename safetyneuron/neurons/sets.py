@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from safetyneuron.architecture import PROJECTIONS, Architecture
+from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
 from safetyneuron.cache import digest, new_file
 from safetyneuron.errors import SafetyNeuronError
 

@@ -1,4 +1,7 @@
-"""What is done to a set of neurons in the comparison: zero, mean activation, the base model's parameters, training."""
+"""What neurons put out: read while a model runs, averaged over prompts, and overwritten.
+
+The activation of a row is what it puts out, that of a column what it reads.
+"""
 
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
@@ -6,9 +9,10 @@ from functools import partial
 
 import torch
 
-from safetyneuron.architecture import COLUMN_PROJECTIONS, PROJECTIONS, Architecture
-from safetyneuron.data import encode_prompts, pad
-from safetyneuron.deactivation import check_shapes
+from safetyneuron.neurons.architecture import Architecture, COLUMN_PROJECTIONS, PROJECTIONS
+from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.neurons.deactivation import check_shapes
+from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.memory import Batches
 
 
@@ -81,3 +85,56 @@ def mean_ablated(model, neurons, means):
                 channels = mask[layer].nonzero().flatten()
                 hooks.callback(_watch(architecture, layer, projection, partial(fix, channels, means[projection][layer, channels])).remove)
         yield model
+
+
+@contextmanager
+def activations(model):
+    """What every down projection reads, for the length of a `with` block: a dict, layer to (B, n, channels), of the last call."""
+    architecture, seen = Architecture(model), {}
+    with ExitStack() as hooks:
+        for layer in range(len(architecture.layers)):
+            hook = lambda module, inputs, layer=layer: seen.__setitem__(layer, inputs[0])
+            hooks.callback(architecture.place(layer, "down").module.register_forward_pre_hook(hook).remove)
+        yield seen
+
+
+@contextmanager
+def overwritten(model, neurons, values):
+    """The down projections read `values(layer)` in the channels of the set, for the length of a `with` block; None leaves them as they are."""
+    architecture, mask = Architecture(model), neurons.masks["down"]
+    check_shapes(architecture, neurons)
+    if len(neurons) != neurons.counts()["down"]:
+        raise SafetyNeuronError("only channels of 'down' can be patched: the set holds neurons of other projections")
+    with ExitStack() as hooks:
+        for layer in mask.any(1).nonzero().flatten().tolist():
+            replace = partial(_replace, mask[layer].nonzero().flatten(), partial(values, layer))
+            hooks.callback(architecture.place(layer, "down").module.register_forward_pre_hook(replace).remove)
+        yield model
+
+
+def _replace(channels, values, module, inputs):
+    """Hook: what the down projection reads, with some channels overwritten."""
+    new = values()
+    if new is None:
+        return None
+    patched = inputs[0].clone()
+    patched[..., channels.to(patched.device)] = new[..., channels.to(new.device)].to(patched)
+    return (patched, *inputs[1:])
+
+
+@torch.no_grad()
+def mean_activations(model, tokenizer, prompts, batch_size=64):
+    """Mean activation of every feed-forward neuron over all tokens of the prompts: (layers, channels), float64."""
+    encoded, total, count = encode_prompts(model, tokenizer, prompts), 0, 0
+    with activations(model) as read:
+
+        def sums(some):
+            """Activations summed over the real tokens of one batch, and how many tokens these are."""
+            batch = pad(some, tokenizer, model.device)
+            model(**batch, use_cache=False, logits_to_keep=1)
+            real = batch["attention_mask"].bool()
+            return torch.stack([read[l][real.to(read[l].device)].double().sum(0).cpu() for l in sorted(read)]), int(real.sum())
+
+        for _, (summed, tokens) in Batches(batch_size)(encoded, sums):
+            total, count = total + summed, count + tokens
+    return total / count
