@@ -4,7 +4,7 @@ from importlib import import_module
 
 # Public name -> its module, imported when the name is first used: torch and transformers take seconds, the command line needs neither.
 _HOMES = {
-    "ImportanceProfile": "detection",
+    "ImportanceProfile": "importance.profile",
     "NeuronDelta": "delta",
     "NeuronSet": "neurons.sets",
     "Rate": "metrics",
@@ -17,9 +17,9 @@ _HOMES = {
     "load_documents": "documents",
     "load_model": "models",
     "load_prompts": "data",
-    "measure_importance": "detection",
+    "measure_importance": "importance.profile",
     "patched_generation": "neurons.patching",
-    "screen": "screening",
+    "screen": "importance.screening",
     "sn_tune": "tuning",
 }
 __all__ = list(_HOMES)

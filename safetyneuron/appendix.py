@@ -7,11 +7,11 @@ import pandas as pd
 import torch
 
 from safetyneuron.neurons.architecture import PROJECTIONS
-from safetyneuron.brute_force import brute_force
+from safetyneuron.importance.brute_force import brute_force
 from safetyneuron.neurons.encoding import encode_prompts, pad
-from safetyneuron.detection import select_fraction
+from safetyneuron.importance.selection import select_fraction
 from safetyneuron.differences import OneByOne, effects
-from safetyneuron.recording import RULES, Recorder, recording
+from safetyneuron.importance.recorder import Recorder, recording, RULES
 
 
 def one_batch(model, tokenizer, prompts):

@@ -11,7 +11,7 @@ from myst_nb import glue
 from safetyneuron import mechanism, reported
 from safetyneuron.neurons.architecture import ATTENTION
 from safetyneuron.cache import digest
-from safetyneuron.detection import select_without_foundation
+from safetyneuron.importance.selection import select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.figures import CLASS_NAMES
 from safetyneuron.metrics.rates import Rate

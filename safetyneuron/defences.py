@@ -10,7 +10,8 @@ from safetyneuron.cache import cache_folder, digest, kept_folder, remember
 from safetyneuron.circuit_breaker import CircuitBreaker, circuit_break
 from safetyneuron.data import has_languages, load_prompts
 from safetyneuron.delta import NeuronDelta
-from safetyneuron.detection import measure_importance, select_without_foundation
+from safetyneuron.importance.profile import measure_importance
+from safetyneuron.importance.selection import select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.suite import Suite, evaluate, remember_rates
 from safetyneuron.models import identity

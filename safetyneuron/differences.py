@@ -10,11 +10,19 @@ import pandas as pd
 import torch
 from transformers import DataCollatorForSeq2Seq
 
-from safetyneuron.detection import select_per_layer
+from safetyneuron.importance.selection import select_per_layer
 from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.neurons.sets import NeuronSet
-from safetyneuron.readings import divided_by_four, head_norms, paper_key, paper_query, paper_value, probability_change, unrotated
-from safetyneuron.recording import Recorder, widen
+from safetyneuron.importance.paper_and_released import (
+    divided_by_four,
+    head_norms,
+    paper_key,
+    paper_query,
+    paper_value,
+    probability_change,
+    unrotated,
+)
+from safetyneuron.importance.recorder import Recorder, widen
 from safetyneuron.tuning import TunedNeurons
 
 PRINTED = "as printed"

@@ -4,7 +4,7 @@ import pandas as pd
 import torch
 
 from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
-from safetyneuron.detection import largest_without_foundation, select_without_foundation
+from safetyneuron.importance.selection import largest_without_foundation, select_without_foundation
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.neurons.sets import NeuronSet

@@ -7,7 +7,8 @@ import ipywidgets as widgets
 from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.data import load_prompts
 from safetyneuron.neurons.deactivation import deactivate
-from safetyneuron.detection import largest_without_foundation, measure_importance, select_without_foundation
+from safetyneuron.importance.selection import largest_without_foundation, select_without_foundation
+from safetyneuron.importance.profile import measure_importance
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.mechanism import EQ3, SPECIFIC, within
 from safetyneuron.metrics.safety import answers, compliance, over_refusal_rate

@@ -7,7 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from safetyneuron.data import load_prompts
-from safetyneuron.detection import ImportanceProfile, measure_importance
+from safetyneuron.importance.profile import ImportanceProfile, measure_importance
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import load_model
 

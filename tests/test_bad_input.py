@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from safetyneuron import NeuronDelta, NeuronSet, SafetyNeuronError, deactivate, load_documents, load_model, load_prompts, measure_importance, sn_tune
 from safetyneuron.attacks import searches
 from safetyneuron.cli import main, run_notebook
-from safetyneuron.detection import ImportanceProfile
+from safetyneuron.importance.profile import ImportanceProfile
 from safetyneuron.organism.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()

@@ -12,7 +12,7 @@ from safetyneuron import NeuronSet, SafetyNeuronError, comparison, detectors, lo
 from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
 from safetyneuron.neurons.deactivation import transplant
 from safetyneuron.neurons.encoding import encode_prompts
-from safetyneuron.detection import select_difference, select_fraction
+from safetyneuron.importance.selection import select_difference, select_fraction
 from safetyneuron.direction import alignment_with, refusal_directions
 from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.neurons.activations import channel_means, mean_ablated

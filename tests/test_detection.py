@@ -2,11 +2,24 @@ import pytest
 import torch
 from conftest import small_llama, small_model
 
-from safetyneuron import ImportanceProfile, NeuronSet, SafetyNeuronError, load_prompts, measure_importance, screen, screening
+from safetyneuron import (
+    ImportanceProfile,
+    load_prompts,
+    measure_importance,
+    NeuronSet,
+    SafetyNeuronError,
+    screen,
+)
+from safetyneuron.importance import screening
 from safetyneuron.neurons.architecture import PROJECTIONS
-from safetyneuron.detection import largest_without_foundation, ranks, select_fraction, select_without_foundation
+from safetyneuron.importance.selection import (
+    largest_without_foundation,
+    ranks,
+    select_fraction,
+    select_without_foundation,
+)
 from safetyneuron.neurons.weights import fingerprint
-from safetyneuron.recording import Recorder
+from safetyneuron.importance.recorder import Recorder
 
 
 @pytest.fixture
@@ -148,7 +161,7 @@ def test_prefix_minima_are_those_of_the_shorter_corpus(model, tokenizer, prompts
 
 
 def test_a_killed_measurement_goes_on_to_the_same_bits(model, tokenizer, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr("safetyneuron.detection.CHECKPOINT_BATCHES", 1)
+    monkeypatch.setattr("safetyneuron.importance.profile.CHECKPOINT_BATCHES", 1)
     straight = profile_of(model, tokenizer, prompts, batch_size=2, sizes=(4,))
     finish, calls = Recorder.finish, []
 

@@ -12,7 +12,7 @@ from safetyneuron.appendix import compare_rules, rank_agreement, released_differ
 from safetyneuron.data import load_prompts
 from safetyneuron.differences import PRINTED, OneByOne, clipped_away, first_of_set_kept, gradient_norms, per_layer_kept
 from safetyneuron.neurons.encoding import encode_documents
-from safetyneuron.recording import recording
+from safetyneuron.importance.recorder import recording
 
 
 def one_by_one(model, batch):

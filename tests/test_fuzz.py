@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from safetyneuron import NeuronDelta, NeuronSet, SafetyNeuronError, load_documents, load_prompts
 from safetyneuron.cli import _read_mapping, check_parameters, notebook_parameters
-from safetyneuron.detection import ImportanceProfile
+from safetyneuron.importance.profile import ImportanceProfile
 
 from conftest import ROOT
 

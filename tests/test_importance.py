@@ -1,11 +1,11 @@
 import pytest
 import torch
 from conftest import small_model
-from safetyneuron.brute_force import brute_force, capture_inputs
+from safetyneuron.importance.brute_force import brute_force, capture_inputs
 from scipy.stats import spearmanr
 from transformers import AttentionInterface
 
-from safetyneuron.recording import recording
+from safetyneuron.importance.recorder import recording
 
 MODELS = {
     "one head per group": dict(heads=4, groups=4, head_width=10),

@@ -19,7 +19,7 @@ from test_sources import ROWS, TURN, write
 
 from safetyneuron import NeuronSet, SafetyNeuronError, capability, deactivate, load_documents, load_model, load_prompts, measure_importance, sn_tune
 from safetyneuron.cli import main, run_notebook
-from safetyneuron.detection import ImportanceProfile
+from safetyneuron.importance.profile import ImportanceProfile
 from safetyneuron.metrics import answers
 from safetyneuron.metrics.capability import _correct
 from safetyneuron.models import Loaded

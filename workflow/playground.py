@@ -19,7 +19,7 @@ from safetyneuron import NeuronSet, load_model, load_prompts, measure_importance
 from safetyneuron.neurons.architecture import Architecture, COLUMN_PROJECTIONS, PROJECTIONS
 from safetyneuron.cache import new_folder
 from safetyneuron.neurons.encoding import encode_prompts
-from safetyneuron.detection import largest_without_foundation, select_without_foundation
+from safetyneuron.importance.selection import largest_without_foundation, select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.mechanism import EQ3, RANDOM, SPECIFIC
 from safetyneuron.metrics.refusal import UNSPACED, refusal_phrases

@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.tokenizer import build_tokenizer
-from safetyneuron.recording import RULES, recording
-from safetyneuron.screening import screen
+from safetyneuron.importance.recorder import recording, RULES
+from safetyneuron.importance.screening import screen
 
 PROMPTS, BATCH, REPEATS, LENGTHS = 32, 8, 5, (32, 64, 128)
 

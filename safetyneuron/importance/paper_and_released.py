@@ -6,7 +6,7 @@ than those of the feed-forward block, and one threshold cannot serve both.
 
 import torch
 
-from safetyneuron.importance import CHUNK_BYTES, Attention, masked, unrotate
+from safetyneuron.importance.exact import Attention, CHUNK_BYTES, masked, unrotate
 
 
 def paper_query(attention: Attention):

@@ -6,8 +6,9 @@ import torch
 
 from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.encoding import encode_prompts
-from safetyneuron.detection import by_length, lower, scored, select_fraction
-from safetyneuron.recording import recording
+from safetyneuron.importance.profile import by_length, lower, scored
+from safetyneuron.importance.selection import select_fraction
+from safetyneuron.importance.recorder import recording
 
 MARGIN = 4.0  # rows that may be selected if exact importance is so many times first order are measured in the first pass
 SCOUTS = 16  # one prompt in so many sets the first guess of the threshold

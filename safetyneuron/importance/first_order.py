@@ -8,7 +8,14 @@ group. Both cost accuracy and save a factor d: the squares over s of a sum of pr
 
 import torch
 
-from safetyneuron.importance import CHUNK_BYTES, capped, key_removal, logits_of, masked, query_removal
+from safetyneuron.importance.exact import (
+    capped,
+    CHUNK_BYTES,
+    key_removal,
+    logits_of,
+    masked,
+    query_removal,
+)
 
 
 def first_order(attention, factors):

@@ -8,9 +8,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from safetyneuron import importance, readings
+from safetyneuron.importance import exact, paper_and_released
 from safetyneuron.neurons.architecture import Architecture, FEED_FORWARD
-from safetyneuron.first_order import first_order
+from safetyneuron.importance.first_order import first_order
 
 
 class Recorder:
@@ -27,7 +27,7 @@ class Recorder:
         self._inputs = {}  # (layer, what) -> tensors a hook saw, until attention uses them
         self._constants = {}  # (layer, what) -> what depends on the weights alone
         self._layers = {}
-        self._workspace = importance.Workspace()
+        self._workspace = exact.Workspace()
 
     def start(self, real):
         """Begin a batch whose real positions are `real` (B, n)."""
@@ -49,10 +49,10 @@ class Recorder:
         hidden = widen(inputs[0])
         real = self.real.to(hidden.device)
         if self.rule == "released":
-            up = readings.released_feed_forward(self._inputs.pop((layer, "up")), real)
+            up = paper_and_released.released_feed_forward(self._inputs.pop((layer, "up")), real)
             self._keep(layer, {"gate": torch.zeros_like(up), "up": up, "down": up})
             return
-        scores = importance.feed_forward(hidden, self._once(layer, "down", lambda: self._weight(layer, "down", hidden).norm(dim=1)), real)
+        scores = exact.feed_forward(hidden, self._once(layer, "down", lambda: self._weight(layer, "down", hidden).norm(dim=1)), real)
         self._keep(layer, dict.fromkeys(FEED_FORWARD, scores))
 
     def after_up(self, layer, module, inputs, result):
@@ -78,30 +78,30 @@ class Recorder:
         heads = attention_output(*wide, allowed, scaling, softcap)
         ratios = [self._inputs.pop((layer, name), None) for name in ("query", "key")]
         rotation = self._inputs.pop((layer, "rotation"))
-        attention = importance.Attention(*wide, heads, allowed, real, scaling, *rotation, softcap, *ratios)
+        attention = exact.Attention(*wide, heads, allowed, real, scaling, *rotation, softcap, *ratios)
         self._keep(layer, self._attention_scores(layer, attention))
         return heads.transpose(1, 2).contiguous().to(query_states.dtype), None
 
     def _attention_scores(self, layer, attention):
         if self.rule == "released":
-            scores = {p: getattr(readings, f"released_{name}")(attention) for p, name in NAMES.items()}
+            scores = {p: getattr(paper_and_released, f"released_{name}")(attention) for p, name in NAMES.items()}
             return scores | {"o": torch.zeros_like(scores["q"])}
         factors = self._once(layer, "o", lambda: self._output_factors(layer, attention))
-        result = {"o": importance.output(attention.heads, factors, attention.real)}
+        result = {"o": exact.output(attention.heads, factors, attention.real)}
         if self.rule == "paper":
-            return result | {p: getattr(readings, f"paper_{name}")(attention) for p, name in NAMES.items()}
+            return result | {p: getattr(paper_and_released, f"paper_{name}")(attention) for p, name in NAMES.items()}
         if self.rule == "first_order":
             result["q"], result["k"] = first_order(attention, factors)
         if self.rule == "exact":
-            result["q"], result["k"] = importance.exact(attention, factors, self._workspace)
+            result["q"], result["k"] = exact.exact(attention, factors, self._workspace)
         if self.wanted is not None:
             wanted = [mask[layer].to(attention.query.device) for mask in self.wanted]
-            result["exact q"], result["exact k"] = importance.exact(attention, factors, self._workspace, wanted)
-        return result | {"v": importance.value(attention.heads, factors, attention.real)}
+            result["exact q"], result["exact k"] = exact.exact(attention, factors, self._workspace, wanted)
+        return result | {"v": exact.value(attention.heads, factors, attention.real)}
 
     def _output_factors(self, layer, attention):
         w_o = self._weight(layer, "o", attention.heads)
-        return importance.OutputFactors.of(w_o, attention.groups, attention.repeat)
+        return exact.OutputFactors.of(w_o, attention.groups, attention.repeat)
 
     def _once(self, layer, what, compute):
         """What depends on the weights alone, computed for the first batch."""
@@ -126,8 +126,8 @@ def attention_output(query, key, value, allowed, scaling, softcap=None):
         return scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling, enable_gqa=True)
     repeat = query.shape[1] // key.shape[1]
     keys, values = (x.repeat_interleave(repeat, 1) for x in (key, value))
-    logits = importance.capped(query @ keys.transpose(-1, -2) * scaling, softcap)
-    return torch.softmax(importance.masked(logits, allowed), -1) @ values
+    logits = exact.capped(query @ keys.transpose(-1, -2) * scaling, softcap)
+    return torch.softmax(exact.masked(logits, allowed), -1) @ values
 
 
 def norm_ratio(x, epsilon):
