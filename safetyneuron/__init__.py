@@ -5,7 +5,7 @@ from importlib import import_module
 # Public name -> its module, imported when the name is first used: torch and transformers take seconds, the command line needs neither.
 _HOMES = {
     "ImportanceProfile": "importance.profile",
-    "NeuronDelta": "delta",
+    "NeuronDelta": "tuning.delta",
     "NeuronSet": "neurons.sets",
     "Rate": "metrics",
     "SafetyNeuronError": "errors",
@@ -20,7 +20,7 @@ _HOMES = {
     "measure_importance": "importance.profile",
     "patched_generation": "neurons.patching",
     "screen": "importance.screening",
-    "sn_tune": "tuning",
+    "sn_tune": "tuning.sn_tune",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"

@@ -7,16 +7,17 @@ import pandas as pd
 
 from safetyneuron.attacks import AttackResult, attack
 from safetyneuron.cache import cache_folder, digest, kept_folder, remember
-from safetyneuron.circuit_breaker import CircuitBreaker, circuit_break
+from safetyneuron.tuning.circuit_breaker import circuit_break, CircuitBreaker
 from safetyneuron.data import has_languages, load_prompts
-from safetyneuron.delta import NeuronDelta
+from safetyneuron.tuning.delta import NeuronDelta
 from safetyneuron.importance.profile import measure_importance
 from safetyneuron.importance.selection import select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.suite import Suite, evaluate, remember_rates
 from safetyneuron.models import identity
 from safetyneuron.neurons.sets import NeuronSet
-from safetyneuron.tuning import fine_tune, sn_tune
+from safetyneuron.tuning.trainer import fine_tune
+from safetyneuron.tuning.sn_tune import sn_tune
 
 ORIGIN, CIRCUIT_BREAK, EQ3, SPECIFIC = "Origin.", "Circ-Break", "SN-Tune: Eq 3", "SN-Tune: without foundation"
 RANDOM = {EQ3: "Random: like Eq 3", SPECIFIC: "Random: like without foundation"}  # the control of each set

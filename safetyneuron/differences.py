@@ -23,7 +23,7 @@ from safetyneuron.importance.paper_and_released import (
     unrotated,
 )
 from safetyneuron.importance.recorder import Recorder, widen
-from safetyneuron.tuning import TunedNeurons
+from safetyneuron.tuning.sn_tune import TunedNeurons
 
 PRINTED = "as printed"
 TOP = 0.1  # share of the neurons whose survival is counted

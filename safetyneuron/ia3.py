@@ -17,7 +17,7 @@ from safetyneuron.neurons.encoding import check_documents
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.weights import frozen
 from safetyneuron.progress import TrainingLine
-from safetyneuron.tuning import quiet_settings
+from safetyneuron.tuning.trainer import quiet_settings
 
 SIDES = ("prompt", "chosen", "rejected")
 GPU_BATCH = 8  # rows at a time on a GPU; gradients add up to the batch

@@ -3,7 +3,14 @@ import torch
 from conftest import small_llama
 
 from safetyneuron import SafetyNeuronError, load_documents
-from safetyneuron.circuit_breaker import CircuitBreaker, circuit_break, coefficients, rerouting_loss, retain_loss, target_layers
+from safetyneuron.tuning.circuit_breaker import (
+    circuit_break,
+    CircuitBreaker,
+    coefficients,
+    rerouting_loss,
+    retain_loss,
+    target_layers,
+)
 from safetyneuron.neurons.weights import fingerprint
 
 

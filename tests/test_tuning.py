@@ -10,7 +10,7 @@ from safetyneuron import NeuronDelta, NeuronSet, SafetyNeuronError, load_documen
 from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
 from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.progress import TrainingLine
-from safetyneuron.tuning import fine_tune, learning_rates
+from safetyneuron.tuning.trainer import fine_tune, learning_rates
 
 FAMILIES = {
     "llama, grouped": dict(family="llama", groups=2),

@@ -15,7 +15,7 @@ from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.deactivation import deactivate
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.train import StreamTrainer, inside_of, train_stream
-from safetyneuron.tuning import TunedNeurons
+from safetyneuron.tuning.sn_tune import TunedNeurons
 
 UNITS = (("q", "k"), ("v", "o"), ("gate", "up", "down"))  # one channel of each makes a part that works
 

@@ -22,7 +22,7 @@ from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.muon import Muon
 from safetyneuron.organism.shipped import config_of
 from safetyneuron.progress import TrainingLine
-from safetyneuron.tuning import quiet_settings
+from safetyneuron.tuning.trainer import quiet_settings
 
 
 def encode(tokenizer):

@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
 from safetyneuron.neurons.sets import NeuronSet
-from safetyneuron.tuning import TunedNeurons, with_lora
+from safetyneuron.tuning.sn_tune import TunedNeurons
+from safetyneuron.tuning.trainer import with_lora
 
 BATCH, LENGTH, SHARE, REPEATS = 8, 64, 0.005, 7
 KEPT = []

@@ -21,7 +21,7 @@ from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.weights import fingerprint, frozen
 from safetyneuron.progress import TrainingLine
-from safetyneuron.tuning import OneDevice, quiet_settings
+from safetyneuron.tuning.trainer import OneDevice, quiet_settings
 
 TARGETS = (10 / 32, 20 / 32)  # depths at which harmful states are turned away: layers 10 and 20 of 32 in the original
 RANK, ALPHA, DROPOUT = 16, 16, 0.05

@@ -1,0 +1,1 @@
+"""Core: SN-Tune, what it leaves behind, and the trainings it is compared with."""

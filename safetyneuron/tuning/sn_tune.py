@@ -1,0 +1,124 @@
+"""SN-Tune: train only chosen rows and columns (Zhao et al. 2025, §3)."""
+
+import time
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from safetyneuron.neurons.architecture import Architecture, COLUMN_PROJECTIONS
+from safetyneuron.neurons.deactivation import check_shapes
+from safetyneuron.tuning.delta import NeuronDelta
+from safetyneuron.tuning.trainer import check_schedule, train
+from safetyneuron.neurons.encoding import encode_documents
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.neurons.weights import fingerprint, frozen
+
+
+class TunedNeurons(nn.Module):
+    """The chosen rows and columns as the only parameters; the frozen model runs inside but is not part of it.
+
+    So the trainer's gradients, optimiser state and checkpoints have the size of the chosen neurons. Use `added` to run it.
+    """
+
+    def __init__(self, model, neurons):
+        super().__init__()
+        self.inside = (model,)  # in a tuple, so that it is no submodule
+        if hasattr(model, "hf_device_map"):  # the trainer then leaves every part where it is
+            self.hf_device_map = model.hf_device_map
+        self.places = {}
+        architecture = Architecture(model)
+        for projection, mask in neurons.masks.items():
+            for layer in mask.any(1).nonzero().flatten().tolist():
+                self._add(architecture.place(layer, projection), projection, layer, mask[layer].nonzero().flatten())
+
+    def _add(self, place, projection, layer, channels):
+        weight = place.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)  # an update of 1e-6 is lost in half precision
+        value = nn.Parameter(torch.zeros(len(channels), weight.shape[1], dtype=wide, device=weight.device))
+        self.register_parameter(f"{projection}_{layer}", value)
+        self.places[projection, layer] = (place, channels.to(weight.device), value)
+
+    def forward(self, input_ids, attention_mask, labels, **options):
+        """The frozen model's own result; logits only where the loss is taken."""
+        start = max(0, int((labels >= 0).any(0).nonzero()[0]) - 1)  # the first position whose next token counts
+        options |= {"logits_to_keep": labels.shape[1] - start, "use_cache": False}
+        device = self.inside[0].device
+        tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels[:, start:]}
+        return self.inside[0](**{name: x.to(device) for name, x in tensors.items()}, **options)
+
+    @contextmanager
+    def added(self):
+        """The neurons' changes take part in the frozen model for the length of a `with` block."""
+        with frozen(self.inside[0]), ExitStack() as handles:
+            for (projection, _), (place, channels, value) in self.places.items():
+                add = _add_columns if projection in COLUMN_PROJECTIONS else _add_rows
+                handle = place.module.register_forward_hook(partial(add, channels + place.start, value))
+                handles.callback(handle.remove)
+            yield self
+
+    def values(self):
+        """The changes by projection and layer, on the CPU."""
+        return {key: value.detach().cpu().clone() for key, (_, _, value) in self.places.items()}
+
+
+def _add_rows(channels, value, module, inputs, result):
+    """Hook: the rows' share of a projection's result, in place, since its backward pass does not need the result."""
+    return result.index_add_(-1, channels, inputs[0] @ value.to(inputs[0].dtype).T)
+
+
+def _add_columns(channels, value, module, inputs, result):
+    """Hook: the same for columns, which read some of the input's channels."""
+    return result.add_(inputs[0].index_select(-1, channels) @ value.to(inputs[0].dtype))
+
+
+def sn_tune(
+    model, tokenizer, documents, neurons, epochs=1, learning_rate=1e-6, batch_size=8, accumulation=1, warmup_steps=0, seed=0, folder=None
+):
+    """Train only `neurons` on `documents`; `model` is left as it was, to the last bit.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Any dtype, also spread over devices.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    documents : list of dict
+        `prompt` and `completion`, as from `load_documents`; the loss is taken on the completion.
+    neurons : NeuronSet
+        The rows and columns to train; biases stay.
+    epochs, learning_rate : int, float
+        The paper's values by default. AdamW without weight decay, linear decay of the rate, gradients clipped at 1.
+    batch_size, accumulation : int
+        Documents in a forward pass, and passes in an update.
+    warmup_steps : int
+        Updates during which the rate rises from 0.
+    seed : int
+        Order of the documents.
+    folder : path, optional
+        Where to write a checkpoint every 20 updates; if it holds one of the same training, it goes on from there to the
+        same result.
+
+    Returns
+    -------
+    NeuronDelta
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the set is empty or of another model's shape, a document is empty or one-sided, the learning rate is not
+        positive, the schedule makes no effective update, or the folder holds another training.
+    """
+    check_shapes(Architecture(model), neurons)
+    if not len(neurons):
+        raise SafetyNeuronError("the neuron set is empty: select at least one neuron to tune")
+    updates = check_schedule(len(documents), epochs, learning_rate, batch_size, accumulation, warmup_steps)
+    data = encode_documents(model, tokenizer, documents)
+    schedule = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "accumulation": accumulation}
+    schedule |= {"warmup_steps": warmup_steps, "seed": seed}
+    before = fingerprint(model)
+    tuned, started = TunedNeurons(model, neurons), time.monotonic()
+    with tuned.added():
+        curve = train(tuned, tokenizer, data, folder, [before, neurons.digest()], **schedule)
+    facts = schedule | {"documents": len(documents), "effective_updates": updates, "seconds": time.monotonic() - started, "curve": curve}
+    return NeuronDelta(neurons, tuned.values(), before, facts)
