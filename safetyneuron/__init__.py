@@ -12,7 +12,7 @@ _HOMES = {
     "UnsupportedArchitecture": "errors",
     "attack_success_rate": "metrics",
     "capability": "metrics",
-    "change_scores": "contrast",
+    "change_scores": "detectors.change_scores",
     "deactivate": "neurons.deactivation",
     "load_documents": "documents",
     "load_model": "models",

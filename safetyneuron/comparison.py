@@ -12,7 +12,7 @@ from safetyneuron.cache import remember
 from safetyneuron.data import load_prompts
 from safetyneuron.neurons.deactivation import deactivate, transplant
 from safetyneuron.defences import tuned
-from safetyneuron.detectors import MATCHED, RANDOM
+from safetyneuron.detectors.table import MATCHED, RANDOM
 from safetyneuron.documents import load_documents
 from safetyneuron.neurons.activations import channel_means, mean_ablated
 from safetyneuron.mechanism import BROKEN

@@ -3,7 +3,7 @@ import torch
 from conftest import small_llama, small_model
 
 from safetyneuron import NeuronSet, SafetyNeuronError, load_prompts
-from safetyneuron.contrast import change_scores, ChangeScores, completion_mask
+from safetyneuron.detectors.change_scores import change_scores, ChangeScores, completion_mask
 from safetyneuron.neurons.patching import constant_patch
 from safetyneuron.neurons.activations import activations, mean_activations
 from safetyneuron.neurons.patching import patched_generation

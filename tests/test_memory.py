@@ -6,9 +6,9 @@ from conftest import small_llama
 
 from safetyneuron import load_documents, load_prompts, measure_importance
 from safetyneuron.attacks.likelihood import TargetLoss
-from safetyneuron.contrast import change_scores
+from safetyneuron.detectors.change_scores import change_scores
 from safetyneuron.neurons.activations import mean_activations
-from safetyneuron.direction import refusal_directions
+from safetyneuron.detectors.direction import refusal_directions
 from safetyneuron.neurons.activations import channel_means
 from safetyneuron.memory import Batches, _say
 from safetyneuron.metrics.perplexity import perplexity

@@ -9,7 +9,7 @@ from conftest import small_llama
 from safetensors.torch import save_file
 
 from safetyneuron import NeuronSet, Rate, SafetyNeuronError, load_documents, load_prompts, patching, tables, verdicts
-from safetyneuron.contrast import ChangeScores
+from safetyneuron.detectors.change_scores import ChangeScores
 from safetyneuron.metrics import Suite, cost_by_name, mean_cost, perplexity, rule_cost
 from safetyneuron.metrics.suite import evaluate
 
