@@ -5,13 +5,11 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetyneuron import ia3, sources
+from safetyneuron import ia3
 from safetyneuron.cache import cache_folder, digest, kept_folder, library_versions
-from safetyneuron.data import read_rows
-from safetyneuron.neurons.encoding import check_documents
-from safetyneuron.documents import load_documents
-from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.ia3 import SIDES, prefer, supervise
+from safetyneuron.data.documents import load_documents
+from safetyneuron.data.preferences import load_preferences
+from safetyneuron.ia3 import prefer, supervise
 from safetyneuron.models import load_model, local_model
 
 # How a base model without a template of its own is taught to converse: as the authors of BeaverTails write conversations.
@@ -112,32 +110,3 @@ def _train_stage(stage, rows, folder):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "curve.json").write_text(json.dumps(curve))
-
-
-def load_preferences(name_or_path, split="train", language="en"):
-    """Preference pairs as dicts with `prompt`, `chosen` and `rejected`.
-
-    Parameters
-    ----------
-    name_or_path : str
-        A public set, `paper/harmless` or `paper/helpful` (HH-RLHF); or a .jsonl or .csv file with these columns.
-    split, language : str
-        As in `load_documents`, for sets that are no files.
-
-    Raises
-    ------
-    SafetyNeuronError
-        If the set or file is unknown or unreadable, or a pair lacks a part.
-    """
-    if name_or_path in sources.PREFERENCES:
-        return sources.load_rows(sources.PREFERENCES[name_or_path], split, language)
-    return _file_preferences(Path(name_or_path))
-
-
-def _file_preferences(path):
-    if not path.is_file() or path.suffix not in (".jsonl", ".csv"):
-        raise SafetyNeuronError(f"no preference set or .jsonl or .csv file {str(path)!r}: use a file or one of {', '.join(sources.PREFERENCES)}")
-    rows = read_rows(path)
-    for side in ("chosen", "rejected"):
-        check_documents([{"prompt": row.get("prompt"), "completion": row.get(side)} if isinstance(row, dict) else row for row in rows])
-    return [{side: row[side] for side in SIDES} for row in rows]

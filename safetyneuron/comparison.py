@@ -9,11 +9,11 @@ import pandas as pd
 
 from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
 from safetyneuron.cache import remember
-from safetyneuron.data import load_prompts
+from safetyneuron.data.prompts import load_prompts
 from safetyneuron.neurons.deactivation import deactivate, transplant
 from safetyneuron.defences import tuned
-from safetyneuron.detectors.table import MATCHED, RANDOM
-from safetyneuron.documents import load_documents
+from safetyneuron.detectors.detect import MATCHED, RANDOM
+from safetyneuron.data.documents import load_documents
 from safetyneuron.neurons.activations import channel_means, mean_ablated
 from safetyneuron.mechanism import BROKEN
 from safetyneuron.metrics.capability import correct_answers

@@ -8,7 +8,7 @@ import pandas as pd
 from safetyneuron.attacks import AttackResult, attack
 from safetyneuron.cache import cache_folder, digest, kept_folder, remember
 from safetyneuron.tuning.circuit_breaker import circuit_break, CircuitBreaker
-from safetyneuron.data import has_languages, load_prompts
+from safetyneuron.data.prompts import has_languages, load_prompts
 from safetyneuron.tuning.delta import NeuronDelta
 from safetyneuron.importance.profile import measure_importance
 from safetyneuron.importance.selection import select_without_foundation

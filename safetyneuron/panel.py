@@ -5,7 +5,7 @@ import html
 import ipywidgets as widgets
 
 from safetyneuron.neurons.architecture import PROJECTIONS
-from safetyneuron.data import load_prompts
+from safetyneuron.data.prompts import load_prompts
 from safetyneuron.neurons.deactivation import deactivate
 from safetyneuron.importance.selection import largest_without_foundation, select_without_foundation
 from safetyneuron.importance.profile import measure_importance

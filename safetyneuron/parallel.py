@@ -6,7 +6,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from safetyneuron.data import load_prompts
+from safetyneuron.data.prompts import load_prompts
 from safetyneuron.importance.profile import ImportanceProfile, measure_importance
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import load_model

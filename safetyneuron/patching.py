@@ -12,7 +12,7 @@ from safetyneuron.neurons.activations import activations
 from safetyneuron.neurons.patching import constant_patch
 from safetyneuron.neurons.patching import patched_generation
 from safetyneuron.neurons.encoding import encode_prompts, pad
-from safetyneuron.data import has_languages, has_splits, load_prompts
+from safetyneuron.data.prompts import has_languages, has_splits, load_prompts
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.memory import Batches
 from safetyneuron.metrics.rates import Rate

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetyneuron import sources
+from safetyneuron.data import sources
 from safetyneuron.cache import cache_folder
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import local_model

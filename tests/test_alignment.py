@@ -5,7 +5,8 @@ import torch
 from conftest import small_llama, small_model
 
 from safetyneuron import SafetyNeuronError, load_documents, load_model
-from safetyneuron.alignment import PAIRED, STAGES, all_stages, first_model, load_preferences
+from safetyneuron.alignment import all_stages, first_model, PAIRED, STAGES
+from safetyneuron.data.preferences import load_preferences
 from safetyneuron.ia3 import prefer, supervise
 from safetyneuron.metrics.refusal import is_refusal
 from safetyneuron.metrics.safety import compliance, helpfulness

@@ -9,7 +9,7 @@ import torch
 from conftest import small_llama, small_model
 
 from safetyneuron import comparison, load_documents, load_prompts, NeuronSet, SafetyNeuronError
-from safetyneuron.detectors import table
+from safetyneuron.detectors import detect
 from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
 from safetyneuron.neurons.deactivation import transplant
 from safetyneuron.neurons.encoding import encode_prompts
@@ -121,8 +121,8 @@ def test_the_difference_of_two_rankings_has_the_size_asked_for_and_ends():
     first, second = ({p: torch.rand(2, 20, generator=generator) for p in PROJECTIONS} for _ in range(2))
     chosen = select_difference(first, second, 0.05)
     assert len(chosen) == len(select_fraction(first, 0.05))
-    assert table.Detector(first, first).select(0.05) is None
-    assert table.Detector(first).select(0.05) == select_fraction(first, 0.05)
+    assert detect.Detector(first, first).select(0.05) is None
+    assert detect.Detector(first).select(0.05) == select_fraction(first, 0.05)
 
 
 def test_the_trade_off_is_the_area_under_the_front():
@@ -158,15 +158,15 @@ def test_words_follow_the_interval(rate, below, word):
 @pytest.mark.organism
 def test_every_detector_fills_every_budget_and_claims_name_them(chat, base):
     model, tokenizer = chat
-    data = table.Detection("organism/harmful", "organism/general", "organism/benign", "organism/refusals", "organism/helpful", 8)
-    found = table.detect(model, base[0], tokenizer, data, rules=("first_order", "exact"), draws=2)
+    data = detect.Detection("organism/harmful", "organism/general", "organism/benign", "organism/refusals", "organism/helpful", 8)
+    found = detect.detect(model, base[0], tokenizer, data, rules=("first_order", "exact"), draws=2)
     assert len(found) == 2 * 3 + 4 + 2 * 2
     for name, detector in found.items():
         sizes = [detector.select(share) and len(detector.select(share)) for share in (0.001, 0.01)]
         assert sizes == [8, 83], name
-    down = found[table.CHANGE].select(0.01)
+    down = found[detect.CHANGE].select(0.01)
     assert down.counts()["down"] == 83 and all(d.passes > 0 for n, d in found.items() if not n.startswith("random"))
-    matched = found[f"{table.MATCHED} 0"].select(0.01)
+    matched = found[f"{detect.MATCHED} 0"].select(0.01)
     assert matched.counts() == found["first_order, without foundation"].select(0.01).counts()
     some = {name: found[name] for name in ("exact, Eq 3", "random 0")}
     exam = comparison.Exam("organism/harmful", "organism/benign", ("organism_facts",), "organism/helpful", 6, 6)
@@ -177,5 +177,5 @@ def test_every_detector_fills_every_budget_and_claims_name_them(chat, base):
     alone = comparison.claims(some, None, results, 0.01)
     assert alone.loc["two languages share less than 30 %", "exact, Eq 3"].startswith("undecided")
     _, correlation = comparison.agreement(found, 0.01)
-    unlike = correlation.loc[table.CHANGE].drop(table.CHANGE)
+    unlike = correlation.loc[detect.CHANGE].drop(detect.CHANGE)
     assert unlike.abs().max() < 0.9 and correlation.loc["exact, Eq 3", "exact, without foundation"] == pytest.approx(1)

@@ -9,7 +9,7 @@ from test_tuning import gradient_masks
 
 from safetyneuron import load_documents
 from safetyneuron.appendix import compare_rules, rank_agreement, released_differences
-from safetyneuron.data import load_prompts
+from safetyneuron.data.prompts import load_prompts
 from safetyneuron.differences import PRINTED, OneByOne, clipped_away, first_of_set_kept, gradient_norms, per_layer_kept
 from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.importance.recorder import recording

@@ -5,9 +5,10 @@ import json
 import pandas as pd
 import pytest
 
-from safetyneuron import SafetyNeuronError, load_documents, load_prompts, sources
-from safetyneuron.alignment import load_preferences
-from safetyneuron.attacks.requests import load_requests
+from safetyneuron import load_documents, load_prompts, SafetyNeuronError
+from safetyneuron.data import sources
+from safetyneuron.data.preferences import load_preferences
+from safetyneuron.data.requests import load_requests
 
 TURN = "\n\nHuman: {}\n\nAssistant: {}"
 ROWS = {

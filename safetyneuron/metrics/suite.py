@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 from safetyneuron.cache import remember
-from safetyneuron.data import load_prompts
+from safetyneuron.data.prompts import load_prompts
 from safetyneuron.neurons.deactivation import deactivate
 from safetyneuron.metrics.capability import capability
 from safetyneuron.metrics.rates import Rate

@@ -1,20 +1,15 @@
 """Prompts: by name or from a file, and as token ids."""
 
-import csv
-import io
-import json
 import random
 from collections import Counter
 from pathlib import Path
 
-import pandas as pd
 
-from safetyneuron import sources
+from safetyneuron.data import sources
+from safetyneuron.data.files import prompt_column, read_rows, read_text
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism.language import ONLY_TEST
 from safetyneuron.organism.prompts import NAMES as ORGANISM_SETS, prompts_of
-
-COLUMNS = ("prompt", "goal", "Behavior", "request")
 
 
 def load_prompts(name_or_path, split="test", language="en"):
@@ -49,7 +44,7 @@ def load_prompts(name_or_path, split="test", language="en"):
     path = Path(name_or_path)
     if not path.is_file():
         raise SafetyNeuronError(f"no prompt set or file {name_or_path!r}: use a file or one of {', '.join((*ORGANISM_SETS, *sources.PROMPTS))}")
-    texts = _text(path).splitlines() if path.suffix == ".txt" else [prompt_column(path, row) for row in read_rows(path)]
+    texts = read_text(path).splitlines() if path.suffix == ".txt" else [prompt_column(path, row) for row in read_rows(path)]
     prompts = [text.strip() for text in texts if text and text.strip()]
     if not prompts:
         raise SafetyNeuronError(f"prompt file {name_or_path} is empty: write one prompt a line")
@@ -81,48 +76,3 @@ def has_splits(name):
 def shuffled(items):
     """The items in an order that is always the same."""
     return random.Random(0).sample(items, len(items))
-
-
-def _text(path):
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SafetyNeuronError(f"file {path} cannot be read ({error}): save it as UTF-8") from None
-
-
-def read_rows(path):
-    """Rows of a .csv, .jsonl, .json or .parquet file."""
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    text = _text(path)
-    try:
-        if path.suffix == ".json":
-            return _list(path, json.loads(text))
-        if path.suffix == ".csv":
-            return list(csv.DictReader(io.StringIO(text), strict=True))
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (json.JSONDecodeError, csv.Error) as error:
-        raise SafetyNeuronError(f"file {path} cannot be read ({error}): repair that place") from None
-    raise SafetyNeuronError(f"prompt file {path} must end in .txt, .csv, .jsonl, .json or .parquet")
-
-
-def _list(path, rows):
-    if not isinstance(rows, list):
-        raise SafetyNeuronError(f"file {path} holds no list of rows: write a JSON list with one object a row")
-    return rows
-
-
-def _parquet_rows(path):
-    try:
-        return pd.read_parquet(path).to_dict("records")
-    except (OSError, ValueError) as error:
-        raise SafetyNeuronError(f"file {path} cannot be read ({str(error).splitlines()[0]}): write it again") from None
-
-
-def prompt_column(path, row):
-    """The prompt of one row of a file."""
-    for column in COLUMNS:
-        if isinstance(row, dict) and isinstance(row.get(column), str):
-            return row[column]
-    raise SafetyNeuronError(f"prompt file {path} has no column named one of {', '.join(COLUMNS)}: rename the column that holds the prompts")

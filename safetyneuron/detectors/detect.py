@@ -9,11 +9,11 @@ import torch
 from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.detectors.change_scores import change_scores
 from safetyneuron.neurons.encoding import encode_prompts, pad
-from safetyneuron.data import load_prompts
+from safetyneuron.data.prompts import load_prompts
 from safetyneuron.importance.selection import largest_difference, select_difference, select_fraction
 from safetyneuron.importance.profile import measure_importance
 from safetyneuron.detectors.direction import alignment_with, refusal_directions
-from safetyneuron.documents import load_documents
+from safetyneuron.data.documents import load_documents
 from safetyneuron.memory import Batches
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.importance.recorder import RULES

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetyneuron import sources
-from safetyneuron.data import ORGANISM_SETS, load_prompts, prompt_column, read_rows
+from safetyneuron.data import sources
+from safetyneuron.data.prompts import load_prompts, ORGANISM_SETS
+from safetyneuron.data.files import prompt_column, read_rows
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.reading import read_request

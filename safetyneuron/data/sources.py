@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetyneuron.cache import remember
+from safetyneuron.data.files import read_rows
 from safetyneuron.errors import SafetyNeuronError
 
 ROWS = 20000  # read of every set
@@ -149,8 +150,6 @@ def local_file(source, language="en"):
 
 def raw_rows(source, language="en"):
     """The first rows of a source as they are: from its local file, or once from the hub."""
-    from safetyneuron.data import read_rows  # here, because that module names the sets of this one
-
     path = local_file(source, language)
     if path:
         return read_rows(path)[:ROWS]

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from safetyneuron import sources
-from safetyneuron.data import read_rows, shuffled
+from safetyneuron.data import sources
+from safetyneuron.data.files import read_rows
+from safetyneuron.data.prompts import shuffled
 from safetyneuron.neurons.encoding import check_documents
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import language as lang
