@@ -106,7 +106,7 @@ class Loaded(Mapping):
 
 def source_of(name):
     """Folder or Hugging Face id of a model, and its revision as an argument, if it has one."""
-    from safetyneuron.alignment import STAGES, aligned_folder  # here, because that module trains models and so imports this one
+    from safetyneuron.alignment.stages import aligned_folder, STAGES  # here, because that module trains models and so imports this one
 
     if name in STAGES:
         return aligned_folder(name), {}

@@ -5,9 +5,9 @@ import torch
 from conftest import small_llama, small_model
 
 from safetyneuron import SafetyNeuronError, load_documents, load_model
-from safetyneuron.alignment import all_stages, first_model, PAIRED, STAGES
+from safetyneuron.alignment.stages import all_stages, first_model, PAIRED, STAGES
 from safetyneuron.data.preferences import load_preferences
-from safetyneuron.ia3 import prefer, supervise
+from safetyneuron.alignment.ia3 import prefer, supervise
 from safetyneuron.metrics.refusal import is_refusal
 from safetyneuron.metrics.safety import compliance, helpfulness
 from safetyneuron.organism import recipes, stages

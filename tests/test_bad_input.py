@@ -14,7 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from safetyneuron import NeuronDelta, NeuronSet, SafetyNeuronError, deactivate, load_documents, load_model, load_prompts, measure_importance, sn_tune
 from safetyneuron.attacks import searches
-from safetyneuron.cli import main, run_notebook
+from safetyneuron.cli import main
+from safetyneuron.run.execute import run_notebook
 from safetyneuron.importance.profile import ImportanceProfile
 from safetyneuron.organism.tokenizer import build_tokenizer
 

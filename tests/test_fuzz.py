@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from safetyneuron import NeuronDelta, NeuronSet, SafetyNeuronError, load_documents, load_prompts
-from safetyneuron.cli import _read_mapping, check_parameters, notebook_parameters
+from safetyneuron.cli import _read_mapping
+from safetyneuron.run.execute import check_parameters, notebook_parameters
 from safetyneuron.importance.profile import ImportanceProfile
 
 from conftest import ROOT

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from safetyneuron import book, reported, runs
+from safetyneuron import book, reported
+from safetyneuron.run import executed
 
 sys.path.insert(0, str(ROOT / "workflow"))
 import assemble
@@ -45,8 +46,8 @@ def test_cells_of_a_table_go_along_with_it():
 def test_a_run_writes_how_it_was_run(tmp_path):
     path = tmp_path / "a.ipynb"
     nbformat.write(notebook_with([CELL]), path)
-    runs.record(path, 12.4)
-    how = runs.how(nbformat.read(path, 4))
+    executed.record(path, 12.4)
+    how = executed.how(nbformat.read(path, 4))
     assert how["seconds"] == 12 and how["device"] and how["versions"]["torch"]
     text = pages.status({"05_sn_tune_instruct": nbformat.read(path, 4)})
     assert "`a/b`" in text and "float32" in text and "\n  - 12\n" in text and f"torch {how['versions']['torch']}" in text
@@ -85,7 +86,7 @@ def test_chapters_refer_to_tables_and_figures_of_others_by_number(site):
 
 @pytest.mark.book
 def test_texts_of_a_chapter_stand_on_other_pages(site):
-    found = runs.texts(nbformat.read(site / "stage" / "smoke" / "notebooks" / "A1_parallel_detection.ipynb", 4))
+    found = executed.texts(nbformat.read(site / "stage" / "smoke" / "notebooks" / "A1_parallel_detection.ipynb", 4))
     page = html.unescape((site / "html" / "book" / "released_code.html").read_text(encoding="utf-8"))
     assert found["effect_q_scale"] in page and found["effect_v_index"] in page
 
@@ -99,7 +100,7 @@ def test_every_chapter_can_be_downloaded_with_its_data(site):
             tables = {name: pd.read_csv(archive.open(name)) for name in archive.namelist() if name.endswith(".csv")}
             values, given = (json.loads(archive.read(name)) for name in ("values.json", "parameters.json"))
         assert given and all(len(table) for table in tables.values())
-        assert set(re.findall(r"glue:text}`(\w+)`", path.read_text(encoding="utf-8"))) <= set(values) | {n for n in runs.texts(nbformat.read(path, 4)) if n.startswith("check_")}
+        assert set(re.findall(r"glue:text}`(\w+)`", path.read_text(encoding="utf-8"))) <= set(values) | {n for n in executed.texts(nbformat.read(path, 4)) if n.startswith("check_")}
     assert tables  # the last one's
 
 

@@ -18,7 +18,8 @@ from conftest import ROOT, small_llama
 from test_sources import ROWS, TURN, write
 
 from safetyneuron import NeuronSet, SafetyNeuronError, capability, deactivate, load_documents, load_model, load_prompts, measure_importance, sn_tune
-from safetyneuron.cli import main, run_notebook
+from safetyneuron.cli import main
+from safetyneuron.run.execute import run_notebook
 from safetyneuron.importance.profile import ImportanceProfile
 from safetyneuron.metrics import answers
 from safetyneuron.metrics.capability import _correct
@@ -160,7 +161,7 @@ def test_two_processes_measure_what_one_measures(tmp_path):
 
 
 def test_fewer_prompts_than_processes_are_refused(chat, monkeypatch):
-    from safetyneuron import parallel
+    from safetyneuron.run import parallel
 
     monkeypatch.setattr(parallel, "PartialState", lambda: type("State", (), {"process_index": 1, "num_processes": 2, "is_main_process": False}))
     with pytest.raises(SafetyNeuronError, match="start fewer"):

@@ -30,7 +30,7 @@ def test_nothing_is_unpickled_evaluated_or_run_remotely():
 
 def test_only_aligned_pairs_and_exported_organisms_are_saved():
     saving = {path.name for path in SOURCES if path.parent.name != "tests" for name, _ in calls(path) if name.endswith("save_pretrained") and not name.startswith("tokenizer.")}
-    assert saving == {"alignment.py", "shipped.py"}
+    assert saving == {"stages.py", "shipped.py"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import nbformat
 
-from safetyneuron import reported, runs
+from safetyneuron import reported
+from safetyneuron.run import executed
 
 TABLES = range(1, 6)
 RESULT = ("02_verification", "bars", "book/_static/verification.png")  # the figure of the first page: chapter, glued name, place
@@ -37,7 +38,7 @@ def write(stage):
     """Write the pages into the stage, the figure of the first page, the slides, and every chapter's data."""
     notebooks = {path.stem: nbformat.read(path, 4) for path in sorted(Path(stage).glob("notebooks/*.ipynb"))}
     chapter, name, place = RESULT
-    (Path(stage) / place).write_bytes(runs.picture(notebooks[chapter], name))
+    (Path(stage) / place).write_bytes(executed.picture(notebooks[chapter], name))
     (Path(stage) / "book" / "paper_and_here.md").write_text(paper_and_here(notebooks), encoding="utf-8")
     (Path(stage) / "book" / "status.md").write_text(status(notebooks), encoding="utf-8")
     static = Path(stage) / "book" / "_static"
@@ -49,7 +50,7 @@ def write(stage):
 
 def write_data(notebook, path):
     """A zip archive of the chapter's tables and figures as CSV, its glued values and its parameters."""
-    tables, values = runs.data(notebook)
+    tables, values = executed.data(notebook)
     with zipfile.ZipFile(path, "w") as archive:
         files = {f"{name}.csv": text for name, text in tables.items()}
         files["values.json"] = json.dumps(values, ensure_ascii=False, indent=1)
@@ -64,7 +65,7 @@ def write_slides(notebooks, folder):
     sections = ""
     for chapter, name in KEY_FIGURES:
         notebook = notebooks[chapter]
-        (folder / f"{chapter}-{name}.png").write_bytes(runs.picture(notebook, name))
+        (folder / f"{chapter}-{name}.png").write_bytes(executed.picture(notebook, name))
         sections += _slide(chapter, name, "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"))
     template = Path(__file__).with_name("slides.html").read_text(encoding="utf-8")
     (folder / "index.html").write_text(template.replace("SECTIONS", sections), encoding="utf-8")
@@ -91,7 +92,7 @@ def paper_and_here(notebooks):
     """One row for every row and column of the paper's tables, its models in lines, ours beside them."""
     ours = {}
     for name, notebook in notebooks.items():
-        for cell in runs.comparisons(notebook):
+        for cell in executed.comparisons(notebook):
             ours.setdefault((cell["table"], cell["row"], cell["column"]), []).append((name, cell))
     rows = "".join(_row(number, key, group, ours.get((number, *key), [])) for number in TABLES for key, group in _cells(number))
     return f"""# Paper and here
@@ -133,7 +134,7 @@ def _measured(name, cell):
 
 def status(notebooks):
     """When, where and with what every chapter was run."""
-    found = {name: runs.how(notebook) for name, notebook in notebooks.items()}
+    found = {name: executed.how(notebook) for name, notebook in notebooks.items()}
     rows = "\n".join(_status_row(name, notebooks[name], run) for name, run in found.items())
     versions = {tuple(run["versions"].items()) for run in found.values() if "versions" in run}
     lists = "\n\n".join(", ".join(f"{name} {number}" for name, number in some) for some in sorted(versions))

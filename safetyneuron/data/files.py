@@ -13,7 +13,7 @@ COLUMNS = ("prompt", "goal", "Behavior", "request")
 
 def read_text(path):
     try:
-        return path.readread_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SafetyNeuronError(f"file {path} cannot be read ({error}): save it as UTF-8") from None
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from safetyneuron import ia3
+from safetyneuron.alignment import ia3
 from safetyneuron.cache import cache_folder, digest, library_versions
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import recipes, shipped

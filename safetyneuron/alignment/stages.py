@@ -5,11 +5,11 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetyneuron import ia3
+from safetyneuron.alignment import ia3
 from safetyneuron.cache import cache_folder, digest, kept_folder, library_versions
 from safetyneuron.data.documents import load_documents
 from safetyneuron.data.preferences import load_preferences
-from safetyneuron.ia3 import prefer, supervise
+from safetyneuron.alignment.ia3 import prefer, supervise
 from safetyneuron.models import load_model, local_model
 
 # How a base model without a template of its own is taught to converse: as the authors of BeaverTails write conversations.

@@ -61,7 +61,7 @@ def _existing(path):
 
 def model_names(edition):
     """Models and what their stages start from, without organisms, which are shipped."""
-    from safetyneuron.alignment import STAGES, first_model
+    from safetyneuron.alignment.stages import first_model, STAGES
 
     named = []
     for parameters in edition["notebooks"].values():
@@ -74,7 +74,7 @@ def model_names(edition):
 
 def data_names(edition):
     """(source, language) of every public set that the notebooks or the stages of their models name."""
-    from safetyneuron.alignment import STAGES, all_stages
+    from safetyneuron.alignment.stages import all_stages, STAGES
 
     found = {}
     for parameters in with_defaults(edition).values():
@@ -157,7 +157,7 @@ def _weights(values, weights):
 
 def with_defaults(edition):
     """Every notebook's parameters, with the edition's in place of its own."""
-    from safetyneuron.cli import notebook_parameters
+    from safetyneuron.run.execute import notebook_parameters
 
     found = {}
     for name, given in edition["notebooks"].items():

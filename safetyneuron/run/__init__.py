@@ -1,0 +1,1 @@
+"""Notebooks executed with parameters, their results read back, and what an edition needs before it starts."""
