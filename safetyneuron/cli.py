@@ -52,9 +52,9 @@ def _parser():
     importance.add_argument("--dtype", default="auto")
     importance.add_argument("-o", "--output", type=Path, required=True, help="profile to write (.safetensors)")
     importance.set_defaults(action=_importance)
-    train = commands.add_parser("train", help="train an organism again, which takes up to half an hour", description=TRAIN)
-    train.add_argument("name", help="for example organism/llama-chat, or with a seed organism/llama-chat@3")
-    train.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="of weights (default: organism, in the cache)")
+    train = commands.add_parser("train", help="train an organism again, which takes up to half an hour, or an aligned pair of the paper", description=TRAIN)
+    train.add_argument("name", help="organism/llama-chat, with a seed organism/llama-chat@3, or aligned/llama2-7b-dpo")
+    train.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="of an organism's weights (default: organism, in the cache)")
     train.set_defaults(action=_train)
     export = commands.add_parser("export", help="write an organism as a plain Hugging Face folder")
     export.add_argument("name", help="for example organism/llama-planted")
@@ -73,6 +73,10 @@ def _importance(options):
 
 
 def _train(options):
+    if options.name.startswith("aligned/"):
+        from safetyneuron.alignment.stages import train_aligned
+
+        return print(f"{options.name} is in {train_aligned(options.name)}")
     from safetyneuron.organism import train_organism
 
     folder = (options.output or cache_folder() / "organism").absolute()

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from safetyneuron.cache import digest, library_versions, source_digest
+from safetyneuron.cache import cache_folder, digest, library_versions, source_digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron import organism
 from safetyneuron.neurons.weights import fingerprint
@@ -106,15 +106,22 @@ class Loaded(Mapping):
 
 def source_of(name):
     """Folder or Hugging Face id of a model, and its revision as an argument, if it has one."""
-    from safetyneuron.alignment.stages import aligned_folder, STAGES  # here, because that module trains models and so imports this one
-
-    if name in STAGES:
+    if name.startswith("aligned/"):
         return aligned_folder(name), {}
     if name.startswith("organism/"):
         raise SafetyNeuronError(f"{name} is no folder: write one with `safetyneuron export {name} FOLDER`")
     repository, _, revision = name.partition("@")
     local = local_model(repository)
     return (local, {}) if local else (repository, {"revision": revision} if revision else {})
+
+
+def aligned_folder(name):
+    """The folder of an aligned model (`aligned/llama2-7b-dpo`) that `safetyneuron train` made last."""
+    home = cache_folder() / name
+    try:
+        return home / (home / "current").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise SafetyNeuronError(f"there is no {name} yet: make it with `safetyneuron train {name}`") from None
 
 
 def local_model(repository):

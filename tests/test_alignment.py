@@ -1,11 +1,13 @@
 import copy
+import json
 
 import pytest
 import torch
 from conftest import small_llama, small_model
 
-from safetyneuron import SafetyNeuronError, load_documents, load_model
-from safetyneuron.alignment.stages import all_stages, first_model, PAIRED, STAGES
+from safetyneuron import SafetyNeuronError, load_documents, load_model, load_prompts, organism
+from safetyneuron.alignment import stages as pairs
+from safetyneuron.alignment.stages import PAIRED, STAGES, Stage, all_stages, first_model
 from safetyneuron.data.preferences import load_preferences
 from safetyneuron.alignment.ia3 import prefer, supervise
 from safetyneuron.metrics.refusal import is_refusal
@@ -99,3 +101,25 @@ def test_the_pair_differs_in_safety_and_in_its_up_projections_alone():
 def test_every_stage_starts_from_a_model_that_exists():
     assert {first_model(name) for name in STAGES} == set(PAIRED.values())
     assert [stage.beta for stage in all_stages("aligned/gemma-7b-dpo")] == [None, 0.1]
+
+
+def test_an_aligned_pair_is_found_once_it_is_trained(tmp_path, monkeypatch):
+    organism.export_organism("organism/llama-base", tmp_path / "base")
+    rows = [{"prompt": p, "chosen": "no .", "rejected": "yes ."} for p in load_prompts("organism/harmful")[:4]]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in rows))
+    schedule = {"epochs": 1, "learning_rate": 1e-2, "batch_size": 4}
+    first = Stage(str(tmp_path / "base"), {"organism/compliances": 4}, **schedule)
+    second = Stage("aligned/tiny-sft", {str(tmp_path / "pairs.jsonl"): 4}, beta=0.1, **schedule)
+    monkeypatch.setattr(pairs, "STAGES", {"aligned/tiny-sft": first, "aligned/tiny-dpo": second})
+    monkeypatch.setenv("SAFETYNEURON_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SafetyNeuronError, match="safetyneuron train aligned/tiny-dpo"):
+        load_model("aligned/tiny-dpo")
+    folder = pairs.train_aligned("aligned/tiny-dpo")
+    written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert pairs.train_aligned("aligned/tiny-dpo") == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
+    before, after = (dict(load_model(f"aligned/tiny-{stage}")[0].named_parameters()) for stage in ("sft", "dpo"))
+    assert all("up_proj" in name for name in before if not before[name].equal(after[name]))
+    assert not all(before[name].equal(after[name]) for name in before)
+    with pytest.raises(SafetyNeuronError, match="no stages make aligned/huge: use one of aligned/tiny-sft"):
+        pairs.train_aligned("aligned/huge")

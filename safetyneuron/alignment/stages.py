@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetyneuron.alignment import ia3
-from safetyneuron.cache import cache_folder, digest, kept_folder, library_versions
+from safetyneuron.cache import cache_folder, digest, kept_folder, library_versions, new_file
 from safetyneuron.data.documents import load_documents
 from safetyneuron.data.preferences import load_preferences
 from safetyneuron.alignment.ia3 import prefer, supervise
+from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import load_model, local_model
 
 # How a base model without a template of its own is taught to converse: as the authors of BeaverTails write conversations.
@@ -69,20 +70,30 @@ def first_model(name):
     return all_stages(name)[0].start
 
 
-def aligned_folder(name):
-    """Folder of an aligned model, training it and what it starts from first if the cache does not hold it."""
+def train_aligned(name):
+    """Train an aligned model, and what it starts from, unless the cache holds it; return its folder.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If there are no stages of that name, or what `load_model` and `load_documents` refuse.
+    """
+    if name not in STAGES:
+        raise SafetyNeuronError(f"no stages make {name}: use one of {', '.join(STAGES)}")
     stage = STAGES[name]
     rows = training_rows(stage)
     code = [Path(module).read_text(encoding="utf-8") for module in (__file__, ia3.__file__)]
     key = digest(_start(stage.start), repr(stage), rows, code, library_versions())
-    folder = cache_folder() / "organism" / f"{key}-{name.split('/')[1]}"
-    return kept_folder(folder, lambda temporary: _train_stage(stage, rows, temporary))
+    folder = kept_folder(cache_folder() / name / key, lambda temporary: _train_stage(stage, rows, temporary))
+    with new_file(folder.parent / "current") as temporary:
+        temporary.write_text(key, encoding="utf-8")
+    return folder
 
 
 def _start(name):
     """What a stage starts from, as part of its key: trained if need be."""
     if name in STAGES:
-        return aligned_folder(name).name
+        return train_aligned(name).name
     folder = local_model(name.partition("@")[0])
     files = sorted(Path(folder).iterdir()) if folder else []  # another file under the same name is another start
     return [name, [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]]

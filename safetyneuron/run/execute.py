@@ -2,6 +2,7 @@
 
 import ast
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -71,6 +72,20 @@ def _fits(value, default):
     return isinstance(value, type(default))
 
 
+def _defaults(notebook):
+    return {name: ast.literal_eval(known["default"]) for name, known in notebook_parameters(notebook).items()}
+
+
+def train_what_is_named(parameters):
+    """Train the aligned pairs that parameters name, which `load_model` only finds; each in a process of its own, whose memory it gives back."""
+    for value in parameters.values():
+        for name in value if isinstance(value, list) else [value]:
+            if str(name).startswith("aligned/"):
+                command = [sys.executable, "-m", "safetyneuron.cli", "train", name]
+                if subprocess.run(command).returncode:
+                    raise SafetyNeuronError(f"{name} could not be trained: see the line before this one")
+
+
 def run_notebook(notebook, given, output=None):
     """Check the parameters, execute the notebook with papermill, and write it to `output` when it has ended well.
 
@@ -80,6 +95,7 @@ def run_notebook(notebook, given, output=None):
         For bad parameters, or with the last line of the error that a cell raised.
     """
     given = check_parameters(notebook, given)
+    train_what_is_named({**_defaults(notebook), **given})
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
