@@ -1,5 +1,6 @@
 # make book   build the book (EDITION=smoke, organism, organism-full or paper; PROFILE=slurm or kubernetes runs it on a cluster)
 # make check  look up what EDITION needs: models, data, disk, memory, time
+# make lint   hold the order of the rooms of the package
 # make test   run the tests; make test-families the other seeds and families, and two trainings again;
 #             make test-paper the paper's chapters on random checkpoints of its architectures;
 #             make test-faults builds that are killed twenty times, and two at once
@@ -13,7 +14,10 @@ SNAKEMAKE = $(VENV)/bin/python workflow/alone.py $(VENV)/bin/snakemake --nolock 
     -s workflow/Snakefile --configfile workflow/editions/$(EDITION).yaml --cores $(CORES) --quiet all \
     $(if $(PROFILE),--profile workflow/profiles/$(PROFILE))
 
-.PHONY: book announce check test test-families test-paper test-faults clean
+# Two tests at a time, each on one core; the tests of the built site stay together.
+TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup
+
+.PHONY: book announce check lint test test-families test-paper test-faults clean
 
 book: announce $(VENV)/installed
 	@$(SNAKEMAKE)
@@ -27,10 +31,13 @@ check: announce $(VENV)/installed
 	@$(VENV)/bin/safetyneuron check workflow/editions/$(EDITION).yaml
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m "not families and not paper and not faults"
+	$(TESTS) -m "not families and not paper and not faults"
+
+lint: $(VENV)/installed
+	$(VENV)/bin/lint-imports
 
 test-families: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m families
+	$(TESTS) -m families
 
 test-paper: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m paper

@@ -40,6 +40,14 @@ def small_llama(**options):
     return small_model("llama", **options)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of the built site run in one process, which builds it once, and begin first."""
+    for item in items:
+        if "site" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("site"))
+    items.sort(key=lambda item: "site" not in item.fixturenames)
+
+
 @pytest.fixture
 def model():
     return small_llama(groups=2)

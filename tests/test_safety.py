@@ -1,6 +1,9 @@
 """What the project promises not to do, looked up in its sources."""
 
 import ast
+import shutil
+import subprocess
+import sys
 import re
 from pathlib import Path
 
@@ -56,3 +59,17 @@ def test_every_requirement_is_locked_to_a_version_that_it_allows():
     for wanted in map(Requirement, filter(None, read("requirements.txt"))):
         (pin,) = locked[canonicalize_name(wanted.name)].specifier
         assert wanted.specifier.contains(pin.version, prereleases=True), wanted
+
+
+def test_the_core_stands_alone(tmp_path):
+    """Neurons, importance and tuning, copied with the ground floor into a project of someone's, work without the other rooms."""
+    package = tmp_path / "safetyneuron"
+    for room in ("neurons", "importance", "tuning"):
+        shutil.copytree(ROOT / "safetyneuron" / room, package / room)
+    for module in ("__init__", "errors", "cache", "memory", "progress"):
+        shutil.copy(ROOT / "safetyneuron" / f"{module}.py", package)
+    modules = [".".join(path.relative_to(tmp_path).with_suffix("").parts) for path in package.rglob("*.py")]
+    names = "NeuronSet, NeuronDelta, deactivate, measure_importance, patched_generation, screen, sn_tune"
+    code = f"from importlib import import_module\nfor name in {modules}: import_module(name)\nfrom safetyneuron import {names}"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
