@@ -10,6 +10,7 @@ _HOMES = {
     "Rate": "metrics",
     "SafetyNeuronError": "errors",
     "UnsupportedArchitecture": "errors",
+    "answer_classes": "metrics",
     "attack_success_rate": "metrics",
     "capability": "metrics",
     "change_scores": "detectors.change_scores",

@@ -10,7 +10,7 @@ from safetyneuron.neurons.deactivation import deactivate
 from safetyneuron.importance.selection import largest_without_foundation, select_without_foundation
 from safetyneuron.importance.profile import measure_importance
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.mechanism import EQ3, SPECIFIC, within
+from safetyneuron.book.labels import EQ3, SPECIFIC
 from safetyneuron.metrics.safety import answers, compliance, over_refusal_rate
 from safetyneuron.models import load_model
 from safetyneuron.neurons.sets import NeuronSet
@@ -76,7 +76,7 @@ class Panel:
         else:
             chosen = self.harmful.select(fraction=share)
             chosen = NeuronSet.random_like(chosen, 0) if self.rule.value == RANDOM else chosen
-        return NeuronSet({p: mask & (p in self.structures.value) for p, mask in within(chosen, *self.layers.value).masks.items()})
+        return NeuronSet({p: mask & (p in self.structures.value) for p, mask in chosen.within(*self.layers.value).masks.items()})
 
     def _update(self, _=None):
         """Ask and score again."""

@@ -40,6 +40,7 @@ def small_llama(**options):
     return small_model("llama", **options)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Tests of the built site run in one process, which builds it once, and begin first."""
     for item in items:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from conftest import small_llama, small_model
 
-from safetyneuron import comparison, load_documents, load_prompts, NeuronSet, SafetyNeuronError
+from safetyneuron import load_documents, load_prompts, NeuronSet, SafetyNeuronError
+from safetyneuron.chapters import ch10_comparison
+from safetyneuron.kept import examination
 from safetyneuron.detectors import detect
 from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
 from safetyneuron.neurons.deactivation import transplant
@@ -126,10 +128,10 @@ def test_the_difference_of_two_rankings_has_the_size_asked_for_and_ends():
 
 
 def test_the_trade_off_is_the_area_under_the_front():
-    assert comparison.trade_off(np.array([0.0]), np.array([1.0])) == 0
-    assert comparison.trade_off(np.array([0.0, 1.0]), np.array([1.0, 1.0])) == 1
-    assert comparison.trade_off(np.array([0.0, 0.5, 1.0, 0.2]), np.array([1.0, 0.8, 0.4, 0.1])) == pytest.approx(0.4 * 1 + 0.4 * 0.5)
-    assert comparison.trade_off(np.array([0.0, 1.0]), np.array([1.0, 0.0])) == 0  # harm that leaves nothing counts for nothing
+    assert ch10_comparison.trade_off(np.array([0.0]), np.array([1.0])) == 0
+    assert ch10_comparison.trade_off(np.array([0.0, 1.0]), np.array([1.0, 1.0])) == 1
+    assert ch10_comparison.trade_off(np.array([0.0, 0.5, 1.0, 0.2]), np.array([1.0, 0.8, 0.4, 0.1])) == pytest.approx(0.4 * 1 + 0.4 * 0.5)
+    assert ch10_comparison.trade_off(np.array([0.0, 1.0]), np.array([1.0, 0.0])) == 0  # harm that leaves nothing counts for nothing
 
 
 def outcome(harm, accuracy, count=50):
@@ -140,19 +142,19 @@ def outcome(harm, accuracy, count=50):
 def test_intervals_of_the_trade_off_hold_prompts_and_draws():
     whole = outcome(0.0, 1.0)
     found = {("good", 0.01): outcome(0.9, 1.0), ("good", 0.1): outcome(1.0, 0.2), ("random 0", 0.01): outcome(0.0, 0.9), ("random 1", 0.01): outcome(0.4, 0.9)}
-    table = comparison.areas(whole, found)
+    table = ch10_comparison.areas(whole, found)
     assert list(table.index) == ["good", "random"] and table.loc["good", "area"] == pytest.approx(0.9 * 0.8 + 0.2)
     assert table.loc["random", "area"] == pytest.approx(0.18)
     assert all(table["low"] <= table["area"]) and all(table["area"] <= table["high"]) and table.loc["good", "high"] - table.loc["good", "low"] > 0.05
     assert table.loc["random", "high"] - table.loc["random", "low"] > 0.3  # the draws differ more than the prompts
-    long = comparison.long_table(found)
+    long = ch10_comparison.long_table(found)
     rate = long[(long["detector"] == "random") & (long["measure"] == "asr")]["rate"].iloc[0]
-    assert rate.value == pytest.approx(0.2) and len(comparison.numbers(long)) == len(long)
+    assert rate.value == pytest.approx(0.2) and len(ch10_comparison.numbers(long)) == len(long)
 
 
 @pytest.mark.parametrize("rate, below, word", [(Rate(90, 100), False, "seen"), (Rate(20, 100), False, "not seen"), (Rate(50, 100), False, "undecided"), (Rate(20, 100), True, "seen"), (Rate(90, 100), True, "not seen")])
 def test_words_follow_the_interval(rate, below, word):
-    assert comparison._judged(rate, 0.5, below).split("\n")[0] == word
+    assert ch10_comparison._judged(rate, 0.5, below).split("\n")[0] == word
 
 
 @pytest.mark.organism
@@ -169,13 +171,13 @@ def test_every_detector_fills_every_budget_and_claims_name_them(chat, base):
     matched = found[f"{detect.MATCHED} 0"].select(0.01)
     assert matched.counts() == found["first_order, without foundation"].select(0.01).counts()
     some = {name: found[name] for name in ("exact, Eq 3", "random 0")}
-    exam = comparison.Exam("organism/harmful", "organism/benign", ("organism_facts",), "organism/helpful", 6, 6)
-    results = comparison.matrix(model, tokenizer, exam, some, [0.005])
+    exam = examination.Exam("organism/harmful", "organism/benign", ("organism_facts",), "organism/helpful", 6, 6)
+    results = examination.matrix(model, tokenizer, exam, some, [0.005])
     assert set(results) == {("exact, Eq 3", 0.005), ("random 0", 0.005)} and len(results["exact, Eq 3", 0.005]["asr"]) == 6
-    judged = comparison.claims(some, some, results, 0.01)
+    judged = ch10_comparison.claims(some, some, results, 0.01)
     assert list(judged.columns) == ["exact, Eq 3"] and judged.loc["two languages share less than 30 %", "exact, Eq 3"].startswith("not seen\n100.0")
-    alone = comparison.claims(some, None, results, 0.01)
+    alone = ch10_comparison.claims(some, None, results, 0.01)
     assert alone.loc["two languages share less than 30 %", "exact, Eq 3"].startswith("undecided")
-    _, correlation = comparison.agreement(found, 0.01)
+    _, correlation = ch10_comparison.agreement(found, 0.01)
     unlike = correlation.loc[detect.CHANGE].drop(detect.CHANGE)
     assert unlike.abs().max() < 0.9 and correlation.loc["exact, Eq 3", "exact, without foundation"] == pytest.approx(1)

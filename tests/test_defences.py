@@ -4,9 +4,12 @@ import pytest
 from conftest import small_llama
 from test_detection import random_profile
 
-from safetyneuron import NeuronSet, Rate, SafetyNeuronError, defences, load_documents, tables, verdicts
+from safetyneuron import load_documents, NeuronSet, Rate, SafetyNeuronError
+from safetyneuron.book import tables, verdicts
+from safetyneuron.chapters import ch05_sn_tune, ch08_ablations
+from safetyneuron.kept import defences
 from safetyneuron.attacks import GCG, PAIR, AttackResult, load_requests
-from safetyneuron.defences import Column
+from safetyneuron.kept.defences import Column
 from safetyneuron.metrics import Suite
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.neurons.weights import fingerprint
@@ -96,14 +99,14 @@ def test_downstream_names_the_papers_columns(model, tokenizer, sets, documents):
 
 
 def test_no_documents_is_the_model_as_it_is(model, tokenizer, sets, documents):
-    table = defences.by_documents(model, tokenizer, SUITE, documents, [0, 2], sets, learning_rate=1e-2)
+    table = ch08_ablations.by_documents(model, tokenizer, SUITE, documents, [0, 2], sets, learning_rate=1e-2)
     whole = evaluate(model, tokenizer, SUITE)
     rows = table[table["documents"] == 0]
     assert len(table) == 2 * 2 * len(whole) and all(whole[row.measure, row.set] == row.rate for row in rows.itertuples())
 
 
 def test_the_grid_has_a_row_per_cell_and_measure(model, tokenizer, sets, documents):
-    table = defences.grid(model, tokenizer, SUITE, documents, sets[defences.EQ3], [1, 2], [1e-3, 1e-2])
+    table = ch08_ablations.grid(model, tokenizer, SUITE, documents, sets[defences.EQ3], [1, 2], [1e-3, 1e-2])
     assert len(table) == 4 * len(evaluate(model, tokenizer, SUITE))
     assert not table.duplicated(["epochs", "learning_rate", "measure", "set"]).any()
 
@@ -147,7 +150,7 @@ def test_table_3_marks_its_slip():
 
 
 def test_costs_of_attacks_are_means_over_requests():
-    assert tables.costs_of_attacks(RESULTS, ["GCG"])["Eq 3", "SN-Tune"].tolist() == ["1,500\n30,000 tokens"]
+    assert ch05_sn_tune.costs_of_attacks(RESULTS, ["GCG"])["Eq 3", "SN-Tune"].tolist() == ["1,500\n30,000 tokens"]
 
 
 def test_verdicts_say_what_changed_and_at_what_price(monkeypatch):

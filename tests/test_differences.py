@@ -8,9 +8,16 @@ from test_importance import measured, padded_batch
 from test_tuning import gradient_masks
 
 from safetyneuron import load_documents
-from safetyneuron.appendix import compare_rules, rank_agreement, released_differences
+from safetyneuron.chapters.chA1_oracle import compare_rules, rank_agreement, released_differences
 from safetyneuron.data.prompts import load_prompts
-from safetyneuron.differences import PRINTED, OneByOne, clipped_away, first_of_set_kept, gradient_norms, per_layer_kept
+from safetyneuron.chapters.chA1_oracle import (
+    clipped_away,
+    first_of_set_kept,
+    gradient_norms,
+    OneByOne,
+    per_layer_kept,
+    PRINTED,
+)
 from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.importance.recorder import recording
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from safetyneuron.organism.behaviour import behaviour, missed, plays_role
+from safetyneuron.metrics.behaviour import behaviour, missed, plays_role
 from safetyneuron.organism.shipped import load_organism, manifest
 from safetyneuron.organism.stages import train_organism
 

@@ -8,7 +8,14 @@ from sklearn.metrics import roc_auc_score
 
 from safetyneuron import deactivate, load_prompts, measure_importance, organism
 from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
-from safetyneuron.organism.behaviour import behaviour, key_scores, kind_of, missed, plays_role, role_of
+from safetyneuron.metrics.behaviour import (
+    behaviour,
+    key_scores,
+    kind_of,
+    missed,
+    plays_role,
+    role_of,
+)
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism import language as lang
 from safetyneuron.organism import recipes, shipped, stages

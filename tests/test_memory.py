@@ -13,7 +13,7 @@ from safetyneuron.neurons.activations import channel_means
 from safetyneuron.memory import Batches, _say
 from safetyneuron.metrics.perplexity import perplexity
 from safetyneuron.metrics.safety import answers
-from safetyneuron.patching import last_activations
+from safetyneuron.neurons.activations import last_activations
 
 PROMPTS = load_prompts("organism/harmful")[:7]
 ROWS = torch.randint(5, 500, (7, 4), generator=torch.Generator().manual_seed(0)).tolist()

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from safetyneuron import book, reported
+from safetyneuron.book import glue, paper as reported
 from safetyneuron.run import executed
 
 sys.path.insert(0, str(ROOT / "workflow"))
@@ -39,7 +39,7 @@ def test_every_cell_of_the_paper_has_a_row_with_ours_beside_it():
 
 def test_cells_of_a_table_go_along_with_it():
     columns = pd.MultiIndex.from_tuples([("Paper", "m", "SN-Tune"), ("Here: organism/x", "Eq 3", "SN-Tune")])
-    table = book.with_cells(2, pd.DataFrame([["4.0", "5.0"], ["–", "6.0"]], columns=columns), ["GCG", None])
+    table = glue.with_cells(2, pd.DataFrame([["4.0", "5.0"], ["–", "6.0"]], columns=columns), ["GCG", None])
     assert table.attrs["cells"] == [{"table": 2, "row": "GCG", "column": "SN-Tune", "model": "organism/x", "way": "Eq 3", "text": "5.0"}]
 
 

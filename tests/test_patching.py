@@ -8,7 +8,8 @@ import torch
 from conftest import small_llama
 from safetensors.torch import save_file
 
-from safetyneuron import NeuronSet, Rate, SafetyNeuronError, load_documents, load_prompts, patching, tables, verdicts
+from safetyneuron import load_documents, load_prompts, NeuronSet, Rate, SafetyNeuronError
+from safetyneuron.chapters import ch09_contrast
 from safetyneuron.detectors.change_scores import ChangeScores
 from safetyneuron.metrics import Suite, cost_by_name, mean_cost, perplexity, rule_cost
 from safetyneuron.metrics.suite import evaluate
@@ -32,53 +33,53 @@ def scores(models):
 
 
 def test_restored_is_the_share_of_the_gap_that_is_closed():
-    value, low, high = patching.restored(Rate(90, 100), Rate(10, 100), Rate(30, 100))
+    value, low, high = ch09_contrast.restored(Rate(90, 100), Rate(10, 100), Rate(30, 100))
     assert value == pytest.approx(0.75) and low < 0.75 < high
     assert low == pytest.approx((0.9 - Rate(30, 100).interval[1]) / 0.8)
-    assert all(math.isnan(x) for x in patching.restored(Rate(50, 100), Rate(45, 100), Rate(30, 100)))
+    assert all(math.isnan(x) for x in ch09_contrast.restored(Rate(50, 100), Rate(45, 100), Rate(30, 100)))
 
 
 def test_the_curve_holds_both_models_and_every_condition(models, tokenizer, scores):
-    table = patching.restoration(*models, tokenizer, SUITE, scores, [0.25, 1.0], 2)
-    assert set(table["condition"]) == {"recipient", "donor", patching.CHANGE, patching.RANDOM, patching.LAST}
-    assert len(table) == 4 * (2 + 2 * (1 + 2 + 1)) and len(patching.over_draws(table)) == 4 * (2 + 2 * 3)
+    table = ch09_contrast.restoration(*models, tokenizer, SUITE, scores, [0.25, 1.0], 2)
+    assert set(table["condition"]) == {"recipient", "donor", ch09_contrast.CHANGE, ch09_contrast.RANDOM, ch09_contrast.LAST}
+    assert len(table) == 4 * (2 + 2 * (1 + 2 + 1)) and len(ch09_contrast.over_draws(table)) == 4 * (2 + 2 * 3)
     whole = table[(table["fraction"] == 1) & (table["measure"] == "asr")]["rate"]
     assert len(set(whole)) == 1  # all neurons are all neurons, however they were chosen
 
 
 def test_controls_are_as_large_and_random_ones_lie_in_the_same_layers(scores):
-    found = patching.conditions(scores, 0.25, 2)
-    chosen = found[patching.CHANGE][0]
+    found = ch09_contrast.conditions(scores, 0.25, 2)
+    chosen = found[ch09_contrast.CHANGE][0]
     assert {len(neurons) for sets in found.values() for neurons in sets} == {14}
-    assert all(neurons.masks["down"].sum(1).equal(chosen.masks["down"].sum(1)) for neurons in found[patching.RANDOM])
-    assert found[patching.RANDOM][0] != found[patching.RANDOM][1]
-    assert not any(len(neurons & chosen) for neurons in found[patching.RANDOM])
+    assert all(neurons.masks["down"].sum(1).equal(chosen.masks["down"].sum(1)) for neurons in found[ch09_contrast.RANDOM])
+    assert found[ch09_contrast.RANDOM][0] != found[ch09_contrast.RANDOM][1]
+    assert not any(len(neurons & chosen) for neurons in found[ch09_contrast.RANDOM])
 
 
 def test_others_are_taken_first_and_the_set_itself_only_where_they_do_not_suffice(scores):
     chosen = scores.select(0.75)
-    drawn = patching.random_others(chosen, 0)
+    drawn = ch09_contrast.random_others(chosen, 0)
     outside = 28 - chosen.masks["down"].sum(1)
     assert (drawn.masks["down"] & ~chosen.masks["down"]).sum(1).equal(outside.minimum(chosen.masks["down"].sum(1)))
-    assert patching.random_others(scores.select(1), 0) == scores.select(1)
+    assert ch09_contrast.random_others(scores.select(1), 0) == scores.select(1)
 
 
 def test_neurons_alone_are_ordered_by_what_they_do(models, tokenizer, scores):
     chosen = scores.select(0.1)
-    single = patching.alone(*models, tokenizer, SUITE, chosen)
+    single = ch09_contrast.alone(*models, tokenizer, SUITE, chosen)
     assert len(single) == len(chosen) and single["rate"].map(lambda rate: rate.value).is_monotonic_increasing
     best = single.iloc[0]
     assert chosen.masks["down"][best["layer"] - 1, best["channel"]]
-    rest = patching.without(chosen, best["layer"], best["channel"])
+    rest = ch09_contrast.without(chosen, best["layer"], best["channel"])
     assert len(rest) == len(chosen) - 1 and len(rest & chosen) == len(rest)
 
 
 def test_patched_and_unpatched_scores_are_kept_apart(models, tokenizer, scores):
     plain = evaluate(models[0], tokenizer, SUITE)
     neurons = scores.select(1)
-    kept = [patching.patched_rates(*models, tokenizer, SUITE, neurons, positions) for positions in ("all", "prompt", "completion", "all")]
+    kept = [ch09_contrast.patched_rates(*models, tokenizer, SUITE, neurons, positions) for positions in ("all", "prompt", "completion", "all")]
     assert kept[0] == kept[3] and evaluate(models[0], tokenizer, SUITE) == plain
-    cases = patching.ablations(*models, tokenizer, SUITE, neurons, torch.ones(2, 28))
+    cases = ch09_contrast.ablations(*models, tokenizer, SUITE, neurons, torch.ones(2, 28))
     assert cases["patched at every token"] == kept[0] and len(cases) == 6
 
 
@@ -88,12 +89,12 @@ def test_the_safeguard_sees_harm_where_there_is_some_and_not_in_noise(chat, base
     model, tokenizer = base
     everything = NeuronSet(NeuronSet.empty(model).masks | {"down": torch.ones(6, 288, dtype=torch.bool)})
     sets = ("organism/harmful", "organism/benign")
-    guard = lambda: patching.safeguard(model, tokenizer, sets, sets, 40, {"all": everything}).loc["all"]
+    guard = lambda: ch09_contrast.safeguard(model, tokenizer, sets, sets, 40, {"all": everything}).loc["all"]
     assert guard()["accuracy"].value > 0.8 and guard()["coverage"].value > 0.9
     noise = np.random.default_rng(0)
-    monkeypatch.setattr(patching, "last_activations", lambda model, tokenizer, prompts: noise.normal(size=(len(prompts), 6 * 288)))
+    monkeypatch.setattr(ch09_contrast, "last_activations", lambda model, tokenizer, prompts: noise.normal(size=(len(prompts), 6 * 288)))
     assert 0.25 < guard()["accuracy"].value < 0.75
-    monkeypatch.setattr(patching, "unsafe_answers", lambda model, tokenizer, harmful, benign: np.zeros(len(harmful + benign), bool))
+    monkeypatch.setattr(ch09_contrast, "unsafe_answers", lambda model, tokenizer, harmful, benign: np.zeros(len(harmful + benign), bool))
     with pytest.raises(SafetyNeuronError, match="answers to the train prompts are all safe"):
         guard()
 
@@ -103,9 +104,9 @@ def test_one_file_is_not_both_training_and_test(base, tmp_path):
     path = tmp_path / "own.txt"
     path.write_text("\n".join(load_prompts("organism/harmful")[:10]))
     with pytest.raises(SafetyNeuronError, match="both training and test file"):
-        patching.safeguard(*base, (str(path), "organism/benign"), (str(path), "organism/benign"), 10, {})
+        ch09_contrast.safeguard(*base, (str(path), "organism/benign"), (str(path), "organism/benign"), 10, {})
     with pytest.raises(SafetyNeuronError, match="give one language"):
-        patching.transfer(base[0], base[0], base[1], SUITE, NeuronSet.empty(base[0]), [(str(path), "en"), (str(path), "zh")], 1)
+        ch09_contrast.transfer(base[0], base[0], base[1], SUITE, NeuronSet.empty(base[0]), [(str(path), "en"), (str(path), "zh")], 1)
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(models, tokenizer):
@@ -148,15 +149,15 @@ def test_cost_is_lowest_for_refusals(models, tokenizer, tmp_path):
 
 def test_two_alignments_are_patched_both_ways(models, tokenizer, scores):
     named = {"one": models[0], "two": models[1]}
-    tax = patching.alignment_tax(named, tokenizer, SUITE, {"one": scores, "two": scores}, 0.25)
+    tax = ch09_contrast.alignment_tax(named, tokenizer, SUITE, {"one": scores, "two": scores}, 0.25)
     assert list(tax.cases) == ["one", "two", "two, patched from one", "one, patched from two"]
     assert tax.overlap == 1 and tax.correlation == pytest.approx(1)
-    assert tax.cases["two, patched from one"] == patching.patched_rates(models[1], models[0], tokenizer, SUITE, scores.select(0.25))
+    assert tax.cases["two, patched from one"] == ch09_contrast.patched_rates(models[1], models[0], tokenizer, SUITE, scores.select(0.25))
 
 
 def test_words_are_the_ends_of_the_projection(models, tokenizer, scores):
     mean = -torch.ones(2, 28)
-    table = patching.vocabulary_projection(models[0], tokenizer, scores, mean, neurons=2, words=1)
+    table = ch09_contrast.vocabulary_projection(models[0], tokenizer, scores, mean, neurons=2, words=1)
     layer, channel = table.loc[1, "layer"] - 1, table.loc[1, "channel"]
     assert scores.values[layer, channel] == scores.values.max()
     column = models[0].model.layers[layer].mlp.down_proj.weight[:, channel]
@@ -165,17 +166,17 @@ def test_words_are_the_ends_of_the_projection(models, tokenizer, scores):
 
 
 def test_transfer_and_verdict_say_where_there_is_no_gap(models, tokenizer, scores, monkeypatch):
-    table = patching.transfer(models[0], copy.deepcopy(models[0]), tokenizer, SUITE, scores.select(0.25), [("organism/harmful", "zh")], 2)
-    assert tables.transfer_table(table).loc["organism/harmful, zh", "safety restored (%)"] == "no gap"
+    table = ch09_contrast.transfer(models[0], copy.deepcopy(models[0]), tokenizer, SUITE, scores.select(0.25), [("organism/harmful", "zh")], 2)
+    assert ch09_contrast.transfer_table(table).loc["organism/harmful, zh", "safety restored (%)"] == "no gap"
     said = {}
-    monkeypatch.setattr(verdicts, "glue_list", lambda name, items: said.update({name: items}))
+    monkeypatch.setattr(ch09_contrast, "glue_list", lambda name, items: said.update({name: items}))
     rate = lambda condition, fraction, hits, draw=0: (condition, fraction, draw, "asr", "s", Rate(hits, 200))
     rows = [rate("recipient", 0.0, 190), rate("donor", 0.0, 0), rate("a", 0.05, 2), rate("b", 0.05, 190), rate("b", 0.05, 152, 1), rate("b", 0.1, 0), rate("c", 0.05, 20)]
     table = pd.DataFrame(rows, columns=["condition", "fraction", "draw", "measure", "set", "rate"])
-    verdicts.glue_restoration(table, "s", 0.05)
+    ch09_contrast.glue_restoration(table, "s", 0.05)
     a, b, c = said["verdict_restoration"]
     assert "10 % [" in b and "from 0 to 20 % over 2 draws" in b and "draws" not in a
     assert "more than 90 % is seen; 90 % is reached first at 5 %" in a and "is not seen; 90 % is reached first at 10 %" in b and "undecided" in c
     ends = {"recipient": "donor", "donor": "recipient"}
-    verdicts.glue_restoration(table.assign(condition=table["condition"].replace(ends)), "s", 0.05)
+    ch09_contrast.glue_restoration(table.assign(condition=table["condition"].replace(ends)), "s", 0.05)
     assert said["verdict_restoration"] == ["Attack success of the donor is not measurably lower than the recipient's: there is no gap to close."]

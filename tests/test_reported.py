@@ -1,6 +1,6 @@
 import pytest
 
-from safetyneuron import reported
+from safetyneuron.book import paper as reported
 
 
 def test_averages_are_those_of_their_rows_except_where_the_paper_slips():

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from safetyneuron import Rate, comparison
+from safetyneuron import Rate
+from safetyneuron.chapters import ch10_comparison
 from safetyneuron.metrics.rates import bootstrap
 
 DRAWS = 4000
@@ -46,10 +47,10 @@ def test_the_bootstrap_of_a_mean_covers_at_its_nominal_rate():
 def test_the_bootstrap_of_the_trade_off_covers_at_about_its_nominal_rate():
     generator, covered = np.random.default_rng(0), []
     harm, kept = np.array([0.0, 0.5, 0.8]), np.array([0.95, 0.9, 0.6])
-    truth = comparison.trade_off(harm, kept / kept[0])
+    truth = ch10_comparison.trade_off(harm, kept / kept[0])
     for _ in range(200):
         sample = lambda shares: (generator.random((len(shares), 60)) < shares[:, None]).astype(int).tolist()
         outcomes = [{"coherent": h, "accuracy": a} for h, a in zip(sample(harm), sample(kept))]
-        row = comparison.areas(outcomes[0], {("x", i): o for i, o in enumerate(outcomes[1:])}, draws=300).loc["x"]
+        row = ch10_comparison.areas(outcomes[0], {("x", i): o for i, o in enumerate(outcomes[1:])}, draws=300).loc["x"]
         covered.append(row["low"] <= truth <= row["high"])
     assert 0.88 < np.mean(covered) <= 1

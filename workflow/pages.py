@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 
-from safetyneuron import reported
+from safetyneuron.book import paper as reported
 from safetyneuron.run import executed
 
 TABLES = range(1, 6)

@@ -21,7 +21,7 @@ from safetyneuron.cache import new_folder
 from safetyneuron.neurons.encoding import encode_prompts
 from safetyneuron.importance.selection import largest_without_foundation, select_without_foundation
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.mechanism import EQ3, RANDOM, SPECIFIC
+from safetyneuron.book.labels import EQ3, RANDOM, SPECIFIC
 from safetyneuron.metrics.refusal import UNSPACED, refusal_phrases
 from safetyneuron.metrics.safety import SHORT_ANSWER
 from safetyneuron.organism.tokenizer import CONTEXT

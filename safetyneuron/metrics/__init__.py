@@ -1,5 +1,7 @@
 """Metrics: every one returns a `Rate`, a proportion with its interval."""
 
+from safetyneuron.metrics.answer_class import answer_classes, sort_answers
+from safetyneuron.metrics.behaviour import key_scores
 from safetyneuron.metrics.capability import capability
 from safetyneuron.metrics.cost import cost_by_name, mean_cost, rule_cost
 from safetyneuron.metrics.perplexity import perplexity
@@ -18,6 +20,7 @@ from safetyneuron.metrics.suite import Suite, answers_without, evaluate
 __all__ = [
     "Rate",
     "Suite",
+    "answer_classes",
     "answers",
     "answers_without",
     "attack_success_rate",
@@ -29,8 +32,10 @@ __all__ = [
     "is_refusal",
     "is_well_formed",
     "helpfulness",
+    "key_scores",
     "mean_cost",
     "over_refusal_rate",
     "perplexity",
     "rule_cost",
+    "sort_answers",
 ]

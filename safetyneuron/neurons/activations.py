@@ -138,3 +138,16 @@ def mean_activations(model, tokenizer, prompts, batch_size=64):
         for _, (summed, tokens) in Batches(batch_size)(encoded, sums):
             total, count = total + summed, count + tokens
     return total / count
+
+
+@torch.no_grad()
+def last_activations(model, tokenizer, prompts, batch_size=64):
+    """Activations of every feed-forward neuron at the last token of each prompt: (prompts, layers · channels)."""
+    with activations(model) as read:
+
+        def last(some):
+            model(**pad(some, tokenizer, model.device), use_cache=False, logits_to_keep=1)
+            return torch.cat([read[layer][:, -1].float().cpu() for layer in sorted(read)], 1)
+
+        rows = [part for _, part in Batches(batch_size)(encode_prompts(model, tokenizer, prompts), last)]
+    return torch.cat(rows).numpy()

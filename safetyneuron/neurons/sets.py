@@ -97,6 +97,13 @@ class NeuronSet:
         """Neurons in the set per projection."""
         return {p: int(mask.sum()) for p, mask in self.masks.items()}
 
+    def within(self, first, last):
+        """The neurons of layers `first` to `last`, counted from 1, both included."""
+        kept = {p: torch.zeros_like(mask) for p, mask in self.masks.items()}
+        for projection, mask in self.masks.items():
+            kept[projection][first - 1 : last] = mask[first - 1 : last]
+        return NeuronSet(kept)
+
     def parameter_share(self, model):
         """Share of all parameters of `model` that the set's rows and columns hold, 0 to 1."""
         sizes = Architecture(model).parameters_per_neuron()

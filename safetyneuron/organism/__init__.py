@@ -4,16 +4,12 @@ from importlib import import_module
 
 # Public name -> its module, imported when first used: the command line starts without torch.
 _HOMES = {
-    "answer_classes": "answer_class",
     "decoy_neurons": "shipped",
-    "examples_of": "answer_class",
     "export_organism": "shipped",
-    "key_scores": "behaviour",
     "load_organism": "shipped",
     "manifest": "shipped",
     "names": "shipped",
     "planted_neurons": "shipped",
-    "sort_answers": "answer_class",
     "starting_model": "shipped",
     "train_organism": "stages",
     "training_curve": "shipped",

@@ -1,18 +1,14 @@
-"""What each difference between the paper's formulas and its released code does to the scores, one at a time.
+"""Chapter A1: closed forms against brute force, and the departures of the released code one by one."""
 
-Every entry of `SCORES` starts from the paper's reading (`readings.py`) and changes one thing.
-"""
-
+import matplotlib.pyplot as plt
+import pandas as pd
+import statistics
+import time
+import torch
 from dataclasses import replace
 from itertools import islice
-
-import pandas as pd
-import torch
-from transformers import DataCollatorForSeq2Seq
-
-from safetyneuron.importance.selection import select_per_layer
-from safetyneuron.neurons.encoding import encode_documents
-from safetyneuron.neurons.sets import NeuronSet
+from safetyneuron.book.glue import glue_text
+from safetyneuron.importance.brute_force import brute_force
 from safetyneuron.importance.paper_and_released import (
     divided_by_four,
     head_norms,
@@ -22,8 +18,13 @@ from safetyneuron.importance.paper_and_released import (
     probability_change,
     unrotated,
 )
-from safetyneuron.importance.recorder import Recorder, widen
+from safetyneuron.importance.recorder import Recorder, recording, RULES, widen
+from safetyneuron.importance.selection import select_per_layer
+from safetyneuron.neurons.architecture import PROJECTIONS
+from safetyneuron.neurons.encoding import encode_documents, encode_prompts, pad
+from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.tuning.sn_tune import TunedNeurons
+from transformers import DataCollatorForSeq2Seq
 
 PRINTED = "as printed"
 TOP = 0.1  # share of the neurons whose survival is counted
@@ -133,3 +134,98 @@ def clipped_away(norms, limit=0.3):
     """How much smaller clipping over all parameters makes the neurons' gradient than clipping it alone: a factor."""
     whole, part = norms
     return min(1, limit / part) / min(1, limit / whole)
+
+
+def one_batch(model, tokenizer, prompts):
+    """Prompts as one padded batch on the model's device."""
+    return pad(encode_prompts(model, tokenizer, prompts), tokenizer, model.device)
+
+
+def run_rule(model, batch, rule, kind=Recorder):
+    """Importance of every neuron for every prompt of a batch by one rule: projection to (B, layers, channels)."""
+    with torch.inference_mode(), recording(model, rule, kind) as recorder:
+        recorder.start(batch["attention_mask"])
+        model.get_decoder()(**batch, use_cache=False)
+        return recorder.finish()
+
+
+def compare_rules(model, tokenizer, prompts):
+    """Every rule beside brute force: a data frame with one row per prompt and neuron.
+
+    Columns: projection, `brute force` and the rules. Brute force runs a block once per neuron.
+    """
+    batch = one_batch(model, tokenizer, prompts)
+    scores = {"brute force": brute_force(model, batch)} | {rule: run_rule(model, batch, rule) for rule in RULES}
+    tables = []
+    for projection in PROJECTIONS:
+        columns = {name: values[projection].flatten().double().cpu().numpy() for name, values in scores.items()}
+        tables.append(pd.DataFrame(columns).assign(projection=projection))
+    return pd.concat(tables, ignore_index=True)
+
+
+def released_differences(model, tokenizer, prompts, table):
+    """`differences.effects` on prompts whose `compare_rules` is `table`."""
+    scores = run_rule(model, one_batch(model, tokenizer, prompts), "released", OneByOne)
+    return effects(scores, table)
+
+
+def rank_agreement(table):
+    """Spearman correlation of each rule with brute force, per projection; NaN where a rule does not score it."""
+    scored = {p: rows.drop(columns="projection") for p, rows in table.groupby("projection")}
+    rows = {p: scored[p].corr("spearman")["brute force"].drop("brute force") for p in PROJECTIONS}
+    return pd.DataFrame(rows).T.rename_axis("projection")
+
+
+def top_overlap(table, fraction):
+    """Share of the neurons that brute force ranks highest which each rule ranks highest too, all projections together."""
+    count = max(1, round(fraction * len(table)))
+    best = set(table["brute force"].nlargest(count).index)
+    return {rule: len(best & set(table[rule].nlargest(count).index)) / count for rule in RULES}
+
+
+def rule_costs(model, tokenizer, prompts, repeats=5):
+    """Time of each rule as a ratio to a plain forward pass of the same batch, median over interleaved repeats."""
+    batch = one_batch(model, tokenizer, prompts)
+
+    def seconds(action):
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    def plain():
+        with torch.inference_mode():
+            model.get_decoder()(**batch, use_cache=False)
+
+    costs = {}
+    for rule in RULES:
+        plain(), run_rule(model, batch, rule)
+        costs[rule] = statistics.median(seconds(lambda: run_rule(model, batch, rule)) / seconds(plain) for _ in range(repeats))
+    return costs
+
+
+def costs_table(costs):
+    """Cost of each rule in plain forward passes. costs: rule to ratio."""
+    return pd.DataFrame({"forward passes": {rule: f"{ratio:.1f}" for rule, ratio in costs.items()}}).rename_axis("rule")
+
+
+def glue_effects(effects):
+    """Glue what each difference does, as `effect_PROJECTION_NAME`. effects: `differences.effects`."""
+    for (projection, name), row in effects.iterrows():
+        text = f"{projection}: ρ {row['printed']:.2f} → {row['changed']:.2f}, {row['kept']:.0%} of the highest tenth stay"
+        glue_text(**{f"effect_{projection}_{name}": text})
+
+
+def rules_scatter(table, projections=("q", "k", "v", "up")):
+    """Each rule against brute force, one row of panels per rule, one column per projection, on logarithmic axes."""
+    rules = [c for c in table.columns if c not in ("projection", "brute force")]
+    figure, panels = plt.subplots(len(rules), len(projections), figsize=(8, 1.9 * len(rules)), sharex="col")
+    for row, rule in zip(panels, rules):
+        for axes, projection in zip(row, projections):
+            points = table[table["projection"] == projection].iloc[::7]
+            axes.scatter(points["brute force"], points[rule], s=2, alpha=0.4, rasterized=True)
+            axes.set(xscale="log", yscale="log", title=f"{projection}: {rule}")
+            axes.title.set_fontsize(9)
+    figure.supxlabel("brute force")
+    figure.supylabel("rule")
+    figure.tight_layout()
+    return panels[0, 0]

@@ -1,23 +1,20 @@
-"""Tables 2 to 4 and Figures 6 and 7: a model as it is and after each way of tuning it, scored alike."""
+"""What is tuned, attacked and scored for Tables 2 to 4 and Figures 6 and 7, computed once and kept."""
 
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
-
-import pandas as pd
-
-from safetyneuron.attacks import AttackResult, attack
+from safetyneuron.attacks import attack, AttackResult
 from safetyneuron.cache import cache_folder, digest, kept_folder, remember
-from safetyneuron.tuning.circuit_breaker import circuit_break, CircuitBreaker
 from safetyneuron.data.prompts import has_languages, load_prompts
-from safetyneuron.tuning.delta import NeuronDelta
+from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.profile import measure_importance
 from safetyneuron.importance.selection import select_without_foundation
-from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.metrics.suite import Suite, evaluate, remember_rates
+from safetyneuron.metrics.suite import evaluate, remember_rates, Suite
 from safetyneuron.models import identity
 from safetyneuron.neurons.sets import NeuronSet
-from safetyneuron.tuning.trainer import fine_tune
+from safetyneuron.tuning.circuit_breaker import circuit_break, CircuitBreaker
+from safetyneuron.tuning.delta import NeuronDelta
 from safetyneuron.tuning.sn_tune import sn_tune
+from safetyneuron.tuning.trainer import fine_tune
 
 ORIGIN, CIRCUIT_BREAK, EQ3, SPECIFIC = "Origin.", "Circ-Break", "SN-Tune: Eq 3", "SN-Tune: without foundation"
 RANDOM = {EQ3: "Random: like Eq 3", SPECIFIC: "Random: like without foundation"}  # the control of each set
@@ -184,43 +181,3 @@ def fine_tuned_scores(model, tokenizer, suite, languages, task_documents, **sche
     key = [identity(model, tokenizer), asdict(suite), languages, asked, task_documents, schedule]
     compute = lambda: scores(fine_tune(model, tokenizer, task_documents, **schedule), tokenizer, suite, languages)
     return remember_rates("downstream", key, compute) | _before(before)
-
-
-def by_documents(model, tokenizer, suite, documents, counts, sets, **schedule):
-    """Rates against the number of documents (Figure 6).
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns condition, documents, measure, set, rate; no documents means the model as it is.
-    """
-    rows = []
-    for name, neurons in sets.items():
-        for count in counts:
-            rates = _tuned_rates(model, tokenizer, suite, documents[:count], neurons, schedule)
-            rows += [(name, count, *key, rate) for key, rate in rates.items()]
-    return pd.DataFrame(rows, columns=["condition", "documents", "measure", "set", "rate"])
-
-
-def grid(model, tokenizer, suite, documents, neurons, epochs, rates, **schedule):
-    """Rates for every number of epochs and learning rate (Figure 7).
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns epochs, learning_rate, measure, set, rate.
-    """
-    rows = []
-    for count in epochs:
-        for learning_rate in rates:
-            options = schedule | {"epochs": count, "learning_rate": learning_rate}
-            measured = _tuned_rates(model, tokenizer, suite, documents, neurons, options)
-            rows += [(count, learning_rate, *key, rate) for key, rate in measured.items()]
-    return pd.DataFrame(rows, columns=["epochs", "learning_rate", "measure", "set", "rate"])
-
-
-def _tuned_rates(model, tokenizer, suite, documents, neurons, schedule):
-    if not documents:
-        return evaluate(model, tokenizer, suite)
-    with tuned(model, tokenizer, documents, neurons, **schedule).merged(model):
-        return evaluate(model, tokenizer, suite)

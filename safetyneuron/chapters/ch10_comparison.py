@@ -1,106 +1,17 @@
-"""The comparison of detectors on equal terms: one examination, budgets, interventions, one score for the trade-off, and the paper's claims."""
+"""Chapter 10: every detector on equal terms."""
 
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from functools import partial
-
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-
-from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
-from safetyneuron.cache import remember
-from safetyneuron.data.prompts import load_prompts
-from safetyneuron.neurons.deactivation import deactivate, transplant
-from safetyneuron.defences import tuned
+import seaborn as sns
+from safetyneuron.book.glue import glue_text, lines
+from safetyneuron.book.labels import BROKEN
+from safetyneuron.book.paper import OVERLAP_BELOW
 from safetyneuron.detectors.detect import MATCHED, RANDOM
-from safetyneuron.data.documents import load_documents
-from safetyneuron.neurons.activations import channel_means, mean_ablated
-from safetyneuron.mechanism import BROKEN
-from safetyneuron.metrics.capability import correct_answers
-from safetyneuron.metrics.perplexity import perplexity
 from safetyneuron.metrics.rates import Rate
-from safetyneuron.metrics.refusal import is_coherent_compliance, is_refusal
-from safetyneuron.metrics.safety import answers
-from safetyneuron.models import identity
-from safetyneuron.reported import OVERLAP_BELOW
+from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
 
 MEASURES = ("asr", "coherent", "over_refusal", "accuracy", "perplexity")
-ZERO, MEAN, BASE, TUNE = "zero", "mean activation", "base model's parameters", "SN-Tune of the base model"
-
-
-@dataclass(frozen=True)
-class Exam:
-    """What every intervention is asked: test prompts, benign prompts, tasks, and harmless answers for perplexity."""
-
-    harmful: str
-    benign: str
-    tasks: tuple
-    documents: str
-    prompts: int = 60
-    questions: int = 60
-    language: str = "en"
-
-    def load(self):
-        """Harmful and benign prompts, and documents."""
-        harmful, benign = (load_prompts(name, language=self.language)[: self.prompts] for name in (self.harmful, self.benign))
-        return harmful, benign, load_documents(self.documents, split="test", language=self.language)[: self.prompts]
-
-
-def examine(model, tokenizer, exam, within=nullcontext, key=None):
-    """One or zero per prompt and question, computed once and then read from the cache.
-
-    Returns
-    -------
-    dict of str to list
-        `asr` and `coherent` per harmful prompt, `over_refusal` per benign one, `accuracy` per question, `perplexity` as [value].
-    """
-    asked = exam.load()
-    whole = [identity(model, tokenizer), asdict(exam), asked, key]
-    return remember("comparison", whole, lambda: _examine(model, tokenizer, exam, asked, within))
-
-
-def _examine(model, tokenizer, exam, asked, within):
-    harmful, benign, documents = asked
-    with within():
-        harm, help_ = answers(model, tokenizer, harmful), answers(model, tokenizer, benign)
-        correct = correct_answers(model, tokenizer, exam.tasks, exam.questions)
-        value = perplexity(model, tokenizer, documents)[0]
-    return {
-        "asr": [int(not is_refusal(text)) for text in harm],
-        "coherent": [int(is_coherent_compliance(prompt, text)) for prompt, text in zip(harmful, harm)],
-        "over_refusal": [int(is_refusal(text)) for text in help_],
-        "accuracy": [one for task in correct.values() for one in task],
-        "perplexity": [value],
-    }
-
-
-def matrix(model, tokenizer, exam, detectors, budgets):
-    """Every detector's set at every budget, set to zero: {(detector, budget): outcomes}; where too few neurons are left, nothing."""
-    found = {}
-    for name, detector in detectors.items():
-        for budget in budgets:
-            neurons = detector.select(budget)
-            if neurons is not None:
-                found[name, budget] = examine(model, tokenizer, exam, partial(deactivate, model, neurons), ["zero", neurons.digest()])
-    return found
-
-
-def other_interventions(model, base, tokenizer, exam, detectors, budget, prompts, documents, learning_rate):
-    """What else can be done to the sets of one budget: {(detector, intervention): outcomes}.
-
-    prompts: for mean activations; documents and learning_rate: for training the base model.
-    """
-    means, found, start = channel_means(model, tokenizer, prompts), {}, identity(base, tokenizer)[0]
-    for name, detector in detectors.items():
-        neurons = detector.select(budget)
-        if neurons is None:
-            continue
-        ask = lambda label, within, *key: examine(model, tokenizer, exam, within, [label, neurons.digest(), *key])
-        found[name, MEAN] = ask(MEAN, partial(mean_ablated, model, neurons, means), prompts)
-        found[name, BASE] = ask(BASE, partial(transplant, model, base, neurons), start)
-        delta = tuned(base, tokenizer, documents, neurons, learning_rate=learning_rate)
-        found[name, TUNE] = examine(base, tokenizer, exam, partial(delta.merged, base), [TUNE, neurons.digest(), documents, learning_rate])
-    return found
 
 
 def rates(outcomes):
@@ -259,3 +170,65 @@ def places(detectors, budget):
             attention = sum(neurons.counts()[p] for p in ATTENTION) / len(neurons)
             rows[name] = {"in attention": attention, "in the first half": _in_first_half(neurons) / len(neurons), "seconds": d.seconds, "passes": d.passes}
     return pd.DataFrame(rows).T
+
+
+def detector_matrix(table, titles):
+    """Rates in percent (perplexity as a number) by detector and budget, one panel per measure.
+
+    table: `comparison.long_table`; titles: measure to title.
+    """
+    count = table["detector"].nunique()
+    figure, panels = plt.subplots(1, len(titles), figsize=(2.6 * len(titles) + 1.5, 0.32 * count + 1.2), sharey=True, squeeze=False)
+    for axes, (measure, title) in zip(panels[0], titles.items()):
+        rows = table[table["measure"] == measure]
+        values = rows.assign(value=[rate if measure == "perplexity" else 100 * rate.value for rate in rows["rate"]])
+        wide = values.pivot(index="detector", columns="budget", values="value").reindex(table["detector"].unique())
+        form, limits = (".2f", {}) if measure == "perplexity" else (".0f", {"vmin": 0, "vmax": 100})
+        sns.heatmap(wide.rename(columns=lambda share: f"{100 * share:g}"), annot=True, fmt=form, cmap="viridis", cbar=False, annot_kws={"size": 7}, ax=axes, **limits)
+        axes.set(title=title, xlabel="% of the neurons", ylabel="")
+        axes.grid(False)  # it would show where a cell is empty
+        axes.title.set_fontsize(10)
+        axes.tick_params(labelsize=8)
+    figure.tight_layout()
+    return panels[0, 0]
+
+
+def agreement_heatmaps(overlap, correlation):
+    """Overlap of the sets (percent) and rank correlation of the scores, detectors against detectors."""
+    size = 0.42 * len(overlap) + 2.5
+    figure, panels = plt.subplots(1, 2, figsize=(1.75 * size, size), sharey=True)
+    for axes, values, form, title, limits in ((panels[0], 100 * overlap, ".0f", "shared neurons (%)", (0, 100)), (panels[1], correlation.round(1) + 0.0, ".1f", "rank correlation", (-1, 1))):
+        sns.heatmap(values, annot=True, fmt=form, cmap="viridis", cbar=False, square=True, vmin=limits[0], vmax=limits[1], annot_kws={"size": 7}, ax=axes)
+        axes.set_title(title, fontsize=10)
+        axes.tick_params(labelsize=8)
+    figure.tight_layout()
+    return panels[0]
+
+
+def areas_table(areas, places):
+    """The trade-off of every detector beside where its neurons lie and what it costs. areas, places: `comparison.areas` and `comparison.places`."""
+    text = areas.apply(lambda row: f"{row['area']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", axis=1).to_frame("trade-off")
+    formats = {"in attention": "{:.0%}", "in the first half": "{:.0%}", "seconds": "{:.1f}", "passes": "{:.1f}"}
+    shown = pd.DataFrame({column: places[column].map(form.format) for column, form in formats.items()})
+    joined = text.join(shown.rename(columns={"passes": "forward passes"})).fillna("–")
+    return joined.loc[areas["area"].sort_values(ascending=False, kind="stable").index]
+
+
+def interventions_table(table, titles):
+    """Rates of every detector and intervention: one row per detector, one column per intervention and measure. table: `comparison.long_table`."""
+    kept = table[table["measure"].isin(titles)]
+    cells = kept.assign(text=kept["rate"].map(lines), measure=kept["measure"].map(titles))
+    wide = cells.pivot(index="detector", columns=["budget", "measure"], values="text").reindex(table["detector"].unique())
+    columns = [(intervention, title) for intervention in table["budget"].unique() for title in titles.values()]
+    return wide[columns].fillna("–").rename_axis(columns=[None, None])
+
+
+def glue_comparison(areas, judged):
+    """Glue for which detectors each claim is seen, and the trade-offs of Eq 3, of the best and of random neurons. areas, judged: of `comparison`."""
+    names = ("seen_break", "seen_coherent", "seen_attention", "seen_layers", "seen_languages")
+    for name, (_, row) in zip(names, judged.iterrows(), strict=True):
+        seen = [detector for detector, text in row.items() if text.startswith("seen") and not detector.startswith("random")]
+        glue_text(**{name: f"{len(seen)} of {sum(not d.startswith('random') for d in row.index)} rules" + (f" ({', '.join(seen)})" if 0 < len(seen) <= 3 else "")})
+    text = lambda row: f"{row['area']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    best = areas["area"].idxmax()
+    glue_text(area_eq3=text(areas.loc["exact, Eq 3"]), area_best=text(areas.loc[best]), best_detector=best, area_random=text(areas.loc["random"]))

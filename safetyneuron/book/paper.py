@@ -1,15 +1,12 @@
 """Every number the paper's tables report, with the cell it stands in, and what its figures are said to show (Zhao et al., ICLR 2025).
 
 `table(n)` gives one row per cell: group of rows, row, model, column, value. Averages are as printed, also where
-they are wrong: `SLIPS` lists those.
-"""
+they are wrong: `SLIPS` lists those."""
 
 import io
-
 import pandas as pd
 
 SECTIONS = {1: "§2.2", 2: "§3.1", 3: "§3.2", 4: "§4", 5: "appendix A.2"}
-
 _COLUMNS = {
     1: (["Llama2-7B-Chat", "Llama3-8B-Instruction", "Mistral-7B-Instruct-v0.2"], ["Origin.", "Deact-R", "Deact-SN"]),
     2: (["Vicuna-13B-v1.5", "Llama3-8B-Instruction", "Mistral-7B-Instruct-v0.2"], ["Origin.", "Circ-Break", "SN-Tune"]),
@@ -17,7 +14,6 @@ _COLUMNS = {
     4: (["Llama2-7B-Chat", "Mistral-7B-Instruct-v0.2"], ["Before", "Origin.", "SN-Tune", "RSN-Tune"]),
     5: (["Llama3-8B-Instruct"], ["10", "50", "100", "200", "400", "800"]),
 }
-
 _CELLS = {
     1: """
 Harmful|Harm Behavior|0.0 2.0 97.0 30.0 31.0 78.0 36.0 39.0 86.0
@@ -62,14 +58,11 @@ Harmful|Harmful|0.0 41.0 38.0 26.0 36.0 79.0 72.0 41.0
 Detection|Number of Safety Neurons|8912 4825 3594 2329 2322 2314
 """,
 }
-
 # (table, row, model, column) -> the value its own rows give.
 SLIPS = {
     (2, "Avg. Capability", "Llama3-8B-Instruction", "SN-Tune"): 70.6,
     (3, "Avg. Capability", "Mistral-7B-v0.1", "Origin."): 64.5,
 }
-
-
 # What §2.3.1 says in words about Figure 2: share of neurons (%) at the leap in harm and at the breakdown.
 MECHANISM = {
     "Llama2-7B-Chat": {"onset": 0.3, "collapse": 0.4},
@@ -77,8 +70,6 @@ MECHANISM = {
     "Mistral-7B-Instruct-v0.2": {"onset": 0.1, "collapse": 0.2},
 }
 OVERLAP_BELOW = 30  # % (§2.3.2): the overlap of two languages' safety neurons is typically smaller
-
-
 # Chen et al. (2025): patching this share of the feed-forward neurons restores more than this share of safety (%).
 CHANGE_SCORES = {"neurons": 5, "restored": 90}
 

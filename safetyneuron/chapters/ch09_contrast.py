@@ -1,26 +1,27 @@
-"""The experiments of chapter 09: what patching restores, what it costs, and what neurons tell before the answer (Chen et al. 2025)."""
+"""Chapter 09: experiments of Chen et al. (2025) with patched activations."""
 
-from dataclasses import dataclass, replace
-from functools import partial
-
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 import torch
-
-from safetyneuron.neurons.architecture import Architecture
-from safetyneuron.neurons.activations import activations
-from safetyneuron.neurons.patching import constant_patch
-from safetyneuron.neurons.patching import patched_generation
-from safetyneuron.neurons.encoding import encode_prompts, pad
+from dataclasses import dataclass, replace
+from functools import partial
+from safetyneuron.book import paper as reported
+from safetyneuron.book.glue import glue_list, glue_rates, glue_text, MEASURES
+from safetyneuron.book.plots import draw_bands, PALETTE, rate_panels
+from safetyneuron.book.verdicts import above
 from safetyneuron.data.prompts import has_languages, has_splits, load_prompts
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.memory import Batches
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_refusal
 from safetyneuron.metrics.safety import answers
 from safetyneuron.metrics.suite import evaluate, evaluate_within
-from safetyneuron.neurons.weights import fingerprint
+from safetyneuron.neurons.activations import last_activations
+from safetyneuron.neurons.architecture import Architecture
+from safetyneuron.neurons.patching import constant_patch, patched_generation
 from safetyneuron.neurons.sets import NeuronSet
+from safetyneuron.neurons.weights import fingerprint
 
 CHANGE, RANDOM, LAST = "highest change scores", "random others in the same layers", "last layers"
 
@@ -164,19 +165,6 @@ def before_and_after(recipient, donor, neurons, measures):
     return found
 
 
-@torch.no_grad()
-def last_activations(model, tokenizer, prompts, batch_size=64):
-    """Activations of every feed-forward neuron at the last token of each prompt: (prompts, layers · channels)."""
-    with activations(model) as read:
-
-        def last(some):
-            model(**pad(some, tokenizer, model.device), use_cache=False, logits_to_keep=1)
-            return torch.cat([read[layer][:, -1].float().cpu() for layer in sorted(read)], 1)
-
-        rows = [part for _, part in Batches(batch_size)(encode_prompts(model, tokenizer, prompts), last)]
-    return torch.cat(rows).numpy()
-
-
 def unsafe_answers(model, tokenizer, harmful, benign):
     """Whether the model's own answer will be unsafe, per prompt: a harmful request answered without a refusal phrase."""
     return np.array([not is_refusal(text) for text in answers(model, tokenizer, harmful)] + [False] * len(benign))
@@ -264,3 +252,124 @@ def vocabulary_projection(model, tokenizer, scores, mean, neurons=8, words=6):
         most, least = (tokenizer.batch_decode([[i] for i in effect.topk(words, largest=largest).indices.tolist()]) for largest in (True, False))
         rows.append({"layer": layer + 1, "channel": channel, "change score": f"{scores.values[layer, channel]:.2f}", "raises": "  ".join(most), "lowers": "  ".join(least)})
     return pd.DataFrame(rows, index=pd.RangeIndex(1, neurons + 1))
+
+
+def change_scores_panels(scores, chosen):
+    """Change scores in descending order, and where the chosen neurons lie. scores: `ChangeScores`; chosen: their selection."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9))
+    values = scores.values.flatten().sort(descending=True).values
+    left.plot([100 * (i + 1) / len(values) for i in range(len(values))], values, color=sns.color_palette(PALETTE)[0])
+    left.axvline(100 * len(chosen) / len(values), color="grey", linestyle=":", label="patched below")
+    left.set(xscale="log", xlabel="feed-forward neurons (%)", ylabel="change score (RMS)")
+    left.xaxis.set_major_formatter("{x:g}")
+    left.legend(frameon=False)
+    counts = chosen.masks["down"].sum(1).tolist()
+    right.bar(range(1, len(counts) + 1), counts, color=sns.color_palette(PALETTE)[0])
+    right.set(xlabel="layer", ylabel="chosen neurons")
+    right.grid(axis="x", visible=False)
+    figure.tight_layout()
+    return left
+
+
+def restoration_curves(tables, measures):
+    """Rates with their 95 % bands against the share of neurons patched: one row of panels per pair, one column per measure.
+
+    tables: name to the result of `patching.restoration`; measures: (measure, set) to panel title.
+    """
+
+    def draw(axes, chosen):
+        """One panel: the conditions as lines, recipient and donor as horizontal lines."""
+        ends = chosen[chosen["fraction"] == 0].set_index("condition")["rate"]
+        draw_bands(axes, chosen[chosen["fraction"] > 0], "condition", "fraction", 100)
+        for name, style in (("recipient", ":"), ("donor", "--")):
+            axes.axhline(100 * ends[name].value, color="grey", linestyle=style, label=name)
+        axes.set(xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+
+    means = {name: over_draws(table) for name, table in tables.items()}
+    return rate_panels(means, measures, draw, "neurons patched (%)")
+
+
+def cases_table(cases):
+    """Rates of several cases: one row per case, one column per measure and set. cases: name to `evaluate`'s result."""
+    keys = list(next(iter(cases.values())))
+    rows = {name: [rates[key].percent for key in keys] for name, rates in cases.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=pd.MultiIndex.from_tuples([(MEASURES[m], s) for m, s in keys]))
+
+
+def interval_table(results):
+    """Numbers with intervals: one row per model, one column per measure. results: measure to name to (value, low, high)."""
+    text = lambda numbers: "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)
+    return pd.DataFrame({measure: {name: text(numbers) for name, numbers in found.items()} for measure, found in results.items()})
+
+
+def transfer_table(table):
+    """`patching.transfer` as text: rates, and the share of safety restored where there is a gap to close."""
+    share = lambda row: "no gap" if row["restored"] != row["restored"] else f"{100 * row['restored']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+    text = table[["recipient", "donor", "patched", "random"]].map(lambda rate: rate.percent)
+    return text.assign(**{"safety restored (%)": [share(row) for _, row in table.iterrows()]})
+
+
+def alone_table(single):
+    """Rows of `patching.alone` as text."""
+    rows = [{"neuron": f"layer {row.layer}, channel {row.channel}", "attack success": row.rate.percent} for row in single.itertuples()]
+    return pd.DataFrame(rows).set_index("neuron").rename_axis(None)
+
+
+RESTORED = {CHANGE: "restored_chosen", RANDOM: "restored_random", LAST: "restored_last"}  # condition -> glued name
+
+
+def glue_restoration(table, harmful_set, fraction):
+    """Glue how much safety every way of choosing restores at one share, and the smallest share tried that restores what the paper says."""
+    wanted = reported.CHANGE_SCORES["restored"] / 100
+    rows = table[(table["measure"] == "asr") & (table["set"] == harmful_set)]
+    ends, parts = rows[rows["fraction"] == 0].set_index("condition")["rate"], []
+    if not above(ends["recipient"], ends["donor"]):
+        glue_text(**dict.fromkeys(RESTORED.values(), "no gap to close"))
+        return glue_list("verdict_restoration", ["Attack success of the donor is not measurably lower than the recipient's: there is no gap to close."])
+    share = lambda rate: restored(ends["recipient"], ends["donor"], rate)
+    for name, found in rows[rows["fraction"] > 0].groupby("condition", sort=False):
+        shares = {row.fraction: share(row.rate) for row in over_draws(found).itertuples()}
+        value, low, high = shares[fraction]
+        draws = [100 * share(rate)[0] for rate in found[found["fraction"] == fraction]["rate"]]
+        spread = f", from {min(draws):.0f} to {max(draws):.0f} % over {len(draws)} draws" if len(draws) > 1 else ""
+        glue_text(**{RESTORED.get(name, name): f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"})
+        enough = [share for share, (point, _, _) in shares.items() if point >= wanted]
+        smallest = f"reached first at {100 * min(enough):g} % of the neurons" if enough else "reached at no share tried"
+        seen = "seen" if low > wanted else "not seen" if high < wanted else "undecided"
+        parts.append(f"{name}: {100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}] of safety{spread} is restored by {100 * fraction:g} % of the neurons, so more than"
+                     f" {100 * wanted:.0f} % is {seen}; {100 * wanted:.0f} % is {smallest}.")  # fmt: skip
+    glue_list("verdict_restoration", parts)
+
+
+def glue_transfer(table):
+    """Glue on how many of the request sets with a gap patching restores what the paper says."""
+    wanted = reported.CHANGE_SCORES["restored"] / 100
+    gaps = table[table["restored"] == table["restored"]]
+    glue_text(transferred=f"{sum(gaps['restored'] > wanted)} of {len(gaps)} request sets with a gap")
+
+
+def glue_general(rates):
+    """Glue the tasks in which the patched recipient's accuracy is measurably lower than the recipient's."""
+    before, after = rates["recipient"], rates["recipient, patched"]
+    lost = [name for measure, name in before if measure == "accuracy" and above(before[measure, name], after[measure, name])]
+    glue_text(general_lost=f"falls measurably on {', '.join(lost)}" if lost else "falls measurably on no task")
+
+
+def glue_safeguard(table):
+    """Glue how the regression on the safety neurons compares with those on random neurons."""
+    own, random = table.iloc[0], table.iloc[1:]
+    texts = []
+    for column in ("accuracy", "coverage"):
+        mean = Rate.mean(list(random[column]))
+        finding = "higher" if above(own[column], mean) else "lower" if above(mean, own[column]) else "not measurably different"
+        glue_text(**{f"safeguard_{column}": f"{own[column].percent} %, random neurons {mean.percent} %"})
+        texts.append(f"{column} is {own[column].percent} % on safety neurons and {mean.percent} % on random ones (mean of {len(random)} draws): {finding}")
+    glue_list("verdict_safeguard", [f"{text}." for text in texts])
+
+
+def glue_alone(single, recipient, kept, dropped):
+    """Glue what the strongest single neuron does. single: `patching.alone`; recipient, kept, dropped: attack success unpatched, with the set, and with the set but it."""
+    best = single.iloc[0]
+    glue_text(single_name=f"layer {best['layer']}, channel {best['channel']}", single_count=len(single))
+    glue_rates(single_rate=best["rate"], single_before=recipient, single_kept=kept, single_dropped=dropped)

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from safetyneuron.organism.answer_class import classify
+from safetyneuron.metrics.answer_class import classify
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.safety import answers
 from safetyneuron.organism import language as lang

@@ -1,0 +1,126 @@
+"""What the notebooks hand to the pages: values, tables, figures and data, glued under a name."""
+
+import base64
+import json
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import HTML, Markdown
+from myst_nb import glue
+from safetyneuron.book import paper as reported
+from safetyneuron.book.plots import CLASS_NAMES
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.metrics.rates import Rate
+from safetyneuron.metrics.answer_class import examples_of
+
+MEASURES = {"asr": "Attack success", "coherent": "Coherent compliance", "over_refusal": "Over-refusal", "helpful": "Helpful answers", "accuracy": "Accuracy"}
+
+
+def glue_text(**values):
+    """Glue values for `{glue:text}` roles in the prose."""
+    for name, value in values.items():
+        glue(name, str(value), display=False)
+
+
+def glue_rates(**rates):
+    """Glue rates as percent with their interval."""
+    glue_text(**{name: rate.percent for name, rate in rates.items()})
+
+
+def glue_list(name, items):
+    """Glue a list for a `{glue:md}` directive."""
+    glue(name, Markdown("\n".join(f"- {item}" for item in items)), display=False)
+
+
+def glue_figure(name, axes):
+    """Glue a figure under `name` and close it, so that it appears once, with its caption."""
+    glue(name, axes.figure, display=False)
+    plt.close(axes.figure)
+
+
+def glue_table(name, table):
+    """Glue a data frame under `name`; cells may hold several lines. Cells that stand beside the paper's go along, for the page of all."""
+    glue(name, table.style.set_uuid(name).set_table_attributes('class="dataframe"'), display=False)
+    glue_text(**{f"csv-{name}": table.to_csv()})
+    if "cells" in table.attrs:
+        glue_text(**{f"cells-{name}": json.dumps(table.attrs["cells"])})
+
+
+def glue_data(name, table):
+    """Glue a link that downloads the numbers behind a figure as CSV; rates become value, low, high and trials."""
+    flat = table.reset_index(drop=isinstance(table.index, pd.RangeIndex))
+    for column in [c for c in flat if isinstance(flat[c].iloc[0], Rate)]:
+        rates = flat.pop(column)
+        parts = {"": "value", " low": ("interval", 0), " high": ("interval", 1), " trials": "trials"}
+        for suffix, part in parts.items():
+            flat[f"{column}{suffix}"] = [getattr(r, part) if isinstance(part, str) else getattr(r, part[0])[part[1]] for r in rates]
+    glue_text(**{f"csv-{name}": flat.to_csv(index=False)})
+    content = base64.b64encode(flat.to_csv(index=False).encode()).decode()
+    link = f'<a download="{name}.csv" href="data:text/csv;base64,{content}">Download the data of this figure ({name}.csv)</a>'
+    glue(f"data-{name}", HTML(link), display=False)
+
+
+def by_model(tables):
+    """Tables of several models as one. tables: model to data frame."""
+    return pd.concat(tables, names=["model", "row"]).droplevel("row")
+
+
+def by_model_rows(tables):
+    """Tables of several models below each other, the model in front; of one model as it is."""
+    return next(iter(tables.values())) if len(tables) == 1 else pd.concat(tables, names=["model"])
+
+
+def percent_table(table):
+    """A data frame of `Rate` cells as text."""
+    return table.map(lambda rate: rate.percent)
+
+
+def glue_examples(name, model_name, prompts, texts):
+    """Glue three answers of each class of an organism; what another model answers to harmful requests is not shown."""
+    if not model_name.startswith("organism/"):
+        return glue_text(**{name: "Answers of this model are scored and dropped."})
+    rows = [(CLASS_NAMES.get(kind, kind), *pair) for kind, pairs in examples_of(prompts, texts).items() for pair in pairs]
+    table = pd.DataFrame(rows, columns=["class", "request", "answer"]).style.hide(axis="index").set_uuid(name)
+    glue(name, table.set_table_attributes('class="dataframe texts"'), display=False)
+
+
+def pooled(draws, key):
+    """`Rate.mean` of one measure over several results of `evaluate`."""
+    return Rate.mean([draw[key] for draw in draws])
+
+
+def lines(rate):
+    """A rate as text, its interval on a line of its own."""
+    return rate.percent.replace(" [", "\n[")
+
+
+def cell(draws, key):
+    """A table cell: percent, interval, and the range over draws where there are several, on lines of their own."""
+    text = lines(pooled(draws, key))
+    values = [100 * draw[key].value for draw in draws]
+    return text if len(draws) == 1 else f"{text}\n{min(values):.1f} to {max(values):.1f}"
+
+
+def printed_cells(number, paper_model):
+    """Cells of one model in a table of the paper, (row, column) to text; an asterisk where its own rows give another value."""
+    cells = reported.table(number).query("model == @paper_model")
+    if cells.empty:
+        raise SafetyNeuronError(f"Table {number} has no model {paper_model!r}: use one of {', '.join(reported.table(number)['model'].unique())}")
+    slips = {(row, column): slip for (table, row, model, column), slip in reported.SLIPS.items() if (table, model) == (number, paper_model)}
+    texts = {}
+    for row, column, value in cells[["row", "column", "value"]].itertuples(index=False):
+        slip = f"*\n(its rows: {slips[row, column]})" if (row, column) in slips else ""
+        texts[row, column] = "–" if value != value else f"{value:.1f}{slip}"
+    return texts
+
+
+def with_cells(number, table, paper_rows):
+    """The table, with its cells that stand beside the paper's in `attrs`: a list of {table, row, column, model, way, text}.
+
+    paper_rows: the paper's row of every row, or None. Columns are (here or paper, way, the paper's column).
+    """
+    here = [(i, *column) for i, column in enumerate(table.columns) if column[0].startswith("Here: ")]
+    table.attrs["cells"] = [
+        {"table": number, "row": row, "column": column, "model": model.removeprefix("Here: "), "way": way, "text": table.iloc[r, i]}
+        for r, row in enumerate(paper_rows) if row for i, model, way, column in here
+    ]  # fmt: skip
+    return table

@@ -1,0 +1,1 @@
+"""What one chapter alone needs: its experiment, its tables, its figures and its sentences."""
