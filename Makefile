@@ -14,8 +14,8 @@ SNAKEMAKE = $(VENV)/bin/python workflow/alone.py $(VENV)/bin/snakemake --nolock 
     -s workflow/Snakefile --configfile workflow/editions/$(EDITION).yaml --cores $(CORES) --quiet all \
     $(if $(PROFILE),--profile workflow/profiles/$(PROFILE))
 
-# Two tests at a time, each on one core; the tests of the built site stay together.
-TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup
+# Two tests at a time, each on one core.
+TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
 
 .PHONY: book announce check lint test test-families test-paper test-faults clean
 

@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from safetyneuron import load_model
@@ -40,13 +41,9 @@ def small_llama(**options):
     return small_model("llama", **options)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Tests of the built site run in one process, which builds it once, and begin first."""
-    for item in items:
-        if "site" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("site"))
-    items.sort(key=lambda item: "site" not in item.fixturenames)
+    """Tests of the built site come last: whoever is first builds it on both cores, while the other process has nothing else to do."""
+    items.sort(key=lambda item: "site" in item.fixturenames)
 
 
 @pytest.fixture
@@ -77,18 +74,29 @@ def base():
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """The smoke edition of the book, built in a copy of the repository."""
-    copy = tmp_path_factory.mktemp("repository")
+    """The smoke edition of the book, built in a copy of the repository, by one process for all."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    with FileLock(shared / "repository.lock"):
+        if not (shared / "repository" / "_build" / "html").exists():
+            build_site(shared / "repository")
+    return shared / "repository" / "_build"
+
+
+def build_site(copy):
+    """Build the smoke edition in a copy of the repository."""
     for name in ("book", "notebooks", "safetyneuron", "workflow", "SECURITY.md", "_config.yml", "_toc.yml"):
         source = ROOT / name
-        shutil.copytree(source, copy / name) if source.is_dir() else shutil.copy(source, copy / name)
+        if source.is_dir():
+            shutil.copytree(source, copy / name, dirs_exist_ok=True)
+        else:
+            shutil.copy(source, copy / name)
     snakemake = Path(sys.executable).with_name("snakemake")
     command = [snakemake, "-s", "workflow/Snakefile", "--configfile", "workflow/editions/smoke.yaml", "--cores", "2", "--quiet", "rules"]
     threads = {"OMP_NUM_THREADS": "1"}  # two chapters at once, most of whose time is starting up
     addresses = {"BOOK_REPOSITORY": "https://github.com/example/book", "BOOK_JUPYTERHUB": "https://hub.example.org"}
     result = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=os.environ | threads | addresses)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return copy / "_build"
 
 
 class Quiet(SimpleHTTPRequestHandler):

@@ -14,11 +14,8 @@ from safetyneuron.book.glue import (
 )
 from safetyneuron.book.plots import PALETTE
 from safetyneuron.book.verdicts import above
-from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.selection import select_without_foundation
 from safetyneuron.metrics.rates import Rate
-from safetyneuron.metrics.suite import evaluate
-from safetyneuron.neurons.sets import NeuronSet
 
 ORIGIN, EQ3, SPECIFIC = "Origin.", "Deact-SN: Eq 3", "Deact-SN: Eq 3 without foundation"
 RANDOM = {EQ3: "Deact-R: like Eq 3", SPECIFIC: "Deact-R: like without foundation"}
@@ -30,28 +27,10 @@ def verification_sets(harmful, general, fraction):
     return {EQ3: harmful.select(fraction=fraction), SPECIFIC: select_without_foundation(harmful, general, fraction)}
 
 
-def verify(model, tokenizer, suite, sets, draws):
-    """Evaluate a model whole, without each set, and without matched random sets.
-
-    Returns
-    -------
-    dict of str to list of dict
-        Condition to one result of `evaluate` per draw (one for the conditions that are not random).
-    """
-    if draws < 1:
-        raise SafetyNeuronError(f"draws is {draws}: it must be at least 1")
-    results = {ORIGIN: [evaluate(model, tokenizer, suite)]}
-    for name, neurons in sets.items():
-        random = [NeuronSet.random_like(neurons, seed) for seed in range(draws)]
-        results[RANDOM[name]] = [evaluate(model, tokenizer, suite, without=drawn) for drawn in random]
-        results[name] = [evaluate(model, tokenizer, suite, without=neurons)]
-    return results
-
-
 def table_1(results, paper_model, harmful_sets, tasks):
     """Paper's Table 1 beside the measurement: rows are sets and tasks, columns are conditions.
 
-    results: model name to `verify`'s result.
+    results: model name to condition to one result of `evaluate` per draw (one for the conditions that are not random).
     """
     printed = printed_cells(1, paper_model)
     papers = dict(zip(harmful_sets, TABLE_1_ROWS["harmful"])) | dict(zip(tasks, TABLE_1_ROWS["capability"]))
