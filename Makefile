@@ -15,7 +15,7 @@ SNAKEMAKE = $(VENV)/bin/python workflow/alone.py $(VENV)/bin/snakemake --nolock 
     $(if $(PROFILE),--profile workflow/profiles/$(PROFILE))
 
 # Two tests at a time, each on one core.
-TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
+TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: book announce check lint test test-families test-paper test-faults clean
 
