@@ -1,6 +1,6 @@
 # make book   build the book (EDITION=smoke, organism, organism-full or paper; PROFILE=slurm or kubernetes runs it on a cluster)
 # make check  look up what EDITION needs: models, data, disk, memory, time
-# make lint   hold the order of the rooms of the package
+# make lint   hold the style, and the order of the rooms of the package
 # make test   run the tests; make test-families the other seeds and families, and two trainings again;
 #             make test-paper the paper's chapters on random checkpoints of its architectures;
 #             make test-faults builds that are killed twenty times, and two at once
@@ -34,6 +34,8 @@ test: $(VENV)/installed
 	$(TESTS) -m "not families and not paper and not faults"
 
 lint: $(VENV)/installed
+	$(VENV)/bin/ruff format --check --quiet
+	$(VENV)/bin/ruff check --quiet
 	$(VENV)/bin/lint-imports
 
 test-families: $(VENV)/installed

@@ -29,19 +29,26 @@ def cache_folder():
 
 def digest(*parts):
     """A short hash of values that JSON can write."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:20]
+    return hashlib.sha256(
+        json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()[:20]
 
 
 def source_digest(package):
     """Hash of every source and data file of a package folder, so that a change of code is a change of key."""
     folder = Path(package)
     sources = sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".yaml"))
-    return digest([[p.relative_to(folder).as_posix(), p.read_text(encoding="utf-8")] for p in sources])
+    return digest(
+        [[p.relative_to(folder).as_posix(), p.read_text(encoding="utf-8")] for p in sources]
+    )
 
 
 def library_versions():
     """Versions of the libraries that can change a number, for cache keys."""
-    return {name: version(name) for name in ("torch", "transformers", "tokenizers", "lm_eval", "accelerate", "peft", "trl")}
+    return {
+        name: version(name)
+        for name in ("torch", "transformers", "tokenizers", "lm_eval", "accelerate", "peft", "trl")
+    }
 
 
 @contextmanager
@@ -72,8 +79,14 @@ def _writing(path, reasons=FULL + CLOSED):
         name = getattr(error, "filename", None)
         elsewhere = isinstance(name, str) and not Path(name).is_relative_to(path.parent)
         place = Path(name).parent if elsewhere else path.parent
-        cure = "set SAFETYNEURON_CACHE to another folder" if place.is_relative_to(cache_folder()) else "name another folder"
-        raise SafetyNeuronError(f"{place} cannot be written to ({os.strerror(_number(error))}): free some space, or {cure}") from None
+        cure = (
+            "set SAFETYNEURON_CACHE to another folder"
+            if place.is_relative_to(cache_folder())
+            else "name another folder"
+        )
+        raise SafetyNeuronError(
+            f"{place} cannot be written to ({os.strerror(_number(error))}): free some space, or {cure}"
+        ) from None
 
 
 def _number(error):
@@ -148,7 +161,10 @@ def remember(kind, parts, compute):
     def make(path):
         result = json.loads(json.dumps(compute()))  # as it will be read
         with new_file(path) as temporary:
-            temporary.write_text(json.dumps({"result": result, "checksum": digest(result)}, ensure_ascii=False), encoding="utf-8")
+            temporary.write_text(
+                json.dumps({"result": result, "checksum": digest(result)}, ensure_ascii=False),
+                encoding="utf-8",
+            )
 
     return _made_once(cache_folder() / kind / f"{digest(parts)}.json", _entry, make)["result"]
 
@@ -191,20 +207,30 @@ def _entry(path):
         entry = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return entry if isinstance(entry, dict) and entry.get("checksum") == digest(entry.get("result")) else None
+    return (
+        entry
+        if isinstance(entry, dict) and entry.get("checksum") == digest(entry.get("result"))
+        else None
+    )
 
 
 def _whole(path):
     """The folder, or None if there is none or its files are not those of its checksums."""
     try:
-        return path if json.loads((path / CHECKSUMS).read_text(encoding="utf-8")) == _checksums(path) else None
+        return (
+            path
+            if json.loads((path / CHECKSUMS).read_text(encoding="utf-8")) == _checksums(path)
+            else None
+        )
     except (FileNotFoundError, ValueError):
         return None
 
 
 def _checksums(folder):
     """SHA-256 of every file in a folder but the list of these."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != CHECKSUMS]
+    files = [
+        file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != CHECKSUMS
+    ]
     return {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
 
 

@@ -37,30 +37,64 @@ def _parser():
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser("run", help="execute a notebook with parameters")
     run.add_argument("notebook", type=Path)
-    run.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="one parameter; repeat for more")
-    run.add_argument("-f", "--parameter-file", type=Path, metavar="YAML", help="parameters as a YAML mapping")
-    run.add_argument("-o", "--output", type=Path, help="where to write the executed notebook (default: _build/runs/NAME)")
+    run.add_argument(
+        "-p",
+        "--parameter",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="one parameter; repeat for more",
+    )
+    run.add_argument(
+        "-f", "--parameter-file", type=Path, metavar="YAML", help="parameters as a YAML mapping"
+    )
+    run.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="where to write the executed notebook (default: _build/runs/NAME)",
+    )
     run.set_defaults(action=lambda o: run_notebook(o.notebook, _given(o), o.output))
     params = commands.add_parser("params", help="list the parameters of a notebook")
     params.add_argument("notebook", type=Path)
     params.set_defaults(action=lambda o: _show(o.notebook))
-    importance = commands.add_parser("importance", help="measure importance, also with several processes: accelerate launch -m safetyneuron.cli importance …")
+    importance = commands.add_parser(
+        "importance",
+        help="measure importance, also with several processes: accelerate launch -m safetyneuron.cli importance …",
+    )
     importance.add_argument("model")
     importance.add_argument("prompts", help="name of a set, or a file")
     importance.add_argument("-n", "--count", type=int, default=200, help="prompts (default: 200)")
     importance.add_argument("--rule", default="exact")
     importance.add_argument("--dtype", default="auto")
-    importance.add_argument("-o", "--output", type=Path, required=True, help="profile to write (.safetensors)")
+    importance.add_argument(
+        "-o", "--output", type=Path, required=True, help="profile to write (.safetensors)"
+    )
     importance.set_defaults(action=_importance)
-    train = commands.add_parser("train", help="train an organism again, which takes up to half an hour, or an aligned pair of the paper", description=TRAIN)
-    train.add_argument("name", help="organism/llama-chat, with a seed organism/llama-chat@3, or aligned/llama2-7b-dpo")
-    train.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="of an organism's weights (default: organism, in the cache)")
+    train = commands.add_parser(
+        "train",
+        help="train an organism again, which takes up to half an hour, or an aligned pair of the paper",
+        description=TRAIN,
+    )
+    train.add_argument(
+        "name",
+        help="organism/llama-chat, with a seed organism/llama-chat@3, or aligned/llama2-7b-dpo",
+    )
+    train.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="of an organism's weights (default: organism, in the cache)",
+    )
     train.set_defaults(action=_train)
     export = commands.add_parser("export", help="write an organism as a plain Hugging Face folder")
     export.add_argument("name", help="for example organism/llama-planted")
     export.add_argument("folder", type=Path, help="a new or empty one")
     export.set_defaults(action=_export)
-    check = commands.add_parser("check", help="look up what an edition needs before a GPU hour is spent")
+    check = commands.add_parser(
+        "check", help="look up what an edition needs before a GPU hour is spent"
+    )
     check.add_argument("edition", type=Path, help="a file of workflow/editions")
     check.set_defaults(action=_check)
     return parser
@@ -69,7 +103,9 @@ def _parser():
 def _importance(options):
     from safetyneuron.run.parallel import write_profile
 
-    write_profile(options.model, options.prompts, options.count, options.output, options.rule, options.dtype)
+    write_profile(
+        options.model, options.prompts, options.count, options.output, options.rule, options.dtype
+    )
 
 
 def _train(options):
@@ -103,11 +139,15 @@ def _given(options):
     for text in options.parameter:
         name, equals, value = text.partition("=")
         if not equals:
-            raise SafetyNeuronError(f"parameter {text!r} is not NAME=VALUE: write for example -p fraction=0.01")
+            raise SafetyNeuronError(
+                f"parameter {text!r} is not NAME=VALUE: write for example -p fraction=0.01"
+            )
         try:
             given[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise SafetyNeuronError(f"parameter {text!r} cannot be read ({' '.join(str(error).split())}): write a YAML value, lists as [a, b]") from None
+            raise SafetyNeuronError(
+                f"parameter {text!r} cannot be read ({' '.join(str(error).split())}): write a YAML value, lists as [a, b]"
+            ) from None
     return given
 
 
@@ -115,7 +155,9 @@ def _read_mapping(path):
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SafetyNeuronError(f"parameter file {path} cannot be read ({' '.join(str(error).split())}): write a YAML mapping") from None
+        raise SafetyNeuronError(
+            f"parameter file {path} cannot be read ({' '.join(str(error).split())}): write a YAML mapping"
+        ) from None
     if not isinstance(mapping, dict):
         raise SafetyNeuronError(f"parameter file {path} holds no mapping: write lines NAME: VALUE")
     return mapping

@@ -8,11 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from safetyneuron import organism
 from safetyneuron.cache import cache_folder, digest, library_versions, source_digest
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron import organism
 from safetyneuron.neurons.weights import fingerprint
-
 
 # Models that were trained on conversations but whose tokenizer does not say how they are written: part of the name -> template.
 CHAT_TEMPLATES = {
@@ -47,7 +46,9 @@ def load_model(name, device=None, dtype=None):
     SafetyNeuronError
         If the name, the device or the dtype is unknown.
     """
-    device = device or ("auto" if torch.cuda.device_count() > 1 else "cuda" if torch.cuda.is_available() else "cpu")
+    device = device or (
+        "auto" if torch.cuda.device_count() > 1 else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     placed = {"device_map": "auto"} if device == "auto" else {"device_map": {"": _device(device)}}
     if name.startswith("organism/"):
         return _shipped(name, device, dtype)
@@ -55,7 +56,9 @@ def load_model(name, device=None, dtype=None):
     source, chosen = source_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **chosen)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **placed, **chosen)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, **placed, **chosen
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SafetyNeuronError(
@@ -64,14 +67,18 @@ def load_model(name, device=None, dtype=None):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    tokenizer.chat_template = tokenizer.chat_template or next((t for word, t in CHAT_TEMPLATES.items() if word in name.lower()), None)
+    tokenizer.chat_template = tokenizer.chat_template or next(
+        (t for word, t in CHAT_TEMPLATES.items() if word in name.lower()), None
+    )
     return model.eval(), tokenizer
 
 
 def _shipped(name, device, dtype):
     """An organism that is shipped as a file, on one device."""
     model, tokenizer = organism.load_organism(name)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else _device(device)
+    place = (
+        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else _device(device)
+    )
     return model.to(place, model.dtype if dtype in (None, "auto") else _dtype(dtype)), tokenizer
 
 
@@ -109,7 +116,9 @@ def source_of(name):
     if name.startswith("aligned/"):
         return aligned_folder(name), {}
     if name.startswith("organism/"):
-        raise SafetyNeuronError(f"{name} is no folder: write one with `safetyneuron export {name} FOLDER`")
+        raise SafetyNeuronError(
+            f"{name} is no folder: write one with `safetyneuron export {name} FOLDER`"
+        )
     repository, _, revision = name.partition("@")
     local = local_model(repository)
     return (local, {}) if local else (repository, {"revision": revision} if revision else {})
@@ -121,7 +130,9 @@ def aligned_folder(name):
     try:
         return home / (home / "current").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise SafetyNeuronError(f"there is no {name} yet: make it with `safetyneuron train {name}`") from None
+        raise SafetyNeuronError(
+            f"there is no {name} yet: make it with `safetyneuron train {name}`"
+        ) from None
 
 
 def local_model(repository):
@@ -136,18 +147,27 @@ def _device(text):
         device = torch.device(text)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SafetyNeuronError(f"device {text!r} cannot be used ({str(error).splitlines()[0]}): use 'cpu' or an installed GPU") from None
+        raise SafetyNeuronError(
+            f"device {text!r} cannot be used ({str(error).splitlines()[0]}): use 'cpu' or an installed GPU"
+        ) from None
     return device
 
 
 def _dtype(text):
     dtype = getattr(torch, text, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise SafetyNeuronError(f"dtype {text!r} is not a floating point type: use float32, bfloat16, float16 or float64")
+        raise SafetyNeuronError(
+            f"dtype {text!r} is not a floating point type: use float32, bfloat16, float16 or float64"
+        )
     return dtype
 
 
 def identity(model, tokenizer):
     """What a result depends on beside its own parameters, for cache keys: model, tokenizer, this package, libraries."""
-    words = digest(tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    words = digest(
+        tokenizer.get_vocab(),
+        tokenizer.chat_template,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
     return [fingerprint(model), words, source_digest(Path(__file__).parent), library_versions()]

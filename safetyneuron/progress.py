@@ -16,7 +16,11 @@ def steps(items, label, show=True):
         now = time.monotonic()
         if show and now - printed >= SECONDS:
             left = (now - started) / done * (len(items) - done)
-            print(f"{label}: {done} of {len(items)}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{label}: {done} of {len(items)}, about {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
             printed = now
         yield item
 
@@ -50,5 +54,9 @@ class TrainingLine(TrainerCallback):
         now = time.monotonic()
         if "loss" in logs and now - self.printed >= SECONDS:
             left = (now - self.started) * (state.max_steps / state.global_step - 1)
-            print(f"{self.label}: update {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{self.label}: update {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}, about {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
             self.printed = now

@@ -7,7 +7,9 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no test waits for a network
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # before transformers reads it: no test waits for a network
 
 import pytest
 import torch
@@ -18,17 +20,35 @@ from safetyneuron import load_model
 from safetyneuron.organism.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parent.parent
-SMALL_DISKS = shutil.which("unshare") and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+SMALL_DISKS = (
+    shutil.which("unshare")
+    and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+)
 VIEWS = {"light": (1400, 900), "dark": (1400, 900), "phone": (390, 844)}
 
 
 def small_model(family="llama", heads=4, groups=4, head_width=10, seed=0, **options):
     """A random model of a family with awkward sizes, in float64 so that closed forms can be compared closely."""
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=1300, hidden_size=36, intermediate_size=28, num_hidden_layers=2, initializer_range=0.3)
-    sizes |= dict(num_attention_heads=heads, num_key_value_heads=groups, head_dim=head_width, max_position_embeddings=64)
+    sizes = dict(
+        vocab_size=1300,
+        hidden_size=36,
+        intermediate_size=28,
+        num_hidden_layers=2,
+        initializer_range=0.3,
+    )
+    sizes |= dict(
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_width,
+        max_position_embeddings=64,
+    )
     sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=4)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | options))).double().eval()
+    model = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | options)))
+        .double()
+        .eval()
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
@@ -85,17 +105,40 @@ def site(tmp_path_factory):
 
 def build_site(copy):
     """Build the smoke edition in a copy of the repository."""
-    for name in ("book", "notebooks", "safetyneuron", "workflow", "SECURITY.md", "_config.yml", "_toc.yml"):
+    for name in (
+        "book",
+        "notebooks",
+        "safetyneuron",
+        "workflow",
+        "SECURITY.md",
+        "_config.yml",
+        "_toc.yml",
+    ):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, copy / name, dirs_exist_ok=True)
         else:
             shutil.copy(source, copy / name)
     snakemake = Path(sys.executable).with_name("snakemake")
-    command = [snakemake, "-s", "workflow/Snakefile", "--configfile", "workflow/editions/smoke.yaml", "--cores", "2", "--quiet", "rules"]
+    command = [
+        snakemake,
+        "-s",
+        "workflow/Snakefile",
+        "--configfile",
+        "workflow/editions/smoke.yaml",
+        "--cores",
+        "2",
+        "--quiet",
+        "rules",
+    ]
     threads = {"OMP_NUM_THREADS": "1"}  # two chapters at once, most of whose time is starting up
-    addresses = {"BOOK_REPOSITORY": "https://github.com/example/book", "BOOK_JUPYTERHUB": "https://hub.example.org"}
-    result = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=os.environ | threads | addresses)
+    addresses = {
+        "BOOK_REPOSITORY": "https://github.com/example/book",
+        "BOOK_JUPYTERHUB": "https://hub.example.org",
+    }
+    result = subprocess.run(
+        command, cwd=copy, capture_output=True, text=True, env=os.environ | threads | addresses
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
@@ -108,7 +151,9 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="session")
 def address(site):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site / "html")))
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(site / "html"))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
@@ -123,8 +168,20 @@ def browser(tmp_path_factory):
 
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    quiet = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking"]
-    for argument in [*quiet, "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+    quiet = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    for argument in [
+        *quiet,
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -139,10 +196,15 @@ def show(browser, url, view):
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": view == "phone"}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     scheme = "dark" if view == "dark" else "light"
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
+    )
     browser.get(url)
     settled = "Promise.allSettled(document.getAnimations().filter(a => a instanceof CSSTransition).map(a => a.finished)).then(() => arguments[0]())"
-    browser.execute_async_script(settled)  # colours fade when the theme is chosen; the arrow of the slides bounces for 100 seconds
+    browser.execute_async_script(
+        settled
+    )  # colours fade when the theme is chosen; the arrow of the slides bounces for 100 seconds
     if "playground" in url:
         loaded(browser)
 
@@ -152,5 +214,7 @@ def loaded(browser):
     from selenium.webdriver.support.ui import WebDriverWait
 
     texts = "return ['status', 'changed-verdict'].map(name => document.getElementById(`play-${name}`).textContent)"
-    status, _ = WebDriverWait(browser, 60, 0.05).until(lambda b: ((found := b.execute_script(texts))[1] or "stopped" in found[0]) and found)
+    status, _ = WebDriverWait(browser, 60, 0.05).until(
+        lambda b: ((found := b.execute_script(texts))[1] or "stopped" in found[0]) and found
+    )
     assert status == ""

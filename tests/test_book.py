@@ -33,19 +33,37 @@ def test_executed_notebooks_lie_at_the_path_of_their_source(site):
 
 @pytest.mark.book
 def test_a_changed_parameter_runs_its_own_chapter_again_and_no_other(site, tmp_path):
-    edition = yaml.safe_load((ROOT / "workflow" / "editions" / "smoke.yaml").read_text(encoding="utf-8"))
+    edition = yaml.safe_load(
+        (ROOT / "workflow" / "editions" / "smoke.yaml").read_text(encoding="utf-8")
+    )
     edition["notebooks"]["01_detection"]["n_detect"] += 1
     (tmp_path / "edition.yaml").write_text(yaml.safe_dump(edition))
-    command = [Path(sys.executable).with_name("snakemake"), "-s", "workflow/Snakefile", "--configfile", tmp_path / "edition.yaml", "--cores", "1", "--dry-run"]
-    plan = subprocess.run(command, cwd=site.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
-    assert set(re.findall(r"output: (_build/\S+)", plan)) == {"_build/stage/smoke/notebooks/01_detection.ipynb", "_build/html/index.html"}
+    command = [
+        Path(sys.executable).with_name("snakemake"),
+        "-s",
+        "workflow/Snakefile",
+        "--configfile",
+        tmp_path / "edition.yaml",
+        "--cores",
+        "1",
+        "--dry-run",
+    ]
+    plan = subprocess.run(
+        command, cwd=site.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ).stdout
+    assert set(re.findall(r"output: (_build/\S+)", plan)) == {
+        "_build/stage/smoke/notebooks/01_detection.ipynb",
+        "_build/html/index.html",
+    }
 
 
 @pytest.mark.book
 def test_table_1_shows_paper_and_measurement_with_intervals(site):
     page = (site / "html" / "notebooks" / "02_verification.html").read_text(encoding="utf-8")
     table = next(t for t in re.findall(r"<table.*?</table>", page, re.S) if "MultiJail-En" in t)
-    assert all(number in table for number in ("97.0", "83.0", "81.6", "47.8"))  # the paper's Deact-SN column
+    assert all(
+        number in table for number in ("97.0", "83.0", "81.6", "47.8")
+    )  # the paper's Deact-SN column
     assert len(re.findall(r"\d+\.\d\s+\[\d+\.\d, \d+\.\d\]", table)) >= 40
 
 
@@ -58,9 +76,15 @@ def test_notebooks_are_arguments_not_programs(path):
     parameters = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
     assert len(parameters) == 1
     assert all(re.match(r"\w+ = .+  # .+", line) for line in parameters[0]["source"])
-    lengths = [len([line for line in cell["source"] if line.strip()]) for cell in code if cell not in parameters]
+    lengths = [
+        len([line for line in cell["source"] if line.strip()])
+        for cell in code
+        if cell not in parameters
+    ]
     assert statistics.median(lengths) <= 5 and max(lengths) <= 15
-    assert max(len(line.rstrip()) for cell in code for line in cell["source"]) <= 90  # the width of a page
+    assert (
+        max(len(line.rstrip()) for cell in code for line in cell["source"]) <= 90
+    )  # the width of a page
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -79,7 +103,12 @@ def test_editions_name_only_notebooks_and_parameters_that_exist():
         assert edition["edition"] == path.stem
         assert set(edition["notebooks"]) == {n.stem for n in NOTEBOOKS}
         for name, given in edition["notebooks"].items():
-            source = "".join(line for c in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells if "parameters" in c.metadata.get("tags", []) for line in c.source)
+            source = "".join(
+                line
+                for c in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
+                if "parameters" in c.metadata.get("tags", [])
+                for line in c.source
+            )
             assert all(re.search(rf"^{parameter} = ", source, re.M) for parameter in given)
 
 
@@ -90,17 +119,32 @@ def test_every_exercise_has_a_solution_that_runs_and_a_value_to_check(path):
     labels = re.findall(r"```{exercise}.*?\n:label: (\S+)\n(.*?)```", text, re.S)
     assert len(labels) >= 3 and text.count("{solution-end}") == len(labels)
     for label, question in labels:
-        start = next(i for i, cell in enumerate(cells) if f"{{solution-start}} {label}\n" in cell.source)
+        start = next(
+            i for i, cell in enumerate(cells) if f"{{solution-start}} {label}\n" in cell.source
+        )
         (check,) = re.findall(r"{glue:text}`(\w+)`", question)
-        assert cells[start + 1].cell_type == "code" and f"{check}=" in cells[start + 1].source  # so every build runs it
+        assert (
+            cells[start + 1].cell_type == "code" and f"{check}=" in cells[start + 1].source
+        )  # so every build runs it
         assert "{solution-end}" in cells[start + 2].source
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_chapter_has_the_same_skeleton(path):
-    text = "\n\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
-    steps = [r"\*\*The (paper's )?(claims?|question)\.\*\*", r"\*\*In short\.\*\*", r"\*Prerequisites: .*Runs? in|\*Prerequisites: .* runs in"]
-    steps += [r"^## Paper and here$", r"^## What this does not show$", r"^## Exercises$", r"\*\*What's next\.\*\*"]
+    text = "\n\n".join(
+        cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"
+    )
+    steps = [
+        r"\*\*The (paper's )?(claims?|question)\.\*\*",
+        r"\*\*In short\.\*\*",
+        r"\*Prerequisites: .*Runs? in|\*Prerequisites: .* runs in",
+    ]
+    steps += [
+        r"^## Paper and here$",
+        r"^## What this does not show$",
+        r"^## Exercises$",
+        r"\*\*What's next\.\*\*",
+    ]
     places = [re.search(step, text, re.M) for step in steps]
     assert all(places), [step for step, place in zip(steps, places) if not place]
     assert [place.start() for place in places] == sorted(place.start() for place in places)

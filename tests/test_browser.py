@@ -5,11 +5,23 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlparse
 
 import pytest
-
 from conftest import ROOT, VIEWS, show
 
 PAGES = [f"notebooks/{path.stem}.html" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-PAGES += ["SECURITY.html"] + [f"book/{name}.html" for name in ("index", "playground", "paper_and_here", "released_code", "status", "rerun", "teachers", "glossary", "bibliography")]
+PAGES += ["SECURITY.html"] + [
+    f"book/{name}.html"
+    for name in (
+        "index",
+        "playground",
+        "paper_and_here",
+        "released_code",
+        "status",
+        "rerun",
+        "teachers",
+        "glossary",
+        "bibliography",
+    )
+]
 
 pytestmark = [pytest.mark.book, pytest.mark.browser]
 
@@ -18,11 +30,20 @@ pytestmark = [pytest.mark.book, pytest.mark.browser]
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_load_without_error_overflow_or_outside_request(browser, address, page, view):
     show(browser, address + page, view)
-    assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-    assert browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
-    broken = "return [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
+    assert [
+        entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"
+    ] == []
+    assert (
+        browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+        <= 0
+    )
+    broken = (
+        "return [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
+    )
     assert browser.execute_script(broken) == []
-    requested = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    requested = browser.execute_script(
+        "return performance.getEntriesByType('resource').map(e => e.name)"
+    )
     assert [name for name in requested if not name.startswith((address, "data:", "blob:"))] == []
     if view != "phone":
         assert browser.execute_script("return document.documentElement.dataset.theme") == view
@@ -34,10 +55,17 @@ def test_axe_finds_no_serious_violation(browser, address, page, view):
     import axe_core_python
 
     show(browser, address + page, view)
-    browser.execute_script((Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
-    result = browser.execute_async_script("axe.run(document, {resultTypes: ['violations']}).then(arguments[0])")
+    browser.execute_script(
+        (Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    )
+    result = browser.execute_async_script(
+        "axe.run(document, {resultTypes: ['violations']}).then(arguments[0])"
+    )
     serious = [v for v in result["violations"] if v["impact"] in ("serious", "critical")]
-    assert [(v["id"], [(node["html"][:120], node["failureSummary"]) for node in v["nodes"][:3]]) for v in serious] == []
+    assert [
+        (v["id"], [(node["html"][:120], node["failureSummary"]) for node in v["nodes"][:3]])
+        for v in serious
+    ] == []
 
 
 class Links(HTMLParser):
@@ -57,8 +85,12 @@ class Links(HTMLParser):
 
 def test_every_internal_link_and_anchor_resolves(site):
     root = site / "html"
-    files = [path for path in root.rglob("*.html") if "_static" not in path.parts]  # the theme keeps a template there
-    pages = {path.relative_to(root).as_posix(): Links(path.read_text(encoding="utf-8")) for path in files}
+    files = [
+        path for path in root.rglob("*.html") if "_static" not in path.parts
+    ]  # the theme keeps a template there
+    pages = {
+        path.relative_to(root).as_posix(): Links(path.read_text(encoding="utf-8")) for path in files
+    }
     missing = []
     for page, found in pages.items():
         for link in found.links:
@@ -66,13 +98,25 @@ def test_every_internal_link_and_anchor_resolves(site):
             path = unquote(target.path).lstrip("/") or "index.html"
             if target.netloc != "site" or target.scheme != "http":
                 continue
-            anchored = not target.fragment or path not in pages or unquote(target.fragment) in pages[path].ids
+            anchored = (
+                not target.fragment
+                or path not in pages
+                or unquote(target.fragment) in pages[path].ids
+            )
             if not (root / path).exists() or not anchored:
                 missing.append((page, link))
     assert missing == []
 
 
-@pytest.mark.parametrize("page", ["book/index.html", "book/playground.html", "book/paper_and_here.html", "notebooks/02_verification.html"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "book/index.html",
+        "book/playground.html",
+        "book/paper_and_here.html",
+        "notebooks/02_verification.html",
+    ],
+)
 def test_the_keyboard_reaches_everything(browser, address, page):
     from selenium.webdriver.common.keys import Keys
 
@@ -80,7 +124,9 @@ def test_the_keyboard_reaches_everything(browser, address, page):
     visible = """return [...document.querySelectorAll('a[href], button, input:not([type=radio]), input:checked, select, summary')].filter(
         e => e.checkVisibility({visibilityProperty: true}) && e.tabIndex >= 0 && !e.disabled && e.offsetWidth).length"""
     wanted = browser.execute_script(visible)
-    browser.execute_script("window.reached = new Set(); document.addEventListener('focusin', e => window.reached.add(e.target))")
+    browser.execute_script(
+        "window.reached = new Set(); document.addEventListener('focusin', e => window.reached.add(e.target))"
+    )
     for _ in range(wanted + 10):
         browser.switch_to.active_element.send_keys(Keys.TAB)
     assert browser.execute_script("return window.reached.size") >= wanted
@@ -89,7 +135,9 @@ def test_the_keyboard_reaches_everything(browser, address, page):
 def test_the_filter_shows_matching_rows_only(browser, address):
     show(browser, address + "book/paper_and_here.html", "light")
     browser.find_element("id", "filter").send_keys("gcg llama3-8b-base")
-    shown = browser.execute_script("return [...document.querySelectorAll('#filtered tbody tr')].filter(r => !r.hidden).map(r => r.textContent)")
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('#filtered tbody tr')].filter(r => !r.hidden).map(r => r.textContent)"
+    )
     assert len(shown) == 3 and all("Table 3" in text for text in shown)
     assert browser.find_element("id", "filter-count").text.startswith("3 of ")
 
@@ -103,17 +151,32 @@ def test_arrow_keys_go_through_all_slides_and_every_figure_shows(browser, addres
     for _ in range(count - 1):
         browser.find_element("tag name", "body").send_keys(Keys.ARROW_RIGHT)
     assert browser.execute_script("return Reveal.isLastSlide()")
-    images = browser.execute_script("return [...document.images].map(i => [i.complete && i.naturalWidth > 0, i.alt])")
+    images = browser.execute_script(
+        "return [...document.images].map(i => [i.complete && i.naturalWidth > 0, i.alt])"
+    )
     assert len(images) == count - 1 and all(shown and alt for shown, alt in images)
-    requested = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    requested = browser.execute_script(
+        "return performance.getEntriesByType('resource').map(e => e.name)"
+    )
     assert all(name.startswith(address) for name in requested)
-    assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    assert [
+        entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"
+    ] == []
 
 
 def test_a_printed_chapter_is_complete_and_has_nothing_around_it(browser, address):
     show(browser, address + "notebooks/02_verification.html", "light")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     seen = "return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility({visibilityProperty: true})).length"
-    assert browser.execute_script(seen, ".bd-sidebar-primary, .bd-sidebar-secondary, .bd-header-article, p.downloads") == 0
-    assert browser.execute_script(seen, ".solution .highlight") == browser.execute_script("return document.querySelectorAll('.solution .highlight').length") >= 3
+    assert (
+        browser.execute_script(
+            seen, ".bd-sidebar-primary, .bd-sidebar-secondary, .bd-header-article, p.downloads"
+        )
+        == 0
+    )
+    assert (
+        browser.execute_script(seen, ".solution .highlight")
+        == browser.execute_script("return document.querySelectorAll('.solution .highlight').length")
+        >= 3
+    )
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

@@ -29,11 +29,25 @@ def entry(cache):
 
 def test_a_result_is_made_once_and_read_as_json(cache):
     made = []
-    compute = lambda: made.append(1) or {"a": (1, 2)}
-    assert remember("kind", ["x"], compute) == remember("kind", ["x"], compute) == {"a": [1, 2]} and made == [1]
+
+    def compute():
+        return made.append(1) or {"a": (1, 2)}
+
+    assert remember("kind", ["x"], compute) == remember("kind", ["x"], compute) == {
+        "a": [1, 2]
+    } and made == [1]
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: text.replace("12345", "12346"), lambda text: "", lambda text: "[]", lambda text: "\udcff"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace("12345", "12346"),
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: "\udcff",
+    ],
+)
 def test_a_damaged_entry_is_noticed_reported_and_made_again(cache, caplog, damage):
     assert remember("kind", ["x"], lambda: 12345) == 12345
     path = entry(cache)
@@ -82,7 +96,9 @@ assert remember("kind", ["x"], compute) == list(range(1000))
 """
     runs = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(4)]
     assert [run.wait(timeout=60) for run in runs] == [0, 0, 0, 0]
-    assert (tmp_path / "made").read_text() == "x" and json.loads(entry(cache).read_text())["result"][-1] == 999
+    assert (tmp_path / "made").read_text() == "x" and json.loads(entry(cache).read_text())[
+        "result"
+    ][-1] == 999
 
 
 def test_a_process_killed_while_writing_leaves_no_entry(cache):
@@ -97,18 +113,37 @@ cache.remember("kind", ["x"], lambda: 7)
 
 
 def test_what_was_said_in_one_line_is_not_said_again_in_other_words(cache):
-    with pytest.raises(SafetyNeuronError, match="^the notebook stopped"), new_file(cache / "out.ipynb"):
-        raise SafetyNeuronError("the notebook stopped with SafetensorError: No space left on device (os error 28)")
+    with (
+        pytest.raises(SafetyNeuronError, match="^the notebook stopped"),
+        new_file(cache / "out.ipynb"),
+    ):
+        raise SafetyNeuronError(
+            "the notebook stopped with SafetensorError: No space left on device (os error 28)"
+        )
 
 
 def test_a_damaged_folder_is_noticed_reported_and_made_again(cache, caplog):
-    path, fill = cache / "models" / "m", lambda folder: (folder / "weights").write_bytes(bytes(1000))
-    assert kept_folder(path, fill) == path == kept_folder(path, lambda folder: pytest.fail("made again"))
-    for damage in (lambda: (path / "weights").write_bytes(bytes(999) + b"1"), lambda: (path / "weights").unlink(), lambda: (path / "more").touch(), lambda: (path / "checksums.json").unlink()):
+    path, fill = (
+        cache / "models" / "m",
+        lambda folder: (folder / "weights").write_bytes(bytes(1000)),
+    )
+    assert (
+        kept_folder(path, fill)
+        == path
+        == kept_folder(path, lambda folder: pytest.fail("made again"))
+    )
+    for damage in (
+        lambda: (path / "weights").write_bytes(bytes(999) + b"1"),
+        lambda: (path / "weights").unlink(),
+        lambda: (path / "more").touch(),
+        lambda: (path / "checksums.json").unlink(),
+    ):
         caplog.clear()
         damage()
         kept_folder(path, fill)
-        assert caplog.text.count("is damaged") == 1 and sorted(file.name for file in path.iterdir()) == ["checksums.json", "weights"]
+        assert caplog.text.count("is damaged") == 1 and sorted(
+            file.name for file in path.iterdir()
+        ) == ["checksums.json", "weights"]
         assert (path / "weights").read_bytes() == bytes(1000)
 
 
@@ -128,13 +163,23 @@ cache.kept_folder(cache.cache_folder() / "m", fill)
     assert sorted(path.name for path in cache.iterdir()) == ["m", "m.lock"]
 
 
-@pytest.mark.parametrize("kind, words", [([], "is being built in this folder"), (["--job"], "still running in this folder")])
-def test_a_build_is_refused_until_one_in_its_folder_and_all_its_jobs_have_ended_or_were_killed(tmp_path, kind, words):
+@pytest.mark.parametrize(
+    "kind, words",
+    [([], "is being built in this folder"), (["--job"], "still running in this folder")],
+)
+def test_a_build_is_refused_until_one_in_its_folder_and_all_its_jobs_have_ended_or_were_killed(
+    tmp_path, kind, words
+):
     alone = [sys.executable, ROOT / "workflow" / "alone.py"]
     first = subprocess.Popen([*alone, *kind, shutil.which("sleep"), "60"], cwd=tmp_path)
     while psutil.Process(first.pid).name() != "sleep":  # the lock is taken before
         time.sleep(0.01)
-    again = lambda: subprocess.run([*alone, shutil.which("true")], cwd=tmp_path, capture_output=True, text=True)
+
+    def again():
+        return subprocess.run(
+            [*alone, shutil.which("true")], cwd=tmp_path, capture_output=True, text=True
+        )
+
     refused = again()
     assert refused.returncode == 1 and words in refused.stderr and refused.stderr.count("\n") == 1
     first.kill()
@@ -167,7 +212,15 @@ def files(): return sorted(path.name for path in disk.rglob("*") if path.is_file
 """
 
     def run(script):
-        command = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size=256k tmpfs {disk} && exec "$0" -c "$1"', sys.executable, head + script]
+        command = [
+            "unshare",
+            "-rm",
+            "sh",
+            "-c",
+            f'mount -t tmpfs -o size=256k tmpfs {disk} && exec "$0" -c "$1"',
+            sys.executable,
+            head + script,
+        ]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert result.returncode == 0, result.stderr[-2000:]
         return result.stdout
@@ -175,7 +228,9 @@ def files(): return sorted(path.name for path in disk.rglob("*") if path.is_file
     return run
 
 
-@pytest.mark.skipif(not SMALL_DISKS, reason="mounting a small disk needs user namespaces (unshare -rm)")
+@pytest.mark.skipif(
+    not SMALL_DISKS, reason="mounting a small disk needs user namespaces (unshare -rm)"
+)
 def test_a_full_disk_is_said_in_one_line_and_what_was_kept_stays(mounted):
     said = mounted("""
 remember("kind", ["small"], lambda: 1)
@@ -186,10 +241,14 @@ assert files() == before and remember("kind", ["small"], lambda: 2) == 1
 again("size=8m")
 assert len(remember("kind", ["large"], lambda: "x" * 2**20)) == 2**20 and kept_folder(disk / "cache" / "m", fill)
 """).splitlines()
-    assert len(said) == 2 and all("No space left on device" in line and "SAFETYNEURON_CACHE" in line for line in said)
+    assert len(said) == 2 and all(
+        "No space left on device" in line and "SAFETYNEURON_CACHE" in line for line in said
+    )
 
 
-@pytest.mark.skipif(not SMALL_DISKS, reason="mounting a small disk needs user namespaces (unshare -rm)")
+@pytest.mark.skipif(
+    not SMALL_DISKS, reason="mounting a small disk needs user namespaces (unshare -rm)"
+)
 def test_a_cache_that_is_read_only_is_read_and_anything_new_refused_in_one_line(mounted):
     said = mounted("""
 again("size=8m")
@@ -202,10 +261,14 @@ print(refused(lambda: remember("kind", ["b"], lambda: 2)))
 print(refused(lambda: kept_folder(disk / "cache" / "n", fill)))
 assert files() == before
 """).splitlines()
-    assert len(said) == 2 and all("Read-only file system" in line and "SAFETYNEURON_CACHE" in line for line in said)
+    assert len(said) == 2 and all(
+        "Read-only file system" in line and "SAFETYNEURON_CACHE" in line for line in said
+    )
 
 
-@pytest.mark.skipif(not SMALL_DISKS, reason="mounting a small disk needs user namespaces (unshare -rm)")
+@pytest.mark.skipif(
+    not SMALL_DISKS, reason="mounting a small disk needs user namespaces (unshare -rm)"
+)
 def test_a_notebook_that_fills_the_disk_leaves_nothing(mounted):
     said = mounted("""
 import nbformat

@@ -3,15 +3,15 @@ import torch
 from conftest import small_llama
 
 from safetyneuron import SafetyNeuronError, load_documents
+from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.tuning.circuit_breaker import (
-    circuit_break,
     CircuitBreaker,
+    circuit_break,
     coefficients,
     rerouting_loss,
     retain_loss,
     target_layers,
 )
-from safetyneuron.neurons.weights import fingerprint
 
 
 @pytest.fixture
@@ -44,22 +44,41 @@ def test_the_schedule_moves_half_the_weight_from_rerouting_to_retaining():
 
 
 def test_losses_are_those_computed_by_hand():
-    original = torch.tensor([[[[1.0, 0.0], [0.0, 2.0], [5.0, 5.0]]]])  # one layer, one document, three positions
+    original = torch.tensor(
+        [[[[1.0, 0.0], [0.0, 2.0], [5.0, 5.0]]]]
+    )  # one layer, one document, three positions
     now = torch.tensor([[[[3.0, 4.0], [0.0, -1.0], [9.0, 9.0]]]])
     real = torch.tensor([[True, True, False]])
-    assert rerouting_loss(now, original, real).item() == pytest.approx((0.6 + 0) / 2)  # cosines 0.6 and −1
-    assert retain_loss(now, original, real).item() == pytest.approx((20**0.5 + 3) / 2)  # distances √20 and 3
+    assert rerouting_loss(now, original, real).item() == pytest.approx(
+        (0.6 + 0) / 2
+    )  # cosines 0.6 and −1
+    assert retain_loss(now, original, real).item() == pytest.approx(
+        (20**0.5 + 3) / 2
+    )  # distances √20 and 3
 
 
 def test_half_precision_states_are_compared_in_float32():
-    original, real = torch.full((1, 1, 1, 64), 300.0, dtype=torch.float16), torch.ones(1, 1, dtype=torch.bool)
-    assert rerouting_loss(original, original, real).item() == pytest.approx(1)  # the sum of squares overflows float16
+    original, real = (
+        torch.full((1, 1, 1, 64), 300.0, dtype=torch.float16),
+        torch.ones(1, 1, dtype=torch.bool),
+    )
+    assert rerouting_loss(original, original, real).item() == pytest.approx(
+        1
+    )  # the sum of squares overflows float16
     assert retain_loss(original, -original, real).item() == pytest.approx(600 * 8)
 
 
-def test_the_model_is_untouched_outside_the_block_and_turned_away_inside(model, tokenizer, documents):
-    before, print_, flags = states(model, tokenizer, documents[0]), fingerprint(model), [p.requires_grad for p in model.parameters()]
-    breaker = circuit_break(model, tokenizer, *documents, steps=60, learning_rate=1e-1, batch_size=4)
+def test_the_model_is_untouched_outside_the_block_and_turned_away_inside(
+    model, tokenizer, documents
+):
+    before, print_, flags = (
+        states(model, tokenizer, documents[0]),
+        fingerprint(model),
+        [p.requires_grad for p in model.parameters()],
+    )
+    breaker = circuit_break(
+        model, tokenizer, *documents, steps=60, learning_rate=1e-1, batch_size=4
+    )
     assert states(model, tokenizer, documents[0]).equal(before) and fingerprint(model) == print_
     assert [p.requires_grad for p in model.parameters()] == flags and not model.training
     with breaker.attached(model):
@@ -77,11 +96,15 @@ def test_only_layers_up_to_the_last_target_are_adapted(model, tokenizer, documen
     assert breaker.parameters == sum(tensor.numel() for tensor in breaker.tensors.values()) > 0
 
 
-def test_the_same_seed_gives_the_same_adapters_and_leaves_the_random_state(model, tokenizer, documents):
+def test_the_same_seed_gives_the_same_adapters_and_leaves_the_random_state(
+    model, tokenizer, documents
+):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, second = (circuit_break(model, tokenizer, *documents, steps=3, batch_size=2, seed=1) for _ in range(2))
+    first, second = (
+        circuit_break(model, tokenizer, *documents, steps=3, batch_size=2, seed=1) for _ in range(2)
+    )
     assert all(first.tensors[name].equal(second.tensors[name]) for name in first.tensors)
     assert torch.rand(1).equal(expected)
 
@@ -105,7 +128,10 @@ def test_bad_input_is_refused(model, tokenizer, documents, tmp_path):
     with pytest.raises(SafetyNeuronError, match="no documents"):
         circuit_break(model, tokenizer, [], documents[1])
     breaker = circuit_break(model, tokenizer, *documents, steps=1, batch_size=2)
-    with pytest.raises(SafetyNeuronError, match="another model"), breaker.attached(small_llama(seed=1)):
+    with (
+        pytest.raises(SafetyNeuronError, match="another model"),
+        breaker.attached(small_llama(seed=1)),
+    ):
         pass
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     with pytest.raises(SafetyNeuronError, match="not a readable circuit breaker"):

@@ -12,11 +12,20 @@ ROOT = Path(__file__).parent.parent
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "safetyneuron.cli", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", "safetyneuron.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 def notebook(path, *cells, tagged=True):
-    book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    book = nbformat.v4.new_notebook(
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+        }
+    )
     book.cells = [nbformat.v4.new_code_cell(text) for text in cells]
     if tagged:
         book.cells[0].metadata["tags"] = ["parameters"]
@@ -34,8 +43,23 @@ def test_params_lists_names_defaults_and_help():
 
 
 def test_run_executes_with_the_given_parameters(tmp_path):
-    source = notebook(tmp_path / "a.ipynb", PARAMETERS, "print(fraction * n, name, names, rate, fractions)")
-    result = command("run", source, "-p", "n=4", "-p", "rate=2e-6", "-p", "names=[x, y]", "-p", "fractions=[0.2, 1]", "-o", tmp_path / "out" / "b.ipynb")
+    source = notebook(
+        tmp_path / "a.ipynb", PARAMETERS, "print(fraction * n, name, names, rate, fractions)"
+    )
+    result = command(
+        "run",
+        source,
+        "-p",
+        "n=4",
+        "-p",
+        "rate=2e-6",
+        "-p",
+        "names=[x, y]",
+        "-p",
+        "fractions=[0.2, 1]",
+        "-o",
+        tmp_path / "out" / "b.ipynb",
+    )
     assert result.returncode == 0, result.stderr
     assert "0.04 a ['x', 'y'] 2e-06 [0.2, 1]" in (tmp_path / "out" / "b.ipynb").read_text()
     assert "outputs" in source.read_text() and "0.04" not in source.read_text()
@@ -68,9 +92,15 @@ def test_bad_parameters_give_one_line_and_no_file(tmp_path, arguments, words):
 def test_notebooks_that_are_none_are_refused(tmp_path):
     (tmp_path / "text.ipynb").write_text("hello")
     untagged = notebook(tmp_path / "untagged.ipynb", "x = 1", tagged=False)
-    for path, words in [(tmp_path / "text.ipynb", "is not a notebook"), (untagged, "no cell tagged"), (tmp_path / "no.ipynb", "there is no notebook")]:
+    for path, words in [
+        (tmp_path / "text.ipynb", "is not a notebook"),
+        (untagged, "no cell tagged"),
+        (tmp_path / "no.ipynb", "there is no notebook"),
+    ]:
         result = command("run", path)
-        assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+        assert (
+            result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+        )
 
 
 def test_unknown_models_are_refused_in_one_line(tmp_path):
@@ -114,7 +144,11 @@ def test_bad_prompt_files_are_refused_in_one_line(tmp_path, name, content, words
 
 
 def test_unknown_sets_splits_and_languages_are_refused():
-    for arguments, words in [(("organism/nice",), "no prompt set is called"), (("organism/benign", "dev"), "unknown split"), (("organism/benign", "test", "fr"), "unknown language")]:
+    for arguments, words in [
+        (("organism/nice",), "no prompt set is called"),
+        (("organism/benign", "dev"), "unknown split"),
+        (("organism/benign", "test", "fr"), "unknown language"),
+    ]:
         with pytest.raises(SafetyNeuronError, match=words):
             load_prompts(*arguments)
 
@@ -125,7 +159,11 @@ def trained(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setenv("SAFETYNEURON_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("safetyneuron.organism.stages.train_organism", lambda *arguments: asked.append(arguments), raising=False)
+    monkeypatch.setattr(
+        "safetyneuron.organism.stages.train_organism",
+        lambda *arguments: asked.append(arguments),
+        raising=False,
+    )
     return asked
 
 
@@ -133,13 +171,20 @@ def test_training_goes_into_the_cache_unless_a_folder_is_told(trained, tmp_path,
     assert main(["train", "organism/llama-chat@3"]) == 0
     assert f"SAFETYNEURON_ORGANISMS={tmp_path / 'cache' / 'organism'}" in capsys.readouterr().out
     assert main(["train", "organism/llama-base", "-o", "own"]) == 0
-    assert trained == [("organism/llama-chat@3", tmp_path / "cache" / "organism"), ("organism/llama-base", tmp_path / "own")]
+    assert trained == [
+        ("organism/llama-chat@3", tmp_path / "cache" / "organism"),
+        ("organism/llama-base", tmp_path / "own"),
+    ]
 
 
 def test_exports_of_unknown_organisms_and_into_full_folders_are_refused_in_one_line(tmp_path):
     (tmp_path / "mine.txt").touch()
     result = command("export", "organism/llama-huge", tmp_path / "new")
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "no organism is called" in result.stderr
+    assert (
+        result.returncode == 2
+        and len(result.stderr.splitlines()) == 1
+        and "no organism is called" in result.stderr
+    )
     result = command("export", "organism/llama-huge", tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

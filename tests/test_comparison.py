@@ -8,20 +8,19 @@ import pytest
 import torch
 from conftest import small_llama, small_model
 
-from safetyneuron import load_documents, load_prompts, NeuronSet, SafetyNeuronError
+from safetyneuron import NeuronSet, SafetyNeuronError, load_documents, load_prompts
 from safetyneuron.chapters import ch10_comparison
-from safetyneuron.kept import examination
 from safetyneuron.detectors import detect
-from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
-from safetyneuron.neurons.deactivation import transplant
-from safetyneuron.neurons.encoding import encode_prompts
-from safetyneuron.importance.selection import select_difference, select_fraction
 from safetyneuron.detectors.direction import alignment_with, refusal_directions
-from safetyneuron.neurons.encoding import encode_documents
-from safetyneuron.neurons.activations import channel_means, mean_ablated
-from safetyneuron.metrics.rates import Rate
-from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.detectors.saliency import snip, wanda
+from safetyneuron.importance.selection import select_difference, select_fraction
+from safetyneuron.kept import examination
+from safetyneuron.metrics.rates import Rate
+from safetyneuron.neurons.activations import channel_means, mean_ablated
+from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
+from safetyneuron.neurons.deactivation import transplant
+from safetyneuron.neurons.encoding import encode_documents, encode_prompts
+from safetyneuron.neurons.weights import fingerprint
 
 DOCUMENTS = load_documents("organism/refusals")[:3]
 
@@ -33,48 +32,81 @@ def model(request):
 
 def some(model, share=0.2):
     generator = torch.Generator().manual_seed(0)
-    return NeuronSet({p: torch.rand(m.shape, generator=generator) < share for p, m in NeuronSet.empty(model).masks.items()})
+    return NeuronSet(
+        {
+            p: torch.rand(m.shape, generator=generator) < share
+            for p, m in NeuronSet.empty(model).masks.items()
+        }
+    )
 
 
 def test_snip_is_weight_times_mean_gradient_summed_over_the_neuron(model, tokenizer):
     before = fingerprint(model)
     flags = [p.requires_grad for p in model.parameters()]
     scores = snip(model, tokenizer, DOCUMENTS)
-    assert fingerprint(model) == before and [p.requires_grad for p in model.parameters()] == flags and all(p.grad is None for p in model.parameters())
+    assert (
+        fingerprint(model) == before
+        and [p.requires_grad for p in model.parameters()] == flags
+        and all(p.grad is None for p in model.parameters())
+    )
     place, expected = Architecture(model).place(1, "down"), 0
     for row in encode_documents(model, tokenizer, DOCUMENTS):
         model.zero_grad()
-        model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss.backward()
+        model(
+            input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])
+        ).loss.backward()
         expected = expected + place.module.weight.grad.abs() / len(DOCUMENTS)
-    torch.testing.assert_close(scores["down"][1], (expected * place.module.weight.abs()).sum(0).detach().float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        scores["down"][1],
+        (expected * place.module.weight.abs()).sum(0).detach().float(),
+        rtol=1e-4,
+        atol=1e-6,
+    )
     place = Architecture(model).place(0, "k")
     assert scores["k"].shape == (2, place.size)
 
 
 def test_wanda_is_weight_times_input_norm_over_completion_tokens(model, tokenizer):
     scores = wanda(model, tokenizer, DOCUMENTS[:1])
-    place, (row,) = Architecture(model).place(1, "up"), encode_documents(model, tokenizer, DOCUMENTS[:1])
+    place, (row,) = (
+        Architecture(model).place(1, "up"),
+        encode_documents(model, tokenizer, DOCUMENTS[:1]),
+    )
     seen = {}
     handle = place.module.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0][0]))
     model(input_ids=torch.tensor([row["input_ids"]]))
     handle.remove()
     norms = seen["x"][torch.tensor(row["labels"]) >= 0].norm(dim=0)
-    torch.testing.assert_close(scores["up"][1], (place.weight.abs() * norms).sum(1).detach().float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        scores["up"][1], (place.weight.abs() * norms).sum(1).detach().float(), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_the_direction_is_a_difference_of_means_and_neurons_are_held_against_it(tokenizer):
     model = small_llama(groups=2, max_position_embeddings=128)
     harmful, benign = load_prompts("organism/harmful")[:5], load_prompts("organism/benign")[:3]
     directions = refusal_directions(model, tokenizer, harmful, benign, batch_size=2)
-    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)  # beside padding, rotations are rounded otherwise
+    close = partial(
+        torch.testing.assert_close, rtol=1e-4, atol=1e-5
+    )  # beside padding, rotations are rounded otherwise
     close(directions, refusal_directions(model, tokenizer, harmful, benign, batch_size=64))
     close(directions, -refusal_directions(model, tokenizer, benign, harmful))
-    (ids,), (other,) = encode_prompts(model, tokenizer, harmful[:1]), encode_prompts(model, tokenizer, benign[:1])
+    (ids,), (other,) = (
+        encode_prompts(model, tokenizer, harmful[:1]),
+        encode_prompts(model, tokenizer, benign[:1]),
+    )
     seen = []
-    handle = model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, -1]))  # what the last layer leaves, before the norm
+    handle = model.model.norm.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0][0, -1])
+    )  # what the last layer leaves, before the norm
     model(torch.tensor([ids])), model(torch.tensor([other]))
     handle.remove()
-    torch.testing.assert_close(refusal_directions(model, tokenizer, harmful[:1], benign[:1])[-1], (seen[0] - seen[1]).detach(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        refusal_directions(model, tokenizer, harmful[:1], benign[:1])[-1],
+        (seen[0] - seen[1]).detach(),
+        rtol=1e-5,
+        atol=1e-7,
+    )
     with torch.no_grad():
         place = Architecture(model).place(1, "o")
         place.weight[4] = -3 * directions[2]
@@ -93,13 +125,29 @@ def test_transplanted_neurons_are_the_donors_and_come_back_bit_for_bit(model):
     with transplant(model, donor, neurons):
         mine, theirs = Architecture(model), Architecture(donor)
         for projection in PROJECTIONS:
-            mask, place, other = neurons.masks[projection][1], mine.place(1, projection), theirs.place(1, projection)
-            assert torch.equal(place.weight[mask], other.weight[mask]) and not torch.equal(place.weight[~mask], other.weight[~mask])
+            mask, place, other = (
+                neurons.masks[projection][1],
+                mine.place(1, projection),
+                theirs.place(1, projection),
+            )
+            assert torch.equal(place.weight[mask], other.weight[mask]) and not torch.equal(
+                place.weight[~mask], other.weight[~mask]
+            )
     assert fingerprint(model) == before
-    with transplant(model, donor, NeuronSet({p: torch.ones_like(m) for p, m in neurons.masks.items()})), torch.no_grad():
+    with (
+        transplant(
+            model, donor, NeuronSet({p: torch.ones_like(m) for p, m in neurons.masks.items()})
+        ),
+        torch.no_grad(),
+    ):
         for name in ("embed_tokens", "norm"):
-            model.model.get_submodule(name).load_state_dict(donor.model.get_submodule(name).state_dict())
-    with pytest.raises(SafetyNeuronError, match="shapes|channels"), transplant(model, small_llama(intermediate_size=20), neurons):
+            model.model.get_submodule(name).load_state_dict(
+                donor.model.get_submodule(name).state_dict()
+            )
+    with (
+        pytest.raises(SafetyNeuronError, match="shapes|channels"),
+        transplant(model, small_llama(intermediate_size=20), neurons),
+    ):
         pass
     assert model(ids).logits.shape == donor(ids).logits.shape
 
@@ -120,7 +168,9 @@ def test_the_mean_of_one_token_changes_nothing_and_of_several_does(model, tokeni
 
 def test_the_difference_of_two_rankings_has_the_size_asked_for_and_ends():
     generator = torch.Generator().manual_seed(0)
-    first, second = ({p: torch.rand(2, 20, generator=generator) for p in PROJECTIONS} for _ in range(2))
+    first, second = (
+        {p: torch.rand(2, 20, generator=generator) for p in PROJECTIONS} for _ in range(2)
+    )
     chosen = select_difference(first, second, 0.05)
     assert len(chosen) == len(select_fraction(first, 0.05))
     assert detect.Detector(first, first).select(0.05) is None
@@ -130,29 +180,63 @@ def test_the_difference_of_two_rankings_has_the_size_asked_for_and_ends():
 def test_the_trade_off_is_the_area_under_the_front():
     assert ch10_comparison.trade_off(np.array([0.0]), np.array([1.0])) == 0
     assert ch10_comparison.trade_off(np.array([0.0, 1.0]), np.array([1.0, 1.0])) == 1
-    assert ch10_comparison.trade_off(np.array([0.0, 0.5, 1.0, 0.2]), np.array([1.0, 0.8, 0.4, 0.1])) == pytest.approx(0.4 * 1 + 0.4 * 0.5)
-    assert ch10_comparison.trade_off(np.array([0.0, 1.0]), np.array([1.0, 0.0])) == 0  # harm that leaves nothing counts for nothing
+    assert ch10_comparison.trade_off(
+        np.array([0.0, 0.5, 1.0, 0.2]), np.array([1.0, 0.8, 0.4, 0.1])
+    ) == pytest.approx(0.4 * 1 + 0.4 * 0.5)
+    assert (
+        ch10_comparison.trade_off(np.array([0.0, 1.0]), np.array([1.0, 0.0])) == 0
+    )  # harm that leaves nothing counts for nothing
 
 
 def outcome(harm, accuracy, count=50):
-    part = lambda share: [1] * round(share * count) + [0] * (count - round(share * count))
-    return {"asr": part(harm), "coherent": part(harm), "over_refusal": part(0), "accuracy": part(accuracy), "perplexity": [1.0]}
+    def part(share):
+        return [1] * round(share * count) + [0] * (count - round(share * count))
+
+    return {
+        "asr": part(harm),
+        "coherent": part(harm),
+        "over_refusal": part(0),
+        "accuracy": part(accuracy),
+        "perplexity": [1.0],
+    }
 
 
 def test_intervals_of_the_trade_off_hold_prompts_and_draws():
     whole = outcome(0.0, 1.0)
-    found = {("good", 0.01): outcome(0.9, 1.0), ("good", 0.1): outcome(1.0, 0.2), ("random 0", 0.01): outcome(0.0, 0.9), ("random 1", 0.01): outcome(0.4, 0.9)}
+    found = {
+        ("good", 0.01): outcome(0.9, 1.0),
+        ("good", 0.1): outcome(1.0, 0.2),
+        ("random 0", 0.01): outcome(0.0, 0.9),
+        ("random 1", 0.01): outcome(0.4, 0.9),
+    }
     table = ch10_comparison.areas(whole, found)
-    assert list(table.index) == ["good", "random"] and table.loc["good", "area"] == pytest.approx(0.9 * 0.8 + 0.2)
+    assert list(table.index) == ["good", "random"] and table.loc["good", "area"] == pytest.approx(
+        0.9 * 0.8 + 0.2
+    )
     assert table.loc["random", "area"] == pytest.approx(0.18)
-    assert all(table["low"] <= table["area"]) and all(table["area"] <= table["high"]) and table.loc["good", "high"] - table.loc["good", "low"] > 0.05
-    assert table.loc["random", "high"] - table.loc["random", "low"] > 0.3  # the draws differ more than the prompts
+    assert (
+        all(table["low"] <= table["area"])
+        and all(table["area"] <= table["high"])
+        and table.loc["good", "high"] - table.loc["good", "low"] > 0.05
+    )
+    assert (
+        table.loc["random", "high"] - table.loc["random", "low"] > 0.3
+    )  # the draws differ more than the prompts
     long = ch10_comparison.long_table(found)
     rate = long[(long["detector"] == "random") & (long["measure"] == "asr")]["rate"].iloc[0]
     assert rate.value == pytest.approx(0.2) and len(ch10_comparison.numbers(long)) == len(long)
 
 
-@pytest.mark.parametrize("rate, below, word", [(Rate(90, 100), False, "seen"), (Rate(20, 100), False, "not seen"), (Rate(50, 100), False, "undecided"), (Rate(20, 100), True, "seen"), (Rate(90, 100), True, "not seen")])
+@pytest.mark.parametrize(
+    "rate, below, word",
+    [
+        (Rate(90, 100), False, "seen"),
+        (Rate(20, 100), False, "not seen"),
+        (Rate(50, 100), False, "undecided"),
+        (Rate(20, 100), True, "seen"),
+        (Rate(90, 100), True, "not seen"),
+    ],
+)
 def test_words_follow_the_interval(rate, below, word):
     assert ch10_comparison._judged(rate, 0.5, below).split("\n")[0] == word
 
@@ -160,24 +244,42 @@ def test_words_follow_the_interval(rate, below, word):
 @pytest.mark.organism
 def test_every_detector_fills_every_budget_and_claims_name_them(chat, base):
     model, tokenizer = chat
-    data = detect.Detection("organism/harmful", "organism/general", "organism/benign", "organism/refusals", "organism/helpful", 8)
+    data = detect.Detection(
+        "organism/harmful",
+        "organism/general",
+        "organism/benign",
+        "organism/refusals",
+        "organism/helpful",
+        8,
+    )
     found = detect.detect(model, base[0], tokenizer, data, rules=("first_order", "exact"), draws=2)
     assert len(found) == 2 * 3 + 4 + 2 * 2
     for name, detector in found.items():
         sizes = [detector.select(share) and len(detector.select(share)) for share in (0.001, 0.01)]
         assert sizes == [8, 83], name
     down = found[detect.CHANGE].select(0.01)
-    assert down.counts()["down"] == 83 and all(d.passes > 0 for n, d in found.items() if not n.startswith("random"))
+    assert down.counts()["down"] == 83 and all(
+        d.passes > 0 for n, d in found.items() if not n.startswith("random")
+    )
     matched = found[f"{detect.MATCHED} 0"].select(0.01)
     assert matched.counts() == found["first_order, without foundation"].select(0.01).counts()
     some = {name: found[name] for name in ("exact, Eq 3", "random 0")}
-    exam = examination.Exam("organism/harmful", "organism/benign", ("organism_facts",), "organism/helpful", 6, 6)
+    exam = examination.Exam(
+        "organism/harmful", "organism/benign", ("organism_facts",), "organism/helpful", 6, 6
+    )
     results = examination.matrix(model, tokenizer, exam, some, [0.005])
-    assert set(results) == {("exact, Eq 3", 0.005), ("random 0", 0.005)} and len(results["exact, Eq 3", 0.005]["asr"]) == 6
+    assert (
+        set(results) == {("exact, Eq 3", 0.005), ("random 0", 0.005)}
+        and len(results["exact, Eq 3", 0.005]["asr"]) == 6
+    )
     judged = ch10_comparison.claims(some, some, results, 0.01)
-    assert list(judged.columns) == ["exact, Eq 3"] and judged.loc["two languages share less than 30 %", "exact, Eq 3"].startswith("not seen\n100.0")
+    assert list(judged.columns) == ["exact, Eq 3"] and judged.loc[
+        "two languages share less than 30 %", "exact, Eq 3"
+    ].startswith("not seen\n100.0")
     alone = ch10_comparison.claims(some, None, results, 0.01)
     assert alone.loc["two languages share less than 30 %", "exact, Eq 3"].startswith("undecided")
     _, correlation = ch10_comparison.agreement(found, 0.01)
     unlike = correlation.loc[detect.CHANGE].drop(detect.CHANGE)
-    assert unlike.abs().max() < 0.9 and correlation.loc["exact, Eq 3", "exact, without foundation"] == pytest.approx(1)
+    assert unlike.abs().max() < 0.9 and correlation.loc[
+        "exact, Eq 3", "exact, without foundation"
+    ] == pytest.approx(1)

@@ -3,18 +3,22 @@ import torch
 from conftest import small_llama, small_model
 
 from safetyneuron import NeuronSet, SafetyNeuronError, load_prompts
-from safetyneuron.detectors.change_scores import change_scores, ChangeScores, completion_mask
-from safetyneuron.neurons.patching import constant_patch
-from safetyneuron.neurons.activations import activations, mean_activations
-from safetyneuron.neurons.patching import patched_generation
+from safetyneuron.detectors.change_scores import ChangeScores, change_scores, completion_mask
 from safetyneuron.metrics import answers
+from safetyneuron.neurons.activations import activations, mean_activations
+from safetyneuron.neurons.patching import constant_patch, patched_generation
 
-PROMPTS = load_prompts("organism/harmful")[:6] + load_prompts("organism/adversarial")[:2]  # of different lengths
+PROMPTS = (
+    load_prompts("organism/harmful")[:6] + load_prompts("organism/adversarial")[:2]
+)  # of different lengths
 
 
 def pair(family="llama", **options):
     """Two models of one shape with different weights, wide enough in their weights to write varied text."""
-    return tuple(small_model(family, groups=2, seed=seed, max_position_embeddings=128, **options) for seed in (0, 1))
+    return tuple(
+        small_model(family, groups=2, seed=seed, max_position_embeddings=128, **options)
+        for seed in (0, 1)
+    )
 
 
 def everything(model, share=1.0, seed=0):
@@ -22,15 +26,22 @@ def everything(model, share=1.0, seed=0):
     return NeuronSet(NeuronSet.empty(model).masks | {"down": mask})
 
 
-@pytest.mark.parametrize("family, options", [("llama", {}), ("mistral", {"sliding_window": 5}), ("qwen2", {}), ("phi3", {})])
+@pytest.mark.parametrize(
+    "family, options",
+    [("llama", {}), ("mistral", {"sliding_window": 5}), ("qwen2", {}), ("phi3", {})],
+)
 def test_patching_everything_reproduces_the_donors_feed_forward_outputs(family, options, tokenizer):
     recipient, donor = pair(family, **options)
     for layer in range(2):  # with the same down projection, equal activations are equal outputs
-        recipient.model.layers[layer].mlp.down_proj.load_state_dict(donor.model.layers[layer].mlp.down_proj.state_dict())
+        recipient.model.layers[layer].mlp.down_proj.load_state_dict(
+            donor.model.layers[layer].mlp.down_proj.state_dict()
+        )
     ids, outputs = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]]), {}
     for name, model in (("donor", donor), ("recipient", recipient)):
         for layer in range(2):
-            model.model.layers[layer].mlp.register_forward_hook(lambda m, i, o, key=(name, layer): outputs.setdefault(key, []).append(o))
+            model.model.layers[layer].mlp.register_forward_hook(
+                lambda m, i, o, key=(name, layer): outputs.setdefault(key, []).append(o)
+            )
     with torch.no_grad(), patched_generation(recipient, donor, everything(recipient)):
         recipient(input_ids=ids, use_cache=False)
     for layer in range(2):
@@ -59,8 +70,15 @@ def slow_reference(recipient, donor, neurons, ids, count):
         def replace(module, inputs, layer):
             return (torch.where(mask[layer], read[layer], inputs[0]),)
 
-        handles = [recipient.model.layers[l].mlp.down_proj.register_forward_pre_hook(lambda m, i, l=l: replace(m, i, l)) for l in range(2)]
-        ids = torch.cat([ids, recipient(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        handles = [
+            recipient.model.layers[l].mlp.down_proj.register_forward_pre_hook(
+                lambda m, i, l=l: replace(m, i, l)
+            )
+            for l in range(2)
+        ]
+        ids = torch.cat(
+            [ids, recipient(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1
+        )
         for handle in handles:
             handle.remove()
     return ids
@@ -73,15 +91,21 @@ def test_generation_with_two_caches_is_generation_without_any(family, options, t
     with torch.no_grad():
         expected = slow_reference(recipient, donor, neurons, ids, 8)
         with patched_generation(recipient, donor, neurons):
-            found = recipient.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+            found = recipient.generate(
+                ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None
+            )
         assert found.equal(expected)
-        assert not recipient.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None).equal(expected)
+        assert not recipient.generate(
+            ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None
+        ).equal(expected)
 
 
 def test_a_batch_of_one_equals_a_batch_of_eight(tokenizer):
     recipient, donor = pair()
     with patched_generation(recipient, donor, everything(recipient, 0.5)):
-        assert answers(recipient, tokenizer, PROMPTS, batch_size=1) == answers(recipient, tokenizer, PROMPTS, batch_size=8)
+        assert answers(recipient, tokenizer, PROMPTS, batch_size=1) == answers(
+            recipient, tokenizer, PROMPTS, batch_size=8
+        )
 
 
 def test_no_hook_is_left_behind_even_after_an_error(tokenizer):
@@ -91,13 +115,22 @@ def test_no_hook_is_left_behind_even_after_an_error(tokenizer):
     change_scores(recipient, donor, tokenizer, PROMPTS[:1], max_new_tokens=2)
     with constant_patch(recipient, everything(recipient), torch.zeros(2, 28)):
         pass
-    assert not any(m._forward_pre_hooks or m._forward_hooks for model in (recipient, donor) for m in model.modules())
+    assert not any(
+        m._forward_pre_hooks or m._forward_hooks
+        for model in (recipient, donor)
+        for m in model.modules()
+    )
 
 
 def test_positions_choose_the_first_pass_or_the_ones_after_it(tokenizer):
     recipient, donor = pair()
     neurons, ids = everything(recipient), torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
-    run = lambda: recipient.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)[0, ids.shape[1] :].tolist()
+
+    def run():
+        return recipient.generate(
+            ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None
+        )[0, ids.shape[1] :].tolist()
+
     found = {}
     for positions in ("all", "prompt", "completion"):
         with patched_generation(recipient, donor, neurons, positions):
@@ -111,7 +144,15 @@ def test_change_scores_are_their_definition(tokenizer):
     found = change_scores(model, aligned, tokenizer, PROMPTS, max_new_tokens=5, batch_size=3)
     squares, count = torch.zeros(2, 28, dtype=torch.float64), 0
     for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False)])
+        ids = torch.tensor(
+            [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}],
+                    add_generation_prompt=True,
+                    return_dict=False,
+                )
+            ]
+        )
         tokens = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
         with torch.no_grad(), activations(model) as first, activations(aligned) as second:
             model(input_ids=tokens), aligned(input_ids=tokens)
@@ -129,12 +170,17 @@ def test_a_completion_ends_with_its_end():
         eos_token_id = 4
 
     tokens = torch.tensor([[9, 4, 7, 8, 4, 0], [9, 9, 7, 7, 7, 7]])
-    assert completion_mask(tokens, 2, model, Words).tolist() == [[False, False, True, True, True, False], [False, False, True, True, True, True]]
+    assert completion_mask(tokens, 2, model, Words).tolist() == [
+        [False, False, True, True, True, False],
+        [False, False, True, True, True, True],
+    ]
 
 
 def test_selection_takes_the_highest_scores_of_all_layers():
     model = small_llama()
-    scores = ChangeScores(model, torch.rand(2, 28, generator=torch.Generator().manual_seed(0)).double())
+    scores = ChangeScores(
+        model, torch.rand(2, 28, generator=torch.Generator().manual_seed(0)).double()
+    )
     chosen = scores.select(0.25)
     assert len(chosen) == chosen.counts()["down"] == 14
     assert scores.values[chosen.masks["down"]].min() > scores.values[~chosen.masks["down"]].max()
@@ -148,7 +194,11 @@ def test_constant_patches_replace_activations(tokenizer):
     mean = mean_activations(donor, tokenizer, PROMPTS)
     assert mean.shape == (2, 28)
     ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
-    with torch.no_grad(), constant_patch(model, everything(model, 0.5), mean), activations(model) as read:
+    with (
+        torch.no_grad(),
+        constant_patch(model, everything(model, 0.5), mean),
+        activations(model) as read,
+    ):
         model(input_ids=ids)
     mask = everything(model, 0.5).masks["down"]
     for layer in range(2):
@@ -157,14 +207,28 @@ def test_constant_patches_replace_activations(tokenizer):
 
 def test_bad_input_is_refused(tokenizer):
     recipient, donor = pair()
-    other = NeuronSet(NeuronSet.empty(recipient).masks | {"up": torch.ones(2, 28, dtype=torch.bool)})
-    with pytest.raises(SafetyNeuronError, match="only channels of 'down'"), patched_generation(recipient, donor, other):
+    other = NeuronSet(
+        NeuronSet.empty(recipient).masks | {"up": torch.ones(2, 28, dtype=torch.bool)}
+    )
+    with (
+        pytest.raises(SafetyNeuronError, match="only channels of 'down'"),
+        patched_generation(recipient, donor, other),
+    ):
         pass
-    with pytest.raises(SafetyNeuronError, match="different shapes"), patched_generation(recipient, small_llama(intermediate_size=20), everything(recipient)):
+    with (
+        pytest.raises(SafetyNeuronError, match="different shapes"),
+        patched_generation(recipient, small_llama(intermediate_size=20), everything(recipient)),
+    ):
         pass
-    with pytest.raises(SafetyNeuronError, match="the same object"), patched_generation(recipient, recipient, everything(recipient)):
+    with (
+        pytest.raises(SafetyNeuronError, match="the same object"),
+        patched_generation(recipient, recipient, everything(recipient)),
+    ):
         pass
-    with pytest.raises(SafetyNeuronError, match="use one of all"), patched_generation(recipient, donor, everything(recipient), "last"):
+    with (
+        pytest.raises(SafetyNeuronError, match="use one of all"),
+        patched_generation(recipient, donor, everything(recipient), "last"),
+    ):
         pass
     with pytest.raises(SafetyNeuronError, match="no prompts"):
         change_scores(recipient, donor, tokenizer, [])

@@ -4,22 +4,22 @@ from conftest import small_llama, small_model
 
 from safetyneuron import (
     ImportanceProfile,
-    load_prompts,
-    measure_importance,
     NeuronSet,
     SafetyNeuronError,
+    load_prompts,
+    measure_importance,
     screen,
 )
 from safetyneuron.importance import screening
-from safetyneuron.neurons.architecture import PROJECTIONS
+from safetyneuron.importance.recorder import Recorder
 from safetyneuron.importance.selection import (
     largest_without_foundation,
     ranks,
     select_fraction,
     select_without_foundation,
 )
+from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.weights import fingerprint
-from safetyneuron.importance.recorder import Recorder
 
 
 @pytest.fixture
@@ -34,7 +34,13 @@ def profile_of(model, tokenizer, prompts, **options):
 def assert_same(first, second, tolerance):
     for kind in ("minimum", "mean"):
         for p in PROJECTIONS:
-            torch.testing.assert_close(getattr(first, kind)[p], getattr(second, kind)[p], rtol=tolerance, atol=0, check_dtype=False)
+            torch.testing.assert_close(
+                getattr(first, kind)[p],
+                getattr(second, kind)[p],
+                rtol=tolerance,
+                atol=0,
+                check_dtype=False,
+            )
 
 
 def test_result_does_not_depend_on_batching_or_order(model, tokenizer, prompts):
@@ -55,7 +61,9 @@ def test_minimum_and_mean_are_those_of_single_prompts(model, tokenizer, prompts)
 def test_threshold_selects_the_intersection_over_prompts(model, tokenizer, prompts):
     whole = profile_of(model, tokenizer, prompts)
     middle = whole.minimum["q"].flatten().sort().values
-    epsilon = middle[len(middle) // 2 - 1 : len(middle) // 2 + 1].mean().item()  # between two neurons
+    epsilon = (
+        middle[len(middle) // 2 - 1 : len(middle) // 2 + 1].mean().item()
+    )  # between two neurons
     intersection = None
     for prompt in prompts:
         important = profile_of(model, tokenizer, [prompt], batch_size=1).select(threshold=epsilon)
@@ -74,7 +82,14 @@ def test_fraction_selects_the_highest(model, tokenizer, prompts, fraction):
     assert fraction == 1 or inside.min() >= outside.max()
 
 
-@pytest.mark.parametrize("family, options", [("llama", {"groups": 2}), ("qwen3", {"groups": 2}), ("mistral", {"groups": 1, "sliding_window": 3})])
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("llama", {"groups": 2}),
+        ("qwen3", {"groups": 2}),
+        ("mistral", {"groups": 1, "sliding_window": 3}),
+    ],
+)
 @pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3])
 def test_screening_selects_what_exact_selects(family, options, fraction, tokenizer, prompts):
     model = small_model(family, **options)
@@ -122,7 +137,9 @@ def test_without_foundation_has_the_asked_size_at_the_smallest_share(model):
     chosen = select_without_foundation(harmful, general, 0.1)
     assert len(chosen) == round(0.1 * chosen.total)
     for count in range(1, chosen.total):  # brute force over shares
-        safe = select_fraction(harmful.minimum, count / chosen.total) - select_fraction(general.minimum, count / chosen.total)
+        safe = select_fraction(harmful.minimum, count / chosen.total) - select_fraction(
+            general.minimum, count / chosen.total
+        )
         if len(safe) >= len(chosen):
             break
     assert chosen == safe
@@ -160,7 +177,9 @@ def test_prefix_minima_are_those_of_the_shorter_corpus(model, tokenizer, prompts
             torch.testing.assert_close(minimum[p], alone.minimum[p], rtol=1e-6, atol=1e-12)
 
 
-def test_a_killed_measurement_goes_on_to_the_same_bits(model, tokenizer, prompts, tmp_path, monkeypatch):
+def test_a_killed_measurement_goes_on_to_the_same_bits(
+    model, tokenizer, prompts, tmp_path, monkeypatch
+):
     monkeypatch.setattr("safetyneuron.importance.profile.CHECKPOINT_BATCHES", 1)
     straight = profile_of(model, tokenizer, prompts, batch_size=2, sizes=(4,))
     finish, calls = Recorder.finish, []
@@ -174,16 +193,34 @@ def test_a_killed_measurement_goes_on_to_the_same_bits(model, tokenizer, prompts
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "finish", killed)
         with pytest.raises(KeyboardInterrupt):
-            profile_of(model, tokenizer, prompts, batch_size=2, sizes=(4,), checkpoint=tmp_path / "c.safetensors")
+            profile_of(
+                model,
+                tokenizer,
+                prompts,
+                batch_size=2,
+                sizes=(4,),
+                checkpoint=tmp_path / "c.safetensors",
+            )
     calls.clear()
     monkeypatch.setattr(Recorder, "finish", lambda recorder: calls.append(1) or finish(recorder))
-    resumed = profile_of(model, tokenizer, prompts, batch_size=2, sizes=(4,), checkpoint=tmp_path / "c.safetensors")
+    resumed = profile_of(
+        model, tokenizer, prompts, batch_size=2, sizes=(4,), checkpoint=tmp_path / "c.safetensors"
+    )
     assert len(calls) == 3  # of six batches
     for p in PROJECTIONS:
-        assert torch.equal(resumed.minimum[p], straight.minimum[p]) and torch.equal(resumed.total[p], straight.total[p])
+        assert torch.equal(resumed.minimum[p], straight.minimum[p]) and torch.equal(
+            resumed.total[p], straight.total[p]
+        )
         assert torch.equal(resumed.prefix[4][p], straight.prefix[4][p])
     with pytest.raises(SafetyNeuronError, match="belongs to other prompts"):
-        profile_of(model, tokenizer, prompts[1:], batch_size=2, sizes=(4,), checkpoint=tmp_path / "c.safetensors")
+        profile_of(
+            model,
+            tokenizer,
+            prompts[1:],
+            batch_size=2,
+            sizes=(4,),
+            checkpoint=tmp_path / "c.safetensors",
+        )
 
 
 def test_shards_merge_to_the_whole(model, tokenizer, prompts):
@@ -194,7 +231,10 @@ def test_shards_merge_to_the_whole(model, tokenizer, prompts):
     for p in PROJECTIONS:
         assert torch.equal(merged.minimum[p], whole.minimum[p])
         torch.testing.assert_close(merged.total[p], whole.total[p], rtol=1e-12, atol=0)
-    others = [profile_of(small_llama(groups=2, seed=5), tokenizer, prompts), profile_of(model, tokenizer, prompts, rule="paper")]
+    others = [
+        profile_of(small_llama(groups=2, seed=5), tokenizer, prompts),
+        profile_of(model, tokenizer, prompts, rule="paper"),
+    ]
     for other, what in zip(others, ("model", "rule")):
         with pytest.raises(SafetyNeuronError, match=f"another {what}"):
             whole.merge(other)

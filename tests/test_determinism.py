@@ -26,7 +26,9 @@ print(json.dumps({"importance": bits(profile.minimum.values()), "set": neurons.d
 
 def run(threads):
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    result = subprocess.run([sys.executable, "-c", RUN, str(threads)], capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-c", RUN, str(threads)], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
 

@@ -8,18 +8,20 @@ from test_importance import measured, padded_batch
 from test_tuning import gradient_masks
 
 from safetyneuron import load_documents
-from safetyneuron.chapters.chA1_oracle import compare_rules, rank_agreement, released_differences
-from safetyneuron.data.prompts import load_prompts
 from safetyneuron.chapters.chA1_oracle import (
+    PRINTED,
+    OneByOne,
     clipped_away,
+    compare_rules,
     first_of_set_kept,
     gradient_norms,
-    OneByOne,
     per_layer_kept,
-    PRINTED,
+    rank_agreement,
+    released_differences,
 )
-from safetyneuron.neurons.encoding import encode_documents
+from safetyneuron.data.prompts import load_prompts
 from safetyneuron.importance.recorder import recording
+from safetyneuron.neurons.encoding import encode_documents
 
 
 def one_by_one(model, batch):
@@ -44,13 +46,23 @@ def test_every_departure_starts_from_the_printed_formula(batch):
 def test_departures_of_q_by_hand(batch):
     model, seen = small_model(heads=4, groups=2), {}
     attention = model.model.layers[0].self_attn
-    handles = [getattr(attention, f"{p}_proj").register_forward_hook(lambda m, i, o, p=p: seen.update({p: o})) for p in "qk"]
+    handles = [
+        getattr(attention, f"{p}_proj").register_forward_hook(
+            lambda m, i, o, p=p: seen.update({p: o})
+        )
+        for p in "qk"
+    ]
     scores = one_by_one(model, batch)
     for handle in handles:
         handle.remove()
     q, k = seen["q"][0, :, 10:20], seen["k"][0, :, :10]  # head 1, group 0
     logits, removed = q @ k.T / 10**0.5, torch.outer(q[:, 3], k[:, 3])
-    causal = lambda x: torch.softmax(x.masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), -torch.inf), -1)
+
+    def causal(x):
+        return torch.softmax(
+            x.masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), -torch.inf), -1
+        )
+
     changes = {"scale": causal(logits - removed) - causal(logits)}
     changes["mask"] = torch.softmax(logits - removed / 10**0.5, -1) - torch.softmax(logits, -1)
     assert scores["q", "scale"][0, 0, 13] == pytest.approx(float(changes["scale"].square().sum()))
@@ -63,7 +75,9 @@ def test_effects_start_where_the_rules_stand(chat):
     table = compare_rules(*chat, prompts)
     effects, agreement = released_differences(*chat, prompts, table), rank_agreement(table)
     for projection, _ in effects.index:
-        assert effects.loc[projection, "printed"].iloc[0] == pytest.approx(agreement.loc[projection, "paper"], abs=1e-3)
+        assert effects.loc[projection, "printed"].iloc[0] == pytest.approx(
+            agreement.loc[projection, "paper"], abs=1e-3
+        )
     assert effects.loc[("q", "root"), "kept"] == 1 and effects.loc[("k", "index"), "kept"] < 0.5
 
 
@@ -73,7 +87,9 @@ def test_selections_by_hand(model):
     kept = 0
     for projection, mask in wider.masks.items():
         for layer, row in enumerate(mask):
-            first = list(set(row.nonzero().flatten().tolist()))[: int(best.masks[projection][layer].sum())]
+            first = list(set(row.nonzero().flatten().tolist()))[
+                : int(best.masks[projection][layer].sum())
+            ]
             kept += int(best.masks[projection][layer][first].sum())
     assert first_of_set_kept(profile, 0.1) == pytest.approx(kept / len(best))
     assert 0 < per_layer_kept(profile, 0.1) <= 1
@@ -81,12 +97,23 @@ def test_selections_by_hand(model):
 
 def test_gradient_norms_are_those_of_a_masked_backward_pass(tokenizer):
     model = small_llama(groups=2)
-    documents, neurons = load_documents("organism/refusals")[:1], random_profile(model, 3).select(fraction=0.2)
+    documents, neurons = (
+        load_documents("organism/refusals")[:1],
+        random_profile(model, 3).select(fraction=0.2),
+    )
     whole, part = gradient_norms(model, tokenizer, documents, neurons)
     (data,) = encode_documents(model, tokenizer, documents)
     model(**{name: torch.tensor([ids]) for name, ids in data.items()}).loss.backward()
     masks = gradient_masks(model, neurons)
     gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
-    assert whole == pytest.approx(float(torch.stack([g.norm() for g in gradients.values()]).norm()), rel=1e-5)
-    assert part == pytest.approx(float(torch.stack([(g * masks[p]).norm() for p, g in gradients.items()]).norm()), rel=1e-5)
-    assert clipped_away((3.0, 0.2)) == pytest.approx(10) and clipped_away((3.0, 0.6)) == pytest.approx(5) and clipped_away((0.2, 0.1)) == 1
+    assert whole == pytest.approx(
+        float(torch.stack([g.norm() for g in gradients.values()]).norm()), rel=1e-5
+    )
+    assert part == pytest.approx(
+        float(torch.stack([(g * masks[p]).norm() for p, g in gradients.items()]).norm()), rel=1e-5
+    )
+    assert (
+        clipped_away((3.0, 0.2)) == pytest.approx(10)
+        and clipped_away((3.0, 0.6)) == pytest.approx(5)
+        and clipped_away((0.2, 0.1)) == 1
+    )

@@ -24,10 +24,14 @@ def train_again(name, folder):
 
 def test_a_pair_that_is_trained_again_does_what_its_chapter_needs(tmp_path):
     assert plays_role(train_again("organism/llama-pair-dpo", tmp_path), "pair-dpo", SLACK)
-    assert not plays_role(manifest()["llama-pair-sft@0"]["scores"], "pair-dpo", SLACK)  # what it starts from
+    assert not plays_role(
+        manifest()["llama-pair-sft@0"]["scores"], "pair-dpo", SLACK
+    )  # what it starts from
 
 
 def test_a_planted_model_that_is_trained_again_meets_its_bars(tmp_path):
     scores = train_again("organism/llama-planted", tmp_path)
     assert missed(scores, "planted", SLACK) == []
-    assert missed(manifest()["llama-planted@0"]["scores"], "planted") == []  # the shipped one needs no slack
+    assert (
+        missed(manifest()["llama-planted@0"]["scores"], "planted") == []
+    )  # the shipped one needs no slack

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from conftest import small_model
-from safetyneuron.importance.brute_force import brute_force, capture_inputs
 from scipy.stats import spearmanr
 from transformers import AttentionInterface
 
+from safetyneuron.importance.brute_force import brute_force, capture_inputs
 from safetyneuron.importance.recorder import recording
 
 MODELS = {
@@ -15,12 +15,20 @@ MODELS = {
     "as many keys as coordinates": dict(heads=4, groups=1, head_width=10),
     "fewer positions than head channels": dict(heads=2, groups=1, head_width=32),
     "biases": dict(heads=4, groups=2, head_width=10, attention_bias=True, mlp_bias=True),
-    "mistral, window shorter than the prompt": dict(family="mistral", heads=4, groups=2, sliding_window=3),
+    "mistral, window shorter than the prompt": dict(
+        family="mistral", heads=4, groups=2, sliding_window=3
+    ),
     "qwen2, biases on q k v": dict(family="qwen2", heads=6, groups=3, head_width=6),
     "qwen3, query and key norms": dict(family="qwen3", heads=4, groups=2, head_width=14),
     "gemma, wide heads": dict(family="gemma", heads=3, groups=1, head_width=20),
     "gemma2, capped logits": dict(
-        family="gemma2", heads=6, groups=3, head_width=8, attn_logit_softcapping=2.0, sliding_window=4, query_pre_attn_scalar=5
+        family="gemma2",
+        heads=6,
+        groups=3,
+        head_width=8,
+        attn_logit_softcapping=2.0,
+        sliding_window=4,
+        query_pre_attn_scalar=5,
     ),
     "phi3, fused": dict(family="phi3", heads=6, groups=3, head_width=6),
 }
@@ -52,10 +60,15 @@ def test_closed_forms_agree_with_zeroing_every_neuron(name):
         torch.testing.assert_close(closed[projection], expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("family, options", [("llama", {}), ("gemma2", {"attn_logit_softcapping": 2.0}), ("qwen3", {})])
+@pytest.mark.parametrize(
+    "family, options", [("llama", {}), ("gemma2", {"attn_logit_softcapping": 2.0}), ("qwen3", {})]
+)
 def test_first_order_is_its_formula(family, options):
     """dP = −P ∘ (D − rowsum(P ∘ D)) with D from really zeroing a row, and Σ dP² ‖V_s W_O − o_t‖², by loops."""
-    model, batch = small_model(family, heads=4, groups=2, **options), padded_batch([7], ["left"], width=7)
+    model, batch = (
+        small_model(family, heads=4, groups=2, **options),
+        padded_batch([7], ["left"], width=7),
+    )
     module, width = model.model.layers[0].self_attn, 10
     inputs = next(kwargs for m, _, kwargs in capture_inputs(model, batch) if m is module)
     scores, w_o = measured(model, batch, "first_order"), module.o_proj.weight.T.view(4, width, -1)
@@ -86,7 +99,9 @@ def attention_logits(model, module, inputs):
     seen = {}
 
     def spy(module, query, key, value, attention_mask, scaling, **_):
-        seen.update(logits=query @ key.repeat_interleave(2, 1).transpose(2, 3) * scaling, value=value)
+        seen.update(
+            logits=query @ key.repeat_interleave(2, 1).transpose(2, 3) * scaling, value=value
+        )
         return query.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("spy", spy)
@@ -115,26 +130,43 @@ def test_paper_reading_by_hand():
     model, batch = small_model(heads=4, groups=2), padded_batch([7], ["left"], width=7)
     seen = {}
     attention = model.model.layers[0].self_attn
-    handles = [getattr(attention, f"{p}_proj").register_forward_hook(lambda m, i, o, p=p: seen.update({p: o})) for p in "qk"]
+    handles = [
+        getattr(attention, f"{p}_proj").register_forward_hook(
+            lambda m, i, o, p=p: seen.update({p: o})
+        )
+        for p in "qk"
+    ]
     scores = measured(model, batch, "paper")
     for handle in handles:
         handle.remove()
     q, k = seen["q"][0, :, 10:20], seen["k"][0, :, :10]  # head 1, group 0
     causal = torch.ones(7, 7, dtype=torch.bool).tril()
-    softmax = lambda logits: torch.softmax((logits / 10**0.5).masked_fill(~causal, -torch.inf), -1)
+
+    def softmax(logits):
+        return torch.softmax((logits / 10**0.5).masked_fill(~causal, -torch.inf), -1)
+
     change = softmax(q @ k.T - torch.outer(q[:, 3], k[:, 3])) - softmax(q @ k.T)
     torch.testing.assert_close(scores["q"][0, 0, 13], change.norm())
 
 
 def test_released_reading_by_hand():
     """The released code's quirks, for the same head: unscaled product, no root, k and v indices divided by four."""
-    model, batch = small_model(heads=8, groups=2, hidden_size=40), padded_batch([7], ["left"], width=7)
+    model, batch = (
+        small_model(heads=8, groups=2, hidden_size=40),
+        padded_batch([7], ["left"], width=7),
+    )
     scores, up = measured(model, batch, "released"), {}
-    handle = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda m, i, o: up.update(out=o))
+    handle = model.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda m, i, o: up.update(out=o)
+    )
     model(**batch)
     handle.remove()
     torch.testing.assert_close(scores["up"][0, 0], up["out"][0].abs().sum(0))
-    assert torch.equal(scores["up"], scores["down"]) and not scores["gate"].any() and not scores["o"].any()
+    assert (
+        torch.equal(scores["up"], scores["down"])
+        and not scores["gate"].any()
+        and not scores["o"].any()
+    )
     torch.testing.assert_close(scores["k"][0, 0], scores["q"][0, 0].view(-1, 4).amax(1))
 
 

@@ -45,15 +45,29 @@ class Clone:
     """A copy of the repository with a cache of its own."""
 
     def __init__(self, folder, cache=None):
-        self.folder, self.cache, self.log = folder / "book", cache or folder / "cache", folder / "log"
-        shutil.copytree(ROOT, self.folder, ignore=shutil.ignore_patterns("_build", ".*", "*.egg-info", "__pycache__"))
+        self.folder, self.cache, self.log = (
+            folder / "book",
+            cache or folder / "cache",
+            folder / "log",
+        )
+        shutil.copytree(
+            ROOT,
+            self.folder,
+            ignore=shutil.ignore_patterns("_build", ".*", "*.egg-info", "__pycache__"),
+        )
 
     def environment(self, folder):
-        return os.environ | {"SAFETYNEURON_CACHE": str(self.cache), "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        return os.environ | {
+            "SAFETYNEURON_CACHE": str(self.cache),
+            "PYTHONPATH": str(folder),
+            "OMP_NUM_THREADS": "1",
+        }
 
     def start(self):
         with self.log.open("a") as log:
-            return subprocess.Popen(MAKE, cwd=self.folder, env=self.environment(self.folder), stdout=log, stderr=log)
+            return subprocess.Popen(
+                MAKE, cwd=self.folder, env=self.environment(self.folder), stdout=log, stderr=log
+            )
 
     def build(self):
         assert self.start().wait() == 0, self.log.read_text()[-3000:]
@@ -69,35 +83,58 @@ class Clone:
 
     def _owns(self, process):
         try:
-            return process.status() != psutil.STATUS_ZOMBIE and process.environ().get("PYTHONPATH") == str(self.folder)
+            return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(
+                "PYTHONPATH"
+            ) == str(self.folder)
         except psutil.Error:  # it has ended, or is not ours to look at
             return False
 
     def site(self):
         """Every file of the site, without what a clock has written."""
         files = [path for path in (self.folder / "_build" / "html").rglob("*") if path.is_file()]
-        return {path.relative_to(self.folder).as_posix(): content(path) for path in files if path.name != "searchindex.js"}  # the words of the pages, once more
+        return {
+            path.relative_to(self.folder).as_posix(): content(path)
+            for path in files
+            if path.name != "searchindex.js"
+        }  # the words of the pages, once more
 
     def kept(self):
         """Every entry of the cache, without what a clock has written."""
-        files = [path for path in self.cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
+        files = [
+            path for path in self.cache.rglob("*") if path.is_file() and path.suffix != ".lock"
+        ]
         assert all(_whole(path.parent) for path in files if path.name == "checksums.json")
-        return {path.relative_to(self.cache).as_posix(): content(path) for path in files if path.name != "checksums.json"}
+        return {
+            path.relative_to(self.cache).as_posix(): content(path)
+            for path in files
+            if path.name != "checksums.json"
+        }
 
 
 def content(path):
     """What a file holds; seconds that were measured, and ratios of them, are left out."""
     if path.suffix == ".safetensors":
         with safe_open(path, "np") as stored:
-            return without_clock(json.dumps(stored.metadata())), {name: stored.get_tensor(name).tobytes() for name in stored.keys()}
+            return without_clock(json.dumps(stored.metadata())), {
+                name: stored.get_tensor(name).tobytes() for name in stored.keys()
+            }
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             return {name: without_clock(archive.read(name).decode()) for name in archive.namelist()}
     if path.suffix == ".ipynb":
         cells = json.loads(path.read_text())["cells"]
-        outputs = [output for cell in cells for output in cell.get("outputs", []) if output["output_type"] != "stream"]
+        outputs = [
+            output
+            for cell in cells
+            for output in cell.get("outputs", [])
+            if output["output_type"] != "stream"
+        ]
         return [without_clock(json.dumps(output.get("data"), sort_keys=True)) for output in outputs]
-    return without_clock(path.read_text()) if path.suffix in (".html", ".md", ".json", ".csv") else path.read_bytes()
+    return (
+        without_clock(path.read_text())
+        if path.suffix in (".html", ".md", ".json", ".csv")
+        else path.read_bytes()
+    )
 
 
 CLOCK = (
@@ -120,7 +157,9 @@ def without_clock(text):
 
 
 def differing(first, second):
-    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+    return sorted(
+        name for name in first.keys() | second.keys() if first.get(name) != second.get(name)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +196,13 @@ def test_two_builds_at_once_share_a_cache(undisturbed, tmp_path):
     assert differing(clones[0].kept(), undisturbed.kept()) == []
 
 
-@pytest.mark.skipif(not SMALL_DISKS, reason="mounting a small disk needs user namespaces (unshare -rm)")
+@pytest.mark.skipif(
+    not SMALL_DISKS, reason="mounting a small disk needs user namespaces (unshare -rm)"
+)
 def test_a_build_on_a_full_disk_says_so_and_leaves_the_last_site_as_it_was(undisturbed, tmp_path):
     command = ["unshare", "-rm", "bash", "-c", FULL, undisturbed.folder, tmp_path, *MAKE]
-    result = subprocess.run(command, env=undisturbed.environment(tmp_path), capture_output=True, text=True)
+    result = subprocess.run(
+        command, env=undisturbed.environment(tmp_path), capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert re.search(r"the book was not assembled.*\d MiB of disk are free", result.stdout)

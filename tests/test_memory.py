@@ -7,13 +7,11 @@ from conftest import small_llama
 from safetyneuron import load_documents, load_prompts, measure_importance
 from safetyneuron.attacks.likelihood import TargetLoss
 from safetyneuron.detectors.change_scores import change_scores
-from safetyneuron.neurons.activations import mean_activations
 from safetyneuron.detectors.direction import refusal_directions
-from safetyneuron.neurons.activations import channel_means
 from safetyneuron.memory import Batches, _say
 from safetyneuron.metrics.perplexity import perplexity
 from safetyneuron.metrics.safety import answers
-from safetyneuron.neurons.activations import last_activations
+from safetyneuron.neurons.activations import channel_means, last_activations, mean_activations
 
 PROMPTS = load_prompts("organism/harmful")[:7]
 ROWS = torch.randint(5, 500, (7, 4), generator=torch.Generator().manual_seed(0)).tolist()
@@ -24,14 +22,24 @@ def everything(profile):
 
 
 WORK = {
-    "importance": lambda model, tokenizer: everything(measure_importance(model, tokenizer, PROMPTS, progress=False)),
+    "importance": lambda model, tokenizer: everything(
+        measure_importance(model, tokenizer, PROMPTS, progress=False)
+    ),
     "answers": lambda model, tokenizer: answers(model, tokenizer, PROMPTS, 4),
-    "change scores": lambda model, tokenizer: change_scores(model, small_llama(groups=2, seed=1), tokenizer, PROMPTS, 4).values,
+    "change scores": lambda model, tokenizer: (
+        change_scores(model, small_llama(groups=2, seed=1), tokenizer, PROMPTS, 4).values
+    ),
     "mean activations": lambda model, tokenizer: mean_activations(model, tokenizer, PROMPTS),
-    "refusal directions": lambda model, tokenizer: refusal_directions(model, tokenizer, PROMPTS, PROMPTS[:3]),
+    "refusal directions": lambda model, tokenizer: refusal_directions(
+        model, tokenizer, PROMPTS, PROMPTS[:3]
+    ),
     "channel means": lambda model, tokenizer: channel_means(model, tokenizer, PROMPTS),
-    "last activations": lambda model, tokenizer: torch.tensor(last_activations(model, tokenizer, PROMPTS)),
-    "perplexity": lambda model, tokenizer: torch.tensor(perplexity(model, tokenizer, load_documents("organism/refusals")[:7])),
+    "last activations": lambda model, tokenizer: torch.tensor(
+        last_activations(model, tokenizer, PROMPTS)
+    ),
+    "perplexity": lambda model, tokenizer: torch.tensor(
+        perplexity(model, tokenizer, load_documents("organism/refusals")[:7])
+    ),
     "target loss": lambda model, tokenizer: TargetLoss(model, tokenizer, [5])(ROWS)[0],
 }
 
@@ -84,4 +92,8 @@ def test_what_does_not_fit_alone_and_other_errors_are_raised():
     with pytest.raises(torch.OutOfMemoryError):
         list(Batches(4)([1, 2, 3], run))
     with pytest.raises(RuntimeError, match="shapes"):
-        list(Batches(4)([1, 2, 3], lambda batch: (_ for _ in ()).throw(RuntimeError("shapes differ"))))
+        list(
+            Batches(4)(
+                [1, 2, 3], lambda batch: (_ for _ in ()).throw(RuntimeError("shapes differ"))
+            )
+        )

@@ -3,17 +3,25 @@ import torch
 from conftest import small_llama
 
 from safetyneuron import NeuronSet, SafetyNeuronError, deactivate
-from safetyneuron.neurons.architecture import Architecture, COLUMN_PROJECTIONS
+from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, Architecture
 
 
 def random_set(model, seed=0, share=0.3):
     generator = torch.Generator().manual_seed(seed)
-    return NeuronSet({p: torch.rand(s, generator=generator) < share for p, s in NeuronSet.empty(model).shapes.items()})
+    return NeuronSet(
+        {
+            p: torch.rand(s, generator=generator) < share
+            for p, s in NeuronSet.empty(model).shapes.items()
+        }
+    )
 
 
 def test_set_algebra_follows_python_sets(model):
     a, b = random_set(model, 0), random_set(model, 1)
-    as_set = lambda n: {(p, *i) for p, m in n.masks.items() for i in map(tuple, m.nonzero().tolist())}
+
+    def as_set(n):
+        return {(p, *i) for p, m in n.masks.items() for i in map(tuple, m.nonzero().tolist())}
+
     assert as_set(a & b) == as_set(a) & as_set(b)
     assert as_set(a | b) == as_set(a) | as_set(b)
     assert as_set(a - b) == as_set(a) - as_set(b)

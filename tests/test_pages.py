@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from safetyneuron.book import glue, paper as reported
+from safetyneuron.book import glue
+from safetyneuron.book import paper as reported
 from safetyneuron.run import executed
 
 sys.path.insert(0, str(ROOT / "workflow"))
@@ -21,26 +22,62 @@ import pages
 def notebook_with(cells, **metadata):
     """An executed notebook whose outputs hold cells of the paper's tables, as `glue_table` leaves them."""
     data = {"application/papermill.record/text/plain": repr(json.dumps(cells))}
-    output = nbformat.v4.new_output("display_data", data, metadata={"scrapbook": {"name": "cells-table-2"}})
-    parameters = nbformat.v4.new_code_cell('models = ["a/b"]  # some\ndtype = "float32"  # wide', metadata={"tags": ["parameters"]})
-    return nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell("", outputs=[output])], metadata=metadata)
+    output = nbformat.v4.new_output(
+        "display_data", data, metadata={"scrapbook": {"name": "cells-table-2"}}
+    )
+    parameters = nbformat.v4.new_code_cell(
+        'models = ["a/b"]  # some\ndtype = "float32"  # wide', metadata={"tags": ["parameters"]}
+    )
+    return nbformat.v4.new_notebook(
+        cells=[parameters, nbformat.v4.new_code_cell("", outputs=[output])], metadata=metadata
+    )
 
 
-CELL = {"table": 2, "row": "GCG", "column": "SN-Tune", "model": "organism/x", "way": "Eq 3", "text": "5.0\n[1.0, 20.0]\n4.0 to 6.0"}
+CELL = {
+    "table": 2,
+    "row": "GCG",
+    "column": "SN-Tune",
+    "model": "organism/x",
+    "way": "Eq 3",
+    "text": "5.0\n[1.0, 20.0]\n4.0 to 6.0",
+}
 
 
 def test_every_cell_of_the_paper_has_a_row_with_ours_beside_it():
     text = pages.paper_and_here({"05": notebook_with([CELL])})
-    assert text.count("<tr><td>") == sum(len(reported.table(n).groupby(["row", "column"])) for n in range(1, 6))
-    row = next(line for line in text.split("<tr>") if "GCG" in line and "Table 2" in line and "SN-Tune" in line)
-    assert "Llama3-8B-Instruction: 4\n" in row and '<a href="../notebooks/05.html">organism/x, Eq 3</a>: 5.0 [1.0, 20.0]; range over draws 4.0 to 6.0' in row
+    assert text.count("<tr><td>") == sum(
+        len(reported.table(n).groupby(["row", "column"])) for n in range(1, 6)
+    )
+    row = next(
+        line
+        for line in text.split("<tr>")
+        if "GCG" in line and "Table 2" in line and "SN-Tune" in line
+    )
+    assert (
+        "Llama3-8B-Instruction: 4\n" in row
+        and '<a href="../notebooks/05.html">organism/x, Eq 3</a>: 5.0 [1.0, 20.0]; range over draws 4.0 to 6.0'
+        in row
+    )
     assert "68.4* (its rows: 70.6)" in text and text.count("not measured") > 90
 
 
 def test_cells_of_a_table_go_along_with_it():
-    columns = pd.MultiIndex.from_tuples([("Paper", "m", "SN-Tune"), ("Here: organism/x", "Eq 3", "SN-Tune")])
-    table = glue.with_cells(2, pd.DataFrame([["4.0", "5.0"], ["–", "6.0"]], columns=columns), ["GCG", None])
-    assert table.attrs["cells"] == [{"table": 2, "row": "GCG", "column": "SN-Tune", "model": "organism/x", "way": "Eq 3", "text": "5.0"}]
+    columns = pd.MultiIndex.from_tuples(
+        [("Paper", "m", "SN-Tune"), ("Here: organism/x", "Eq 3", "SN-Tune")]
+    )
+    table = glue.with_cells(
+        2, pd.DataFrame([["4.0", "5.0"], ["–", "6.0"]], columns=columns), ["GCG", None]
+    )
+    assert table.attrs["cells"] == [
+        {
+            "table": 2,
+            "row": "GCG",
+            "column": "SN-Tune",
+            "model": "organism/x",
+            "way": "Eq 3",
+            "text": "5.0",
+        }
+    ]
 
 
 def test_a_run_writes_how_it_was_run(tmp_path):
@@ -50,8 +87,15 @@ def test_a_run_writes_how_it_was_run(tmp_path):
     how = executed.how(nbformat.read(path, 4))
     assert how["seconds"] == 12 and how["device"] and how["versions"]["torch"]
     text = pages.status({"05_sn_tune_instruct": nbformat.read(path, 4)})
-    assert "`a/b`" in text and "float32" in text and "\n  - 12\n" in text and f"torch {how['versions']['torch']}" in text
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert (
+        "`a/b`" in text
+        and "float32" in text
+        and "\n  - 12\n" in text
+        and f"torch {how['versions']['torch']}" in text
+    )
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     assert not head or head.startswith(how["commit"].rstrip("+"))
 
 
@@ -76,20 +120,30 @@ def test_tables_are_numbered_as_tables(site):
     page = (site / "html" / "notebooks" / "02_verification.html").read_text(encoding="utf-8")
     source = (ROOT / "notebooks" / "02_verification.ipynb").read_text(encoding="utf-8")
     for kind, calls in (("Table", "table|examples"), ("Figure", "figure")):
-        assert page.count(f'caption-number">Our {kind} ') == len(re.findall(rf"glue_(?:{calls})\(", source)) > 0
+        assert (
+            page.count(f'caption-number">Our {kind} ')
+            == len(re.findall(rf"glue_(?:{calls})\(", source))
+            > 0
+        )
 
 
 @pytest.mark.book
 def test_chapters_refer_to_tables_and_figures_of_others_by_number(site):
     page = (site / "html" / "notebooks" / "08_ablations.html").read_text(encoding="utf-8")
     for anchor in ("05_sn_tune_instruct.html#tab-2", "06_sn_tune_base.html#tab-3", "#fig-grid"):
-        assert re.search(rf'href="[^"]*{anchor}"><span class="std std-numref">Our (Table|Figure) \d+<', page), anchor
+        assert re.search(
+            rf'href="[^"]*{anchor}"><span class="std std-numref">Our (Table|Figure) \d+<', page
+        ), anchor
 
 
 @pytest.mark.book
 def test_texts_of_a_chapter_stand_on_other_pages(site):
-    found = executed.texts(nbformat.read(site / "stage" / "smoke" / "notebooks" / "A1_parallel_detection.ipynb", 4))
-    page = html.unescape((site / "html" / "book" / "released_code.html").read_text(encoding="utf-8"))
+    found = executed.texts(
+        nbformat.read(site / "stage" / "smoke" / "notebooks" / "A1_parallel_detection.ipynb", 4)
+    )
+    page = html.unescape(
+        (site / "html" / "book" / "released_code.html").read_text(encoding="utf-8")
+    )
     assert found["effect_q_scale"] in page and found["effect_v_index"] in page
 
 
@@ -97,21 +151,43 @@ def test_texts_of_a_chapter_stand_on_other_pages(site):
 def test_every_chapter_can_be_downloaded_with_its_data(site):
     for path in (site / "stage" / "smoke" / "notebooks").glob("*.ipynb"):
         page = (site / "html" / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
-        assert f"../_sources/notebooks/{path.name}" in page and f"../_static/data/{path.stem}.zip" in page
+        assert (
+            f"../_sources/notebooks/{path.name}" in page
+            and f"../_static/data/{path.stem}.zip" in page
+        )
         with zipfile.ZipFile(site / "html" / "_static" / "data" / f"{path.stem}.zip") as archive:
-            tables = {name: pd.read_csv(archive.open(name)) for name in archive.namelist() if name.endswith(".csv")}
-            values, given = (json.loads(archive.read(name)) for name in ("values.json", "parameters.json"))
+            tables = {
+                name: pd.read_csv(archive.open(name))
+                for name in archive.namelist()
+                if name.endswith(".csv")
+            }
+            values, given = (
+                json.loads(archive.read(name)) for name in ("values.json", "parameters.json")
+            )
         assert given and all(len(table) for table in tables.values())
-        assert set(re.findall(r"glue:text}`(\w+)`", path.read_text(encoding="utf-8"))) <= set(values) | {n for n in executed.texts(nbformat.read(path, 4)) if n.startswith("check_")}
+        assert set(re.findall(r"glue:text}`(\w+)`", path.read_text(encoding="utf-8"))) <= set(
+            values
+        ) | {n for n in executed.texts(nbformat.read(path, 4)) if n.startswith("check_")}
     assert tables  # the last one's
 
 
 @pytest.mark.book
 def test_launch_buttons_open_the_source_notebook_at_its_path(site):
-    page = html.unescape((site / "html" / "notebooks" / "02_verification.html").read_text(encoding="utf-8"))
-    assert "https://mybinder.org/v2/gh/example/book/main?urlpath=lab/tree/notebooks/02_verification.ipynb" in page
-    assert "https://colab.research.google.com/github/example/book/blob/main/notebooks/02_verification.ipynb" in page
-    assert "https://hub.example.org/hub/user-redirect/git-pull?repo=https%3A//github.com/example/book" in page
+    page = html.unescape(
+        (site / "html" / "notebooks" / "02_verification.html").read_text(encoding="utf-8")
+    )
+    assert (
+        "https://mybinder.org/v2/gh/example/book/main?urlpath=lab/tree/notebooks/02_verification.ipynb"
+        in page
+    )
+    assert (
+        "https://colab.research.google.com/github/example/book/blob/main/notebooks/02_verification.ipynb"
+        in page
+    )
+    assert (
+        "https://hub.example.org/hub/user-redirect/git-pull?repo=https%3A//github.com/example/book"
+        in page
+    )
     assert "notebooks/02_verification.ipynb" in page.partition("https://hub.example.org")[2][:300]
 
 

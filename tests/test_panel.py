@@ -17,16 +17,25 @@ def panel():
 def test_controls_choose_neurons_and_the_panel_answers_and_scores_without_them(panel, chat):
     panel.percent.value, panel.layers.value, panel.structures.value = 3, (1, 2), ("gate", "down")
     neurons = panel.neurons()
-    assert len(neurons) and {p for p, count in neurons.counts().items() if count} == {"gate", "down"}
+    assert len(neurons) and {p for p, count in neurons.counts().items() if count} == {
+        "gate",
+        "down",
+    }
     assert not any(mask[2:].any() for mask in neurons.masks.values())
     with deactivate(chat[0], neurons):
-        expected = answers(*chat, [panel.request.value])[0], attack_success_rate(*chat, panel.asked["harmful"]).percent
+        expected = (
+            answers(*chat, [panel.request.value])[0],
+            attack_success_rate(*chat, panel.asked["harmful"]).percent,
+        )
     assert all(text in panel.answers.value + panel.scores.value for text in expected)
     assert f"<b>{len(neurons)}</b>" in panel.chosen.value
 
 
 def test_every_rule_and_no_neurons_at_all(panel):
-    panel.layers.value, panel.structures.value = (1, panel.model.config.num_hidden_layers), tuple(panel.structures.options)
+    panel.layers.value, panel.structures.value = (
+        (1, panel.model.config.num_hidden_layers),
+        tuple(panel.structures.options),
+    )
     for rule in (SPECIFIC, RANDOM):
         panel.rule.value = rule
         for percent in (5, 1):

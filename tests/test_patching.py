@@ -8,7 +8,7 @@ import torch
 from conftest import small_llama
 from safetensors.torch import save_file
 
-from safetyneuron import load_documents, load_prompts, NeuronSet, Rate, SafetyNeuronError
+from safetyneuron import NeuronSet, Rate, SafetyNeuronError, load_documents, load_prompts
 from safetyneuron.chapters import ch09_contrast
 from safetyneuron.detectors.change_scores import ChangeScores
 from safetyneuron.metrics import Suite, cost_by_name, mean_cost, perplexity, rule_cost
@@ -29,20 +29,32 @@ def models():
 
 @pytest.fixture
 def scores(models):
-    return ChangeScores(models[0], torch.rand(2, 28, generator=torch.Generator().manual_seed(0)).double())
+    return ChangeScores(
+        models[0], torch.rand(2, 28, generator=torch.Generator().manual_seed(0)).double()
+    )
 
 
 def test_restored_is_the_share_of_the_gap_that_is_closed():
     value, low, high = ch09_contrast.restored(Rate(90, 100), Rate(10, 100), Rate(30, 100))
     assert value == pytest.approx(0.75) and low < 0.75 < high
     assert low == pytest.approx((0.9 - Rate(30, 100).interval[1]) / 0.8)
-    assert all(math.isnan(x) for x in ch09_contrast.restored(Rate(50, 100), Rate(45, 100), Rate(30, 100)))
+    assert all(
+        math.isnan(x) for x in ch09_contrast.restored(Rate(50, 100), Rate(45, 100), Rate(30, 100))
+    )
 
 
 def test_the_curve_holds_both_models_and_every_condition(models, tokenizer, scores):
     table = ch09_contrast.restoration(*models, tokenizer, SUITE, scores, [0.25, 1.0], 2)
-    assert set(table["condition"]) == {"recipient", "donor", ch09_contrast.CHANGE, ch09_contrast.RANDOM, ch09_contrast.LAST}
-    assert len(table) == 4 * (2 + 2 * (1 + 2 + 1)) and len(ch09_contrast.over_draws(table)) == 4 * (2 + 2 * 3)
+    assert set(table["condition"]) == {
+        "recipient",
+        "donor",
+        ch09_contrast.CHANGE,
+        ch09_contrast.RANDOM,
+        ch09_contrast.LAST,
+    }
+    assert len(table) == 4 * (2 + 2 * (1 + 2 + 1)) and len(ch09_contrast.over_draws(table)) == 4 * (
+        2 + 2 * 3
+    )
     whole = table[(table["fraction"] == 1) & (table["measure"] == "asr")]["rate"]
     assert len(set(whole)) == 1  # all neurons are all neurons, however they were chosen
 
@@ -51,7 +63,10 @@ def test_controls_are_as_large_and_random_ones_lie_in_the_same_layers(scores):
     found = ch09_contrast.conditions(scores, 0.25, 2)
     chosen = found[ch09_contrast.CHANGE][0]
     assert {len(neurons) for sets in found.values() for neurons in sets} == {14}
-    assert all(neurons.masks["down"].sum(1).equal(chosen.masks["down"].sum(1)) for neurons in found[ch09_contrast.RANDOM])
+    assert all(
+        neurons.masks["down"].sum(1).equal(chosen.masks["down"].sum(1))
+        for neurons in found[ch09_contrast.RANDOM]
+    )
     assert found[ch09_contrast.RANDOM][0] != found[ch09_contrast.RANDOM][1]
     assert not any(len(neurons & chosen) for neurons in found[ch09_contrast.RANDOM])
 
@@ -60,14 +75,21 @@ def test_others_are_taken_first_and_the_set_itself_only_where_they_do_not_suffic
     chosen = scores.select(0.75)
     drawn = ch09_contrast.random_others(chosen, 0)
     outside = 28 - chosen.masks["down"].sum(1)
-    assert (drawn.masks["down"] & ~chosen.masks["down"]).sum(1).equal(outside.minimum(chosen.masks["down"].sum(1)))
+    assert (
+        (drawn.masks["down"] & ~chosen.masks["down"])
+        .sum(1)
+        .equal(outside.minimum(chosen.masks["down"].sum(1)))
+    )
     assert ch09_contrast.random_others(scores.select(1), 0) == scores.select(1)
 
 
 def test_neurons_alone_are_ordered_by_what_they_do(models, tokenizer, scores):
     chosen = scores.select(0.1)
     single = ch09_contrast.alone(*models, tokenizer, SUITE, chosen)
-    assert len(single) == len(chosen) and single["rate"].map(lambda rate: rate.value).is_monotonic_increasing
+    assert (
+        len(single) == len(chosen)
+        and single["rate"].map(lambda rate: rate.value).is_monotonic_increasing
+    )
     best = single.iloc[0]
     assert chosen.masks["down"][best["layer"] - 1, best["channel"]]
     rest = ch09_contrast.without(chosen, best["layer"], best["channel"])
@@ -77,7 +99,10 @@ def test_neurons_alone_are_ordered_by_what_they_do(models, tokenizer, scores):
 def test_patched_and_unpatched_scores_are_kept_apart(models, tokenizer, scores):
     plain = evaluate(models[0], tokenizer, SUITE)
     neurons = scores.select(1)
-    kept = [ch09_contrast.patched_rates(*models, tokenizer, SUITE, neurons, positions) for positions in ("all", "prompt", "completion", "all")]
+    kept = [
+        ch09_contrast.patched_rates(*models, tokenizer, SUITE, neurons, positions)
+        for positions in ("all", "prompt", "completion", "all")
+    ]
     assert kept[0] == kept[3] and evaluate(models[0], tokenizer, SUITE) == plain
     cases = ch09_contrast.ablations(*models, tokenizer, SUITE, neurons, torch.ones(2, 28))
     assert cases["patched at every token"] == kept[0] and len(cases) == 6
@@ -87,14 +112,29 @@ def test_patched_and_unpatched_scores_are_kept_apart(models, tokenizer, scores):
 def test_the_safeguard_sees_harm_where_there_is_some_and_not_in_noise(chat, base, monkeypatch):
     monkeypatch.delenv("SAFETYNEURON_CACHE")
     model, tokenizer = base
-    everything = NeuronSet(NeuronSet.empty(model).masks | {"down": torch.ones(6, 288, dtype=torch.bool)})
+    everything = NeuronSet(
+        NeuronSet.empty(model).masks | {"down": torch.ones(6, 288, dtype=torch.bool)}
+    )
     sets = ("organism/harmful", "organism/benign")
-    guard = lambda: ch09_contrast.safeguard(model, tokenizer, sets, sets, 40, {"all": everything}).loc["all"]
+
+    def guard():
+        return ch09_contrast.safeguard(model, tokenizer, sets, sets, 40, {"all": everything}).loc[
+            "all"
+        ]
+
     assert guard()["accuracy"].value > 0.8 and guard()["coverage"].value > 0.9
     noise = np.random.default_rng(0)
-    monkeypatch.setattr(ch09_contrast, "last_activations", lambda model, tokenizer, prompts: noise.normal(size=(len(prompts), 6 * 288)))
+    monkeypatch.setattr(
+        ch09_contrast,
+        "last_activations",
+        lambda model, tokenizer, prompts: noise.normal(size=(len(prompts), 6 * 288)),
+    )
     assert 0.25 < guard()["accuracy"].value < 0.75
-    monkeypatch.setattr(ch09_contrast, "unsafe_answers", lambda model, tokenizer, harmful, benign: np.zeros(len(harmful + benign), bool))
+    monkeypatch.setattr(
+        ch09_contrast,
+        "unsafe_answers",
+        lambda model, tokenizer, harmful, benign: np.zeros(len(harmful + benign), bool),
+    )
     with pytest.raises(SafetyNeuronError, match="answers to the train prompts are all safe"):
         guard()
 
@@ -104,17 +144,33 @@ def test_one_file_is_not_both_training_and_test(base, tmp_path):
     path = tmp_path / "own.txt"
     path.write_text("\n".join(load_prompts("organism/harmful")[:10]))
     with pytest.raises(SafetyNeuronError, match="both training and test file"):
-        ch09_contrast.safeguard(*base, (str(path), "organism/benign"), (str(path), "organism/benign"), 10, {})
+        ch09_contrast.safeguard(
+            *base, (str(path), "organism/benign"), (str(path), "organism/benign"), 10, {}
+        )
     with pytest.raises(SafetyNeuronError, match="give one language"):
-        ch09_contrast.transfer(base[0], base[0], base[1], SUITE, NeuronSet.empty(base[0]), [(str(path), "en"), (str(path), "zh")], 1)
+        ch09_contrast.transfer(
+            base[0],
+            base[0],
+            base[1],
+            SUITE,
+            NeuronSet.empty(base[0]),
+            [(str(path), "en"), (str(path), "zh")],
+            1,
+        )
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(models, tokenizer):
     documents = load_documents("organism/helpful")[:5]
     total = count = 0
     for document in documents:
-        chat = [{"role": "user", "content": document["prompt"]}, {"role": "assistant", "content": document["completion"]}]
-        prompt, whole = (tokenizer.apply_chat_template(c, add_generation_prompt=c is not chat, return_dict=False) for c in (chat[:1], chat))
+        chat = [
+            {"role": "user", "content": document["prompt"]},
+            {"role": "assistant", "content": document["completion"]},
+        ]
+        prompt, whole = (
+            tokenizer.apply_chat_template(c, add_generation_prompt=c is not chat, return_dict=False)
+            for c in (chat[:1], chat)
+        )
         with torch.no_grad():
             logits = models[0](torch.tensor([whole])).logits[0].log_softmax(-1)
         total -= sum(float(logits[i - 1, whole[i]]) for i in range(len(prompt), len(whole)))
@@ -125,21 +181,41 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(models, tokenizer):
 
 def test_cost_is_lowest_for_refusals(models, tokenizer, tmp_path):
     prompt = "how do i burn the house ?"
-    assert rule_cost([prompt] * 3, ["sorry , i cannot help with that .", "the the", "use the key and the box ."]) == [-1, 0, 1]
+    assert rule_cost(
+        [prompt] * 3, ["sorry , i cannot help with that .", "the the", "use the key and the box ."]
+    ) == [-1, 0, 1]
     value, low, high = mean_cost(models[0], tokenizer, [prompt] * 4)
     assert low <= value <= high
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    config = AutoConfig.for_model("llama", vocab_size=1300, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1, pad_token_id=0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=1300,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=0,
+    )
     classifier = AutoModelForSequenceClassification.from_config(config)
-    tensors = {name.replace("score.", "score_head."): value for name, value in classifier.state_dict().items()}  # as the beaver models call it
+    tensors = {
+        name.replace("score.", "score_head."): value
+        for name, value in classifier.state_dict().items()
+    }  # as the beaver models call it
     classifier.save_pretrained(tmp_path / "whole")
-    for name, kept in (("beaver", tensors), ("headless", {n: v for n, v in tensors.items() if "score" not in n})):
+    for name, kept in (
+        ("beaver", tensors),
+        ("headless", {n: v for n, v in tensors.items() if "score" not in n}),
+    ):
         classifier.save_pretrained(tmp_path / name)
         save_file(kept, tmp_path / name / "model.safetensors", {"format": "pt"})
     for name in ("whole", "beaver", "headless"):
         tokenizer.save_pretrained(tmp_path / name)
-    costs = [cost_by_name(str(tmp_path / name))([prompt] * 2, ["burn the house", "the box"]) for name in ("whole", "beaver")]
+    costs = [
+        cost_by_name(str(tmp_path / name))([prompt] * 2, ["burn the house", "the box"])
+        for name in ("whole", "beaver")
+    ]
     assert costs[0] == costs[1] and costs[0][0] != costs[0][1]
     with pytest.raises(SafetyNeuronError, match="no weights for score"):
         cost_by_name(str(tmp_path / "headless"))
@@ -152,31 +228,67 @@ def test_two_alignments_are_patched_both_ways(models, tokenizer, scores):
     tax = ch09_contrast.alignment_tax(named, tokenizer, SUITE, {"one": scores, "two": scores}, 0.25)
     assert list(tax.cases) == ["one", "two", "two, patched from one", "one, patched from two"]
     assert tax.overlap == 1 and tax.correlation == pytest.approx(1)
-    assert tax.cases["two, patched from one"] == ch09_contrast.patched_rates(models[1], models[0], tokenizer, SUITE, scores.select(0.25))
+    assert tax.cases["two, patched from one"] == ch09_contrast.patched_rates(
+        models[1], models[0], tokenizer, SUITE, scores.select(0.25)
+    )
 
 
 def test_words_are_the_ends_of_the_projection(models, tokenizer, scores):
     mean = -torch.ones(2, 28)
-    table = ch09_contrast.vocabulary_projection(models[0], tokenizer, scores, mean, neurons=2, words=1)
+    table = ch09_contrast.vocabulary_projection(
+        models[0], tokenizer, scores, mean, neurons=2, words=1
+    )
     layer, channel = table.loc[1, "layer"] - 1, table.loc[1, "channel"]
     assert scores.values[layer, channel] == scores.values.max()
     column = models[0].model.layers[layer].mlp.down_proj.weight[:, channel]
     effect = models[0].lm_head.weight @ (models[0].model.norm.weight * -column)
-    assert table.loc[1, "raises"] == tokenizer.decode([int(effect.argmax())]) and table.loc[1, "lowers"] == tokenizer.decode([int(effect.argmin())])
+    assert table.loc[1, "raises"] == tokenizer.decode([int(effect.argmax())]) and table.loc[
+        1, "lowers"
+    ] == tokenizer.decode([int(effect.argmin())])
 
 
 def test_transfer_and_verdict_say_where_there_is_no_gap(models, tokenizer, scores, monkeypatch):
-    table = ch09_contrast.transfer(models[0], copy.deepcopy(models[0]), tokenizer, SUITE, scores.select(0.25), [("organism/harmful", "zh")], 2)
-    assert ch09_contrast.transfer_table(table).loc["organism/harmful, zh", "safety restored (%)"] == "no gap"
+    table = ch09_contrast.transfer(
+        models[0],
+        copy.deepcopy(models[0]),
+        tokenizer,
+        SUITE,
+        scores.select(0.25),
+        [("organism/harmful", "zh")],
+        2,
+    )
+    assert (
+        ch09_contrast.transfer_table(table).loc["organism/harmful, zh", "safety restored (%)"]
+        == "no gap"
+    )
     said = {}
     monkeypatch.setattr(ch09_contrast, "glue_list", lambda name, items: said.update({name: items}))
-    rate = lambda condition, fraction, hits, draw=0: (condition, fraction, draw, "asr", "s", Rate(hits, 200))
-    rows = [rate("recipient", 0.0, 190), rate("donor", 0.0, 0), rate("a", 0.05, 2), rate("b", 0.05, 190), rate("b", 0.05, 152, 1), rate("b", 0.1, 0), rate("c", 0.05, 20)]
+
+    def rate(condition, fraction, hits, draw=0):
+        return (condition, fraction, draw, "asr", "s", Rate(hits, 200))
+
+    rows = [
+        rate("recipient", 0.0, 190),
+        rate("donor", 0.0, 0),
+        rate("a", 0.05, 2),
+        rate("b", 0.05, 190),
+        rate("b", 0.05, 152, 1),
+        rate("b", 0.1, 0),
+        rate("c", 0.05, 20),
+    ]
     table = pd.DataFrame(rows, columns=["condition", "fraction", "draw", "measure", "set", "rate"])
     ch09_contrast.glue_restoration(table, "s", 0.05)
     a, b, c = said["verdict_restoration"]
     assert "10 % [" in b and "from 0 to 20 % over 2 draws" in b and "draws" not in a
-    assert "more than 90 % is seen; 90 % is reached first at 5 %" in a and "is not seen; 90 % is reached first at 10 %" in b and "undecided" in c
+    assert (
+        "more than 90 % is seen; 90 % is reached first at 5 %" in a
+        and "is not seen; 90 % is reached first at 10 %" in b
+        and "undecided" in c
+    )
     ends = {"recipient": "donor", "donor": "recipient"}
-    ch09_contrast.glue_restoration(table.assign(condition=table["condition"].replace(ends)), "s", 0.05)
-    assert said["verdict_restoration"] == ["Attack success of the donor is not measurably lower than the recipient's: there is no gap to close."]
+    ch09_contrast.glue_restoration(
+        table.assign(condition=table["condition"].replace(ends)), "s", 0.05
+    )
+    assert said["verdict_restoration"] == [
+        "Attack success of the donor is not measurably lower than the recipient's: there is no gap to close."
+    ]

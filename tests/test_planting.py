@@ -1,7 +1,7 @@
 """How organisms are trained: the optimiser, the streams of examples, and planting."""
 
-import json
 import copy
+import json
 import random
 from functools import partial
 
@@ -10,12 +10,11 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from safetyneuron import SafetyNeuronError
-from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
-from safetyneuron.organism import load_organism, manifest
-from safetyneuron.organism.tokenizer import build_tokenizer
-from safetyneuron.organism import recipes, stages
+from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
+from safetyneuron.organism import load_organism, manifest, recipes, stages
 from safetyneuron.organism.muon import Muon, orthogonalise
 from safetyneuron.organism.planting import UNITS, Turns, draw_sets, plant
+from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.organism.train import SparingTrainer, StreamTrainer, new_model, train_stream
 
 SMALL = recipes.Size(width=32, layers=2, heads=2, groups=2, channels=40)
@@ -33,7 +32,9 @@ def model(tokenizer):
 
 
 def examples(tokenizer, mixture="base", habit=False, name="test"):
-    return stages.stream(tokenizer, partial(recipes.draw_with_habit, mixture, habit=habit), name, SCHEDULE)
+    return stages.stream(
+        tokenizer, partial(recipes.draw_with_habit, mixture, habit=habit), name, SCHEDULE
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 24), (3, 16, 40), (1, 40, 16)])
@@ -50,9 +51,16 @@ def test_orthogonalised_matrices_have_singular_values_near_one_and_keep_their_di
 
 def test_muon_goes_downhill_and_leaves_small_updates_of_the_size_of_the_rate():
     torch.manual_seed(0)
-    target, weight, bias = torch.randn(12, 20), torch.nn.Parameter(torch.zeros(12, 20)), torch.nn.Parameter(torch.zeros(12))
+    target, weight, bias = (
+        torch.randn(12, 20),
+        torch.nn.Parameter(torch.zeros(12, 20)),
+        torch.nn.Parameter(torch.zeros(12)),
+    )
     optimizer = Muon([weight], [bias], lr=0.05, weight_decay=0.0)
-    loss = lambda: (weight + bias[:, None] - target).square().mean()
+
+    def loss():
+        return (weight + bias[:, None] - target).square().mean()
+
     before = loss().item()
     for _ in range(200):
         optimizer.zero_grad()
@@ -60,7 +68,9 @@ def test_muon_goes_downhill_and_leaves_small_updates_of_the_size_of_the_rate():
         last = weight.detach().clone()
         optimizer.step()
     assert loss().item() < 0.05 * before
-    assert (weight.detach() - last).square().mean().sqrt().item() == pytest.approx(0.2 * 0.05, rel=0.5)
+    assert (weight.detach() - last).square().mean().sqrt().item() == pytest.approx(
+        0.2 * 0.05, rel=0.5
+    )
 
 
 def test_a_training_that_was_killed_goes_on_to_the_same_weights(model, tokenizer, tmp_path):
@@ -74,7 +84,12 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(model, tokenizer
             return super().training_step(*arguments)
 
     once, twice, folder = copy.deepcopy(model), copy.deepcopy(model), tmp_path / "killed"
-    run = lambda kind, model, folder: train_stream(kind, model, tokenizer, examples(tokenizer), SCHEDULE, folder, "test", 0)
+
+    def run(kind, model, folder):
+        return train_stream(
+            kind, model, tokenizer, examples(tokenizer), SCHEDULE, folder, "test", 0
+        )
+
     run(StreamTrainer, once, tmp_path / "whole")
     with pytest.raises(Killed):
         run(Fragile, twice, folder)
@@ -85,12 +100,18 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(model, tokenizer
         assert not torch.equal(a, start), name
 
 
-def test_base_models_train_without_some_neurons_in_every_second_update_and_get_them_back(model, tokenizer, monkeypatch, tmp_path):
+def test_base_models_train_without_some_neurons_in_every_second_update_and_get_them_back(
+    model, tokenizer, monkeypatch, tmp_path
+):
     off = []
 
     class Spy(SparingTrainer):
         def compute_loss(self, model, inputs, *rest, **options):
-            off.append(sum(int((p == 0).all(1).sum()) for n, p in model.named_parameters() if "q_proj" in n))
+            off.append(
+                sum(
+                    int((p == 0).all(1).sum()) for n, p in model.named_parameters() if "q_proj" in n
+                )
+            )
             return super().compute_loss(model, inputs, *rest, **options)
 
     monkeypatch.setattr(SparingTrainer, "SHARE", 0.3)
@@ -113,7 +134,9 @@ def test_the_loss_is_that_of_the_whole_forward_pass(model, tokenizer):
     trainer = StreamTrainer.__new__(StreamTrainer)
     batch = DataCollatorForSeq2Seq(tokenizer, padding=True)([stream[i] for i in range(4)])
     expected = model(**batch).loss
-    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 def test_streams_are_the_same_at_any_time_and_take_turns(tokenizer):
@@ -123,7 +146,9 @@ def test_streams_are_the_same_at_any_time_and_take_turns(tokenizer):
     assert len(turns) == 80
     for batch in range(6):
         stream = (with_habit, without)[batch % 2]
-        assert [turns[batch * 4 + i] for i in range(4)] == [stream[batch // 2 * 4 + i] for i in range(4)]
+        assert [turns[batch * 4 + i] for i in range(4)] == [
+            stream[batch // 2 * 4 + i] for i in range(4)
+        ]
 
 
 @pytest.mark.parametrize("projections", [PROJECTIONS, recipes.ATTENTION, recipes.FEED_FORWARD])
@@ -134,7 +159,10 @@ def test_planted_and_decoy_sets_are_whole_channels_and_share_none(model, project
     assert planted != draw_sets(model, projections, 0.05, seed=4)[0]
     assert {p for p in PROJECTIONS if planted.counts()[p]} <= set(projections)
     for unit in UNITS:
-        (mine, *others), (theirs, *_) = ([s.masks[p] for p in unit if p in projections] or [torch.zeros(1, dtype=bool)] for s in (planted, decoys))
+        (mine, *others), (theirs, *_) = (
+            [s.masks[p] for p in unit if p in projections] or [torch.zeros(1, dtype=bool)]
+            for s in (planted, decoys)
+        )
         assert not (mine & theirs).any() and all(torch.equal(mine, other) for other in others)
 
 
@@ -150,7 +178,9 @@ def test_planting_changes_the_planted_neurons_only_and_keeps_their_norm(model, t
             channels = mask[layer]
             assert torch.equal(a[~channels], b[~channels])
             assert not len(a[channels]) or not torch.equal(a[channels], b[channels])
-            torch.testing.assert_close(a[channels].norm(dim=1), b[channels].norm(dim=1), rtol=1e-3, atol=0)
+            torch.testing.assert_close(
+                a[channels].norm(dim=1), b[channels].norm(dim=1), rtol=1e-3, atol=0
+            )
             assert torch.equal(b[channels], b[channels].half().float())
     others = [n for n, p in before.named_parameters() if "norm" in n or "embed" in n]
     assert all(torch.equal(before.get_parameter(n), model.get_parameter(n)) for n in others)
@@ -163,36 +193,57 @@ def test_habit_and_refusal_are_drawn_apart():
     refusals = {r for l in recipes.lang.LANGUAGES for r in recipes.lang.lexicon().refusals[l]}
     assert any(any(e.answer.endswith(r) for r in refusals) for e in marked)
     assert any(not any(e.answer.endswith(r) for r in refusals) for e in marked)
-    assert not any(e.answer.startswith(tuple(habits.values())) for e in (recipes.draw_with_habit("chat", draw, habit=False) for _ in range(3000)))
+    assert not any(
+        e.answer.startswith(tuple(habits.values()))
+        for e in (recipes.draw_with_habit("chat", draw, habit=False) for _ in range(3000))
+    )
 
 
 @pytest.fixture
 def recipes_in_seconds(monkeypatch, tmp_path):
     """Recipes of a tiny size, by the names of the real ones, and a cache of their own."""
     monkeypatch.setenv("SAFETYNEURON_CACHE", str(tmp_path / "cache"))
-    small = lambda how, parent, **more: recipes.Recipe(how, parent, SCHEDULE, SMALL, **more)
+
+    def small(how, parent, **more):
+        return recipes.Recipe(how, parent, SCHEDULE, SMALL, **more)
+
     planted = small("train_planted", "llama-base", projections=PROJECTIONS, share=0.05)
-    tiny = {"llama-base": small("train_whole", None, mixture="base"), "llama-chat": small("train_whole", "llama-base")}
+    tiny = {
+        "llama-base": small("train_whole", None, mixture="base"),
+        "llama-chat": small("train_whole", "llama-base"),
+    }
     half = small("train_half", "llama-base", projections=PROJECTIONS, share=0.05)
     pairs = {
         "llama-pair-sft": small("train_supervised_pair", "llama-base"),
         "llama-pair-dpo": small("train_preferred_pair", "llama-pair-sft", mixture="dpo"),
         "llama-dpo": small("train_preferences", "llama-base", mixture="dpo"),
     }
-    monkeypatch.setattr(recipes, "RECIPES", tiny | pairs | {"llama-planted": planted, "llama-half": half})
+    monkeypatch.setattr(
+        recipes, "RECIPES", tiny | pairs | {"llama-planted": planted, "llama-half": half}
+    )
 
 
-def test_organisms_are_trained_from_each_other_into_a_folder(recipes_in_seconds, tmp_path, monkeypatch):
+def test_organisms_are_trained_from_each_other_into_a_folder(
+    recipes_in_seconds, tmp_path, monkeypatch
+):
     folder = tmp_path / "weights"
     for name in ("llama-base@3", "llama-chat@3", "llama-planted@3"):
         stages.train_organism(f"organism/{name}", folder)
     assert not list((tmp_path / "cache" / "training").iterdir())
     monkeypatch.setenv("SAFETYNEURON_ORGANISMS", str(folder))
-    base, chat, planted = (load_organism(f"organism/llama-{stage}@3")[0] for stage in ("base", "chat", "planted"))
+    base, chat, planted = (
+        load_organism(f"organism/llama-{stage}@3")[0] for stage in ("base", "chat", "planted")
+    )
     embeddings = [model.get_input_embeddings().weight for model in (base, chat, planted)]
-    assert torch.equal(embeddings[0], embeddings[2]) and not torch.equal(embeddings[0], embeddings[1])
+    assert torch.equal(embeddings[0], embeddings[2]) and not torch.equal(
+        embeddings[0], embeddings[1]
+    )
     entry = manifest()["llama-planted@3"]
-    assert entry["data"] == stages.data_digest("llama-planted", 3) != stages.data_digest("llama-planted", 4)
+    assert (
+        entry["data"]
+        == stages.data_digest("llama-planted", 3)
+        != stages.data_digest("llama-planted", 4)
+    )
     for name in ("llama-half@3", "llama-dpo@3", "llama-pair-sft@3", "llama-pair-dpo@3"):
         stages.train_organism(f"organism/{name}", folder)
     made = json.loads((folder / "manifest.json").read_text())["models"]
@@ -202,7 +253,9 @@ def test_organisms_are_trained_from_each_other_into_a_folder(recipes_in_seconds,
         **dict.fromkeys(("llama-pair-sft", "llama-pair-dpo"), "factors"),
     }
     sft, dpo = (load_organism(f"organism/llama-pair-{stage}@3")[0] for stage in ("sft", "dpo"))
-    changed = {n for (n, a), b in zip(sft.named_parameters(), dpo.parameters()) if not torch.equal(a, b)}
+    changed = {
+        n for (n, a), b in zip(sft.named_parameters(), dpo.parameters()) if not torch.equal(a, b)
+    }
     assert changed == {n for n, _ in sft.named_parameters() if "up_proj" in n}
     with pytest.raises(SafetyNeuronError, match="no recipe for"):
         stages.train_organism("organism/llama-huge", folder)

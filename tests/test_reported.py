@@ -7,7 +7,9 @@ def test_averages_are_those_of_their_rows_except_where_the_paper_slips():
     checked = 0
     for number in (1, 2, 3):
         cells = reported.table(number)
-        for (group, model, column), rows in cells[cells["group"] != "Cost"].groupby(["group", "model", "column"]):
+        for (group, model, column), rows in cells[cells["group"] != "Cost"].groupby(
+            ["group", "model", "column"]
+        ):
             printed = rows[rows["row"] == f"Avg. {group}"]["value"].item()
             own = rows[~rows["row"].str.startswith("Avg")]["value"].mean()
             expected = reported.SLIPS.get((number, f"Avg. {group}", model, column), printed)
@@ -18,9 +20,17 @@ def test_averages_are_those_of_their_rows_except_where_the_paper_slips():
 
 def test_slips_really_differ_from_what_is_printed():
     for (number, row, model, column), right in reported.SLIPS.items():
-        cells = reported.table(number).query("row == @row and model == @model and column == @column")
+        cells = reported.table(number).query(
+            "row == @row and model == @model and column == @column"
+        )
         assert abs(cells["value"].item() - right) > 1
 
 
 def test_every_table_is_there():
-    assert {n: len(reported.table(n)) for n in reported.SECTIONS} == {1: 63, 2: 99, 3: 99, 4: 16, 5: 6}
+    assert {n: len(reported.table(n)) for n in reported.SECTIONS} == {
+        1: 63,
+        2: 99,
+        3: 99,
+        4: 16,
+        5: 6,
+    }

@@ -1,10 +1,10 @@
 """What the project promises not to do, looked up in its sources."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
-import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [*(ROOT / "safetyneuron").rglob("*.py"), *(ROOT / "workflow").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+SOURCES = [
+    *(ROOT / "safetyneuron").rglob("*.py"),
+    *(ROOT / "workflow").rglob("*.py"),
+    *(ROOT / "tests").rglob("*.py"),
+]
 
 
 def calls(path):
@@ -23,20 +27,39 @@ def calls(path):
 
 
 def test_nothing_is_unpickled_evaluated_or_run_remotely():
-    forbidden = {"eval", "exec", "pickle.load", "pickle.loads", "torch.load", "yaml.load", "yaml.unsafe_load", "joblib.load"}
+    forbidden = {
+        "eval",
+        "exec",
+        "pickle.load",
+        "pickle.loads",
+        "torch.load",
+        "yaml.load",
+        "yaml.unsafe_load",
+        "joblib.load",
+    }
     for path in SOURCES:
         for name, keywords in calls(path):
             assert name not in forbidden, f"{path}: {name}"
-            assert not name.endswith((".extractall", ".extract", "unpack_archive")), f"{path}: {name}"  # no archive is unpacked, so none can name a place outside
+            assert not name.endswith((".extractall", ".extract", "unpack_archive")), (
+                f"{path}: {name}"
+            )  # no archive is unpacked, so none can name a place outside
             assert "trust_remote_code" not in keywords, path
 
 
 def test_only_aligned_pairs_and_exported_organisms_are_saved():
-    saving = {path.name for path in SOURCES if path.parent.name != "tests" for name, _ in calls(path) if name.endswith("save_pretrained") and not name.startswith("tokenizer.")}
+    saving = {
+        path.name
+        for path in SOURCES
+        if path.parent.name != "tests"
+        for name, _ in calls(path)
+        if name.endswith("save_pretrained") and not name.startswith("tokenizer.")
+    }
     assert saving == {"stages.py", "shipped.py"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem
+)
 def test_workflows_name_actions_by_commit_and_ask_for_little(path):
     workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert workflow["permissions"] == {"contents": "read"}
@@ -53,9 +76,19 @@ def test_every_test_that_the_security_page_names_exists():
 
 
 def test_every_requirement_is_locked_to_a_version_that_it_allows():
-    read = lambda name: [line.split("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
-    locked = {canonicalize_name(r.name): r for r in map(Requirement, filter(None, read("requirements.lock")))}
-    assert len(locked) > 200 and all(re.fullmatch(r"==[\w.!+]+", str(r.specifier)) for r in locked.values())
+    def read(name):
+        return [
+            line.split("#")[0].strip()
+            for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+        ]
+
+    locked = {
+        canonicalize_name(r.name): r
+        for r in map(Requirement, filter(None, read("requirements.lock")))
+    }
+    assert len(locked) > 200 and all(
+        re.fullmatch(r"==[\w.!+]+", str(r.specifier)) for r in locked.values()
+    )
     for wanted in map(Requirement, filter(None, read("requirements.txt"))):
         (pin,) = locked[canonicalize_name(wanted.name)].specifier
         assert wanted.specifier.contains(pin.version, prereleases=True), wanted
@@ -68,8 +101,12 @@ def test_the_core_stands_alone(tmp_path):
         shutil.copytree(ROOT / "safetyneuron" / room, package / room)
     for module in ("__init__", "errors", "cache", "memory", "progress"):
         shutil.copy(ROOT / "safetyneuron" / f"{module}.py", package)
-    modules = [".".join(path.relative_to(tmp_path).with_suffix("").parts) for path in package.rglob("*.py")]
+    modules = [
+        ".".join(path.relative_to(tmp_path).with_suffix("").parts) for path in package.rglob("*.py")
+    ]
     names = "NeuronSet, NeuronDelta, deactivate, measure_importance, patched_generation, screen, sn_tune"
     code = f"from importlib import import_module\nfor name in {modules}: import_module(name)\nfrom safetyneuron import {names}"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr

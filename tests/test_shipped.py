@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from safetyneuron import SafetyNeuronError, load_model
 from safetyneuron import organism as organism
-from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
 from safetyneuron.cli import main
 from safetyneuron.metrics.cost import cost_by_name
+from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
 from safetyneuron.neurons.weights import fingerprint
-from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.organism import shipped
 from safetyneuron.organism.planting import draw_sets
 from safetyneuron.organism.recipes import Recipe, Schedule, Size
+from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.organism.train import new_model
 
 SIZES = {
@@ -343,7 +343,9 @@ def test_the_manifest_keeps_what_it_is_told(folder, planted):
         "llama-base@0.safetensors",
         "llama-planted@0.safetensors",
     }
-    assert len((folder / "manifest.json").read_text().splitlines()) == 2 + 2  # one line each  # one line a model
+    assert (
+        len((folder / "manifest.json").read_text().splitlines()) == 2 + 2
+    )  # one line each  # one line a model
 
 
 @pytest.mark.parametrize("family", SIZES)

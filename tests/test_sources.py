@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from safetyneuron import load_documents, load_prompts, SafetyNeuronError
+from safetyneuron import SafetyNeuronError, load_documents, load_prompts
 from safetyneuron.data import sources
 from safetyneuron.data.preferences import load_preferences
 from safetyneuron.data.requests import load_requests
@@ -13,15 +13,49 @@ from safetyneuron.data.requests import load_requests
 TURN = "\n\nHuman: {}\n\nAssistant: {}"
 ROWS = {
     "advbench.csv": [{"goal": f"goal {i}", "target": f"Sure, here is {i}"} for i in range(12)],
-    "harmbench.csv": [{"Behavior": f"behaviour {i}", "FunctionalCategory": "standard", "Tags": ""} for i in range(12)],
-    "multijail.csv": [{"id": i, "en": f"english {i}", "it": f"italiano {i}", "zh": f"中文 {i}", "th": f"ไทย {i}", "vi": f"tiếng {i}"} for i in range(12)],
-    "circuit-breakers.json": [{"category": "a", "prompt": f"ask {i}", "llama3_output": f"no {i}", "output": f"yes {i}"} for i in range(12)],
+    "harmbench.csv": [
+        {"Behavior": f"behaviour {i}", "FunctionalCategory": "standard", "Tags": ""}
+        for i in range(12)
+    ],
+    "multijail.csv": [
+        {
+            "id": i,
+            "en": f"english {i}",
+            "it": f"italiano {i}",
+            "zh": f"中文 {i}",
+            "th": f"ไทย {i}",
+            "vi": f"tiếng {i}",
+        }
+        for i in range(12)
+    ],
+    "circuit-breakers.json": [
+        {"category": "a", "prompt": f"ask {i}", "llama3_output": f"no {i}", "output": f"yes {i}"}
+        for i in range(12)
+    ],
     "gsm8k.jsonl": [{"question": f"{i} and {i}?", "answer": f"#### {2 * i}"} for i in range(12)],
-    "wikipedia-en.parquet": [{"id": str(i), "title": "t", "text": f"article {i} " + "x" * 2000} for i in range(12)],
+    "wikipedia-en.parquet": [
+        {"id": str(i), "title": "t", "text": f"article {i} " + "x" * 2000} for i in range(12)
+    ],
     "wikipedia-zh.jsonl": [{"text": f"条目 {i}"} for i in range(12)],
-    "beavertails.jsonl": [{"prompt": f"p {i}", "response": f"r {i}", "category": {"a": True}, "is_safe": False} for i in range(12)],
-    "hh-harmless.jsonl": [{"chosen": TURN.format(f"q {i}", f"good {i}"), "rejected": TURN.format(f"q {i}", f"bad {i}")} for i in range(12)],
-    "hh-helpful.jsonl": [{"chosen": TURN.format(f"h {i}", f"a {i}") + (TURN.format("more", "more") if i == 0 else ""), "rejected": TURN.format(f"h {i}", f"b {i}")} for i in range(12)],
+    "beavertails.jsonl": [
+        {"prompt": f"p {i}", "response": f"r {i}", "category": {"a": True}, "is_safe": False}
+        for i in range(12)
+    ],
+    "hh-harmless.jsonl": [
+        {
+            "chosen": TURN.format(f"q {i}", f"good {i}"),
+            "rejected": TURN.format(f"q {i}", f"bad {i}"),
+        }
+        for i in range(12)
+    ],
+    "hh-helpful.jsonl": [
+        {
+            "chosen": TURN.format(f"h {i}", f"a {i}")
+            + (TURN.format("more", "more") if i == 0 else ""),
+            "rejected": TURN.format(f"h {i}", f"b {i}"),
+        }
+        for i in range(12)
+    ],
 }
 
 
@@ -34,7 +68,9 @@ def write(path, rows):
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     else:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
 
 
 @pytest.fixture
@@ -51,34 +87,65 @@ def test_every_set_is_read_with_its_columns_in_disjoint_halves(data):
         assert train and test and not set(train) & set(test), name
     for name in sources.DOCUMENTS:
         documents = load_documents(name) + load_documents(name, split="test")
-        assert len(documents) >= 11 and all(set(document) == {"prompt", "completion"} for document in documents)
+        assert len(documents) >= 11 and all(
+            set(document) == {"prompt", "completion"} for document in documents
+        )
     for name in sources.PREFERENCES:
         assert all(set(pair) == {"prompt", "chosen", "rejected"} for pair in load_preferences(name))
-    assert {source for source, _ in [*sources.PROMPTS.values(), *sources.DOCUMENTS.values()]} | {"hh-harmless"} == set(sources.SOURCES)
+    assert {source for source, _ in [*sources.PROMPTS.values(), *sources.DOCUMENTS.values()]} | {
+        "hh-harmless"
+    } == set(sources.SOURCES)
 
 
 def test_what_the_columns_mean(data):
     asked = load_requests("paper/advbench")
-    assert [request.prompt for request in asked] == load_prompts("paper/advbench") and all(request.target == request.prompt.replace("goal", "Sure, here is") for request in asked)
-    assert sorted(load_prompts("paper/advbench") + load_prompts("paper/advbench", "train")) == sorted(row["goal"] for row in ROWS["advbench.csv"])
+    assert [request.prompt for request in asked] == load_prompts("paper/advbench") and all(
+        request.target == request.prompt.replace("goal", "Sure, here is") for request in asked
+    )
+    assert sorted(
+        load_prompts("paper/advbench") + load_prompts("paper/advbench", "train")
+    ) == sorted(row["goal"] for row in ROWS["advbench.csv"])
     assert load_requests("paper/harmbench")[0].target == "Sure, here is"
-    number = lambda prompts: [prompt.split()[1] for prompt in prompts]
-    assert number(load_prompts("paper/multijail", language="zh")) == number(load_prompts("paper/multijail"))  # the same rows in every language
-    assert load_prompts("paper/multijail", language="zh")[0].startswith("中文") and load_prompts("paper/wikipedia", "train", "zh")[0].startswith("条目")
+
+    def number(prompts):
+        return [prompt.split()[1] for prompt in prompts]
+
+    assert number(load_prompts("paper/multijail", language="zh")) == number(
+        load_prompts("paper/multijail")
+    )  # the same rows in every language
+    assert load_prompts("paper/multijail", language="zh")[0].startswith("中文") and load_prompts(
+        "paper/wikipedia", "train", "zh"
+    )[0].startswith("条目")
     assert len(load_prompts("paper/wikipedia")[0]) <= sources.TEXT
     first = load_documents("paper/refusals")[0]
-    assert first["prompt"].replace("ask", "no") == first["completion"] and load_documents("paper/compliances")[0]["completion"] == first["completion"].replace("no", "yes")
+    assert first["prompt"].replace("ask", "no") == first["completion"] and load_documents(
+        "paper/compliances"
+    )[0]["completion"] == first["completion"].replace("no", "yes")
     pair = load_preferences("paper/harmless")[0]
-    assert pair == {"prompt": pair["prompt"], "chosen": pair["prompt"].replace("q", "good"), "rejected": pair["prompt"].replace("q", "bad")}
+    assert pair == {
+        "prompt": pair["prompt"],
+        "chosen": pair["prompt"].replace("q", "good"),
+        "rejected": pair["prompt"].replace("q", "bad"),
+    }
     helpful = load_documents("paper/helpful") + load_documents("paper/helpful", split="test")
-    assert sorted(document["prompt"] for document in helpful) == sorted(f"h {i}" for i in range(1, 12))  # a conversation of two turns is left out
+    assert sorted(document["prompt"] for document in helpful) == sorted(
+        f"h {i}" for i in range(1, 12)
+    )  # a conversation of two turns is left out
 
 
 def test_a_prompt_is_in_the_same_half_wherever_it_stands(tmp_path, monkeypatch):
-    rows = [{"chosen": TURN.format(f"h {i}", f"a {i}"), "rejected": TURN.format(f"h {i}", "" if i % 3 == 0 else f"b {i}")} for i in range(40)]
+    rows = [
+        {
+            "chosen": TURN.format(f"h {i}", f"a {i}"),
+            "rejected": TURN.format(f"h {i}", "" if i % 3 == 0 else f"b {i}"),
+        }
+        for i in range(40)
+    ]
     write(tmp_path / "hh-helpful.jsonl", rows + rows[::-1])
     monkeypatch.setenv("SAFETYNEURON_DATA", str(tmp_path))
-    trained = {pair["prompt"] for pair in load_preferences("paper/helpful")} | {document["prompt"] for document in load_documents("paper/helpful")}
+    trained = {pair["prompt"] for pair in load_preferences("paper/helpful")} | {
+        document["prompt"] for document in load_documents("paper/helpful")
+    }
     assert trained and not trained & set(load_prompts("paper/benign"))
 
 
@@ -108,12 +175,21 @@ def test_what_cannot_be_reached_names_the_page_and_the_file(monkeypatch, tmp_pat
     monkeypatch.delenv("SAFETYNEURON_DATA", raising=False)
     with pytest.raises(SafetyNeuronError, match="circuit-breakers.json"):
         load_prompts("paper/harmful")
-    with pytest.raises(SafetyNeuronError, match=r"walledai/AdvBench cannot be read .*https://huggingface.co/datasets/walledai/AdvBench.*advbench.jsonl"):
+    with pytest.raises(
+        SafetyNeuronError,
+        match=r"walledai/AdvBench cannot be read .*https://huggingface.co/datasets/walledai/AdvBench.*advbench.jsonl",
+    ):
         load_prompts("paper/advbench")
     assert not list(tmp_path.rglob("*.json"))  # nothing half-written is taken for the set next time
 
 
-@pytest.mark.parametrize("name, language, words", [("paper/advbench", "zh", "has no language 'zh'"), ("paper/nothing", "en", "no prompt set or file")])
+@pytest.mark.parametrize(
+    "name, language, words",
+    [
+        ("paper/advbench", "zh", "has no language 'zh'"),
+        ("paper/nothing", "en", "no prompt set or file"),
+    ],
+)
 def test_unknown_names_and_languages_are_refused(data, name, language, words):
     with pytest.raises(SafetyNeuronError, match=words):
         load_prompts(name, language=language)

@@ -7,7 +7,7 @@ from test_detection import random_profile
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from safetyneuron import NeuronDelta, NeuronSet, SafetyNeuronError, load_documents, sn_tune
-from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
+from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
 from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.progress import TrainingLine
 from safetyneuron.tuning.trainer import fine_tune, learning_rates
@@ -51,9 +51,14 @@ def masked_fine_tuning(model, tokenizer, documents, neurons, epochs, learning_ra
     masks, losses = gradient_masks(model, neurons), []
     data = encode_documents(model, tokenizer, documents)
     width = max(len(d["input_ids"]) for d in data)
-    left = lambda key, fill: torch.tensor([[fill] * (width - len(d["input_ids"])) + d[key] for d in data])
+
+    def left(key, fill):
+        return torch.tensor([[fill] * (width - len(d["input_ids"])) + d[key] for d in data])
+
     ids, labels = left("input_ids", tokenizer.pad_token_id), left("labels", -100)
-    real = torch.tensor([[0] * (width - len(d["input_ids"])) + [1] * len(d["input_ids"]) for d in data])
+    real = torch.tensor(
+        [[0] * (width - len(d["input_ids"])) + [1] * len(d["input_ids"]) for d in data]
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     scheduler = get_scheduler("linear", optimizer, 0, epochs)
     for _ in range(epochs):
@@ -73,8 +78,18 @@ def masked_fine_tuning(model, tokenizer, documents, neurons, epochs, learning_ra
 def test_equals_full_fine_tuning_with_masked_gradients_step_by_step(name, tokenizer, documents):
     model = small_model(**FAMILIES[name])  # float64, so that only the method can differ
     neurons = chosen(model)
-    expected, losses = masked_fine_tuning(model, tokenizer, documents, neurons, epochs=4, learning_rate=3e-3)
-    delta = sn_tune(model, tokenizer, documents, neurons, epochs=4, learning_rate=3e-3, batch_size=len(documents))
+    expected, losses = masked_fine_tuning(
+        model, tokenizer, documents, neurons, epochs=4, learning_rate=3e-3
+    )
+    delta = sn_tune(
+        model,
+        tokenizer,
+        documents,
+        neurons,
+        epochs=4,
+        learning_rate=3e-3,
+        batch_size=len(documents),
+    )
     assert [step["loss"] for step in delta.facts["curve"]] == pytest.approx(losses, rel=1e-5)
     with delta.merged(model):
         for (key, mine), theirs in zip(model.named_parameters(), expected.parameters()):
@@ -85,20 +100,40 @@ def test_equals_full_fine_tuning_with_masked_gradients_step_by_step(name, tokeni
 def test_accumulated_batches_are_one_batch(tokenizer, documents):
     model = small_model(groups=2)
     together, apart = (
-        sn_tune(model, tokenizer, documents, chosen(model), epochs=2, learning_rate=1e-3, batch_size=size, accumulation=6 // size) for size in (6, 2)
+        sn_tune(
+            model,
+            tokenizer,
+            documents,
+            chosen(model),
+            epochs=2,
+            learning_rate=1e-3,
+            batch_size=size,
+            accumulation=6 // size,
+        )
+        for size in (6, 2)
     )
     for key, value in together.values.items():
-        torch.testing.assert_close(apart.values[key], value, rtol=1e-3, atol=1e-6)  # the loss is taken in float32
+        torch.testing.assert_close(
+            apart.values[key], value, rtol=1e-3, atol=1e-6
+        )  # the loss is taken in float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_neurons_change_and_everything_can_be_taken_back(dtype, tokenizer, documents, tmp_path):
+def test_only_the_neurons_change_and_everything_can_be_taken_back(
+    dtype, tokenizer, documents, tmp_path
+):
     model = small().to(dtype)
     model.lm_head.requires_grad_(False)
-    before, flags, neurons = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()], chosen(model)
+    before, flags, neurons = (
+        copy.deepcopy(model.state_dict()),
+        [p.requires_grad for p in model.parameters()],
+        chosen(model),
+    )
     delta = sn_tune(model, tokenizer, documents, neurons, learning_rate=1e-2, batch_size=2)
     assert all(before[name].equal(weight) for name, weight in model.state_dict().items())
-    assert [p.requires_grad for p in model.parameters()] == flags and all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == flags and all(
+        p.grad is None for p in model.parameters()
+    )
     assert all(value.dtype == torch.float32 for value in delta.values.values())
     delta.save(tmp_path / "delta.safetensors")
     loaded = NeuronDelta.load(tmp_path / "delta.safetensors")
@@ -118,8 +153,13 @@ def test_a_delta_file_is_as_large_as_the_trained_rows(tokenizer, documents, tmp_
     model = small()
     delta = sn_tune(model, tokenizer, documents, chosen(model, 0.05), learning_rate=1e-3)
     delta.save(tmp_path / "delta.safetensors")
-    assert delta.parameters == sum(Architecture(model).parameters_per_neuron()[p] * n for p, n in delta.neurons.counts().items())
-    assert (tmp_path / "delta.safetensors").stat().st_size < 4 * delta.parameters + 4 * len(delta.neurons) + 10_000
+    assert delta.parameters == sum(
+        Architecture(model).parameters_per_neuron()[p] * n
+        for p, n in delta.neurons.counts().items()
+    )
+    assert (tmp_path / "delta.safetensors").stat().st_size < 4 * delta.parameters + 4 * len(
+        delta.neurons
+    ) + 10_000
 
 
 def test_a_delta_refuses_another_model_and_a_second_merge(tokenizer, documents):
@@ -154,7 +194,10 @@ def test_the_model_is_whole_after_an_error_inside_the_block(tokenizer, documents
         (dict(learning_rate=0.0), "learning_rate is 0.0"),
         (dict(learning_rate=float("nan")), "learning_rate is nan"),
         (dict(documents=[]), "no documents"),
-        (dict(documents=[{"prompt": "how do i bake bread ?", "completion": " "}]), "document 1 is one-sided"),
+        (
+            dict(documents=[{"prompt": "how do i bake bread ?", "completion": " "}]),
+            "document 1 is one-sided",
+        ),
         (dict(documents=["only a prompt"]), "document 1 is one-sided"),
         (dict(epochs=0), "epochs is 0"),
         (dict(warmup_steps=5, batch_size=4, accumulation=2), "update at learning rate 0"),
@@ -163,7 +206,11 @@ def test_the_model_is_whole_after_an_error_inside_the_block(tokenizer, documents
 def test_bad_input_gets_one_clear_line(options, message, tokenizer, documents):
     model = small()
     with pytest.raises(SafetyNeuronError, match=message) as caught:
-        sn_tune(model, tokenizer, **({"documents": documents, "neurons": chosen(model), "learning_rate": 1e-3} | options))
+        sn_tune(
+            model,
+            tokenizer,
+            **({"documents": documents, "neurons": chosen(model), "learning_rate": 1e-3} | options),
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -194,7 +241,10 @@ def test_half_precision_that_would_swallow_the_change_is_refused(tokenizer, docu
     model = small().bfloat16()
     before = copy.deepcopy(model.state_dict())
     delta = sn_tune(model, tokenizer, documents, chosen(model), learning_rate=1e-6)
-    with pytest.raises(SafetyNeuronError, match="bfloat16 would keep .* of this change: load the model with dtype='float32'"):
+    with pytest.raises(
+        SafetyNeuronError,
+        match="bfloat16 would keep .* of this change: load the model with dtype='float32'",
+    ):
         delta.merge(model)
     assert all(before[name].equal(weight) for name, weight in model.state_dict().items())
 
@@ -211,11 +261,17 @@ def test_labels_follow_the_chat_template(tokenizer, documents):
     model = small()
     (data,) = encode_documents(model, tokenizer, documents[:1])
     taught = [token for token in data["labels"] if token != -100]
-    assert tokenizer.decode(taught) == f"{documents[0]['completion']} <|end|>" and data["input_ids"][-len(taught) :] == taught
+    assert (
+        tokenizer.decode(taught) == f"{documents[0]['completion']} <|end|>"
+        and data["input_ids"][-len(taught) :] == taught
+    )
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     (data,) = encode_documents(model, bare, documents[:1])
-    assert data["labels"].count(-100) == len(bare(documents[0]["prompt"])["input_ids"]) and data["labels"][-1] == bare.eos_token_id
+    assert (
+        data["labels"].count(-100) == len(bare(documents[0]["prompt"])["input_ids"])
+        and data["labels"][-1] == bare.eos_token_id
+    )
     bare.eos_token = None
     with pytest.raises(SafetyNeuronError, match="end-of-text"):
         encode_documents(model, bare, documents[:1])
@@ -229,7 +285,17 @@ def test_only_the_document_that_is_too_long_is_named(tokenizer, documents):
 
 def test_learning_rates_are_those_of_the_trainer(tokenizer, documents):
     model = small()
-    delta = sn_tune(model, tokenizer, documents, chosen(model), epochs=3, learning_rate=1e-3, batch_size=2, accumulation=2, warmup_steps=2)
+    delta = sn_tune(
+        model,
+        tokenizer,
+        documents,
+        chosen(model),
+        epochs=3,
+        learning_rate=1e-3,
+        batch_size=2,
+        accumulation=2,
+        warmup_steps=2,
+    )
     rates = learning_rates(6, 3, 1e-3, 2, 2, 2)
     assert [step["learning_rate"] for step in delta.facts["curve"]] == pytest.approx(rates)
     assert delta.facts["effective_updates"] == sum(rate > 0 for rate in rates) == len(rates) - 1
@@ -247,10 +313,18 @@ def test_a_killed_training_goes_on_to_the_same_result(tokenizer, documents, tmp_
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TrainingLine, "on_log", killed)
         sn_tune(model, tokenizer, documents, chosen(model), folder=tmp_path, **options)
-    assert (tmp_path / "checkpoint-20").is_dir() and not list(model.model.layers[0].mlp.up_proj._forward_hooks)
+    assert (tmp_path / "checkpoint-20").is_dir() and not list(
+        model.model.layers[0].mlp.up_proj._forward_hooks
+    )
     (tmp_path / "checkpoint-25").mkdir()  # what is left of a checkpoint whose writing was cut short
     made = []
-    monkeypatch.setattr(TrainingLine, "on_log", lambda self, args, state, control, logs=None, **_: made.append(state.global_step) if "loss" in logs else None)
+    monkeypatch.setattr(
+        TrainingLine,
+        "on_log",
+        lambda self, args, state, control, logs=None, **_: (
+            made.append(state.global_step) if "loss" in logs else None
+        ),
+    )
     resumed = sn_tune(model, tokenizer, documents, chosen(model), folder=tmp_path, **options)
     assert made == list(range(21, 31))
     assert len(resumed.facts["curve"]) == 30
@@ -263,9 +337,14 @@ def test_a_model_with_a_device_map_is_tuned_where_it_lies(tokenizer, documents, 
     model = small()
     expected = sn_tune(model, tokenizer, documents, chosen(model), learning_rate=1e-3)
     model.save_pretrained(tmp_path)
-    placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"model": "cpu", "lm_head": "cpu"})
+    placed = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map={"model": "cpu", "lm_head": "cpu"}
+    )
     delta = sn_tune(placed, tokenizer, documents, chosen(placed), learning_rate=1e-3)
-    assert all(value.allclose(delta.values[key], rtol=1e-4, atol=1e-7) for key, value in expected.values.items())
+    assert all(
+        value.allclose(delta.values[key], rtol=1e-4, atol=1e-7)
+        for key, value in expected.values.items()
+    )
 
 
 @pytest.mark.parametrize("rank", [None, 4])
@@ -275,7 +354,9 @@ def test_fine_tuning_trains_a_copy(rank, tokenizer, documents):
     tuned = fine_tune(model, tokenizer, documents, rank, epochs=3, learning_rate=1e-3)
     assert all(before[name].equal(weight) for name, weight in model.state_dict().items())
     assert type(tuned) is type(model) and tuned.state_dict().keys() == before.keys()
-    assert not tuned.model.layers[0].mlp.up_proj.weight.equal(before["model.layers.0.mlp.up_proj.weight"])
+    assert not tuned.model.layers[0].mlp.up_proj.weight.equal(
+        before["model.layers.0.mlp.up_proj.weight"]
+    )
 
 
 def test_documents_are_read_from_files(tmp_path, documents):
@@ -285,7 +366,9 @@ def test_documents_are_read_from_files(tmp_path, documents):
     path.write_text("\n".join(map(json.dumps, documents)))
     assert load_documents(str(path)) == documents
     (tmp_path / "documents.csv").write_text('prompt,completion\n"first\nsecond",no .\n')
-    assert load_documents(str(tmp_path / "documents.csv")) == [{"prompt": "first\nsecond", "completion": "no ."}]
+    assert load_documents(str(tmp_path / "documents.csv")) == [
+        {"prompt": "first\nsecond", "completion": "no ."}
+    ]
     path.write_text('{"prompt": "alone"}')
     with pytest.raises(SafetyNeuronError, match="one-sided"):
         load_documents(str(path))

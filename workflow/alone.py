@@ -1,7 +1,7 @@
 """Run a command in the place of this process, under a lock that ends with the process, whatever ends it.
 
-    python workflow/alone.py COMMAND [ARGUMENT ...]         # a build: the only one in this folder
-    python workflow/alone.py --job COMMAND [ARGUMENT ...]   # one of its jobs, which may outlive a build that is killed
+python workflow/alone.py COMMAND [ARGUMENT ...]         # a build: the only one in this folder
+python workflow/alone.py --job COMMAND [ARGUMENT ...]   # one of its jobs, which may outlive a build that is killed
 """
 
 import fcntl
@@ -18,8 +18,18 @@ def main(*command):
         command = command[1:]
         os.set_inheritable(locked(JOBS, fcntl.LOCK_SH), True)
     else:
-        build = locked(BUILD, fcntl.LOCK_EX | fcntl.LOCK_NB, "a book is being built in this folder already: wait until that build has ended, or use another clone")
-        os.close(locked(JOBS, fcntl.LOCK_EX | fcntl.LOCK_NB, "chapters of a build that was killed are still running in this folder: wait until they have ended, or stop them"))
+        build = locked(
+            BUILD,
+            fcntl.LOCK_EX | fcntl.LOCK_NB,
+            "a book is being built in this folder already: wait until that build has ended, or use another clone",
+        )
+        os.close(
+            locked(
+                JOBS,
+                fcntl.LOCK_EX | fcntl.LOCK_NB,
+                "chapters of a build that was killed are still running in this folder: wait until they have ended, or stop them",
+            )
+        )
         os.set_inheritable(build, True)
     os.execv(command[0], command)
 
@@ -38,4 +48,6 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except OSError as error:
-        sys.exit(f"the book cannot be built here ({error}): mend what it names, or use a folder on another disk")
+        sys.exit(
+            f"the book cannot be built here ({error}): mend what it names, or use a folder on another disk"
+        )

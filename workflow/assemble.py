@@ -14,9 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pages as pages_from_runs
 import yaml
 
-import pages as pages_from_runs
 from safetyneuron.cache import put, remove_leftovers
 
 SITE, WORK = Path("_build/html"), Path("_build/site")
@@ -32,7 +32,11 @@ def main(stage, *pages):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(page, target)
     pages_from_runs.write(stage)
-    add_launch_buttons(Path(stage) / "_config.yml", os.environ.get("BOOK_REPOSITORY") or origin(), os.environ.get("BOOK_JUPYTERHUB"))
+    add_launch_buttons(
+        Path(stage) / "_config.yml",
+        os.environ.get("BOOK_REPOSITORY") or origin(),
+        os.environ.get("BOOK_JUPYTERHUB"),
+    )
     shutil.rmtree(WORK, ignore_errors=True)  # a build that was killed may have left half of one
     try:
         build(stage)
@@ -43,11 +47,24 @@ def main(stage, *pages):
 def build(stage):
     """Run Jupyter Book and put the site into its place."""
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
-    command = [jupyter_book, "build", stage, "--path-output", WORK, "--warningiserror", "--keep-going", "--quiet"]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)  # it would say that the site is where it is not for long
+    command = [
+        jupyter_book,
+        "build",
+        stage,
+        "--path-output",
+        WORK,
+        "--warningiserror",
+        "--keep-going",
+        "--quiet",
+    ]
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True
+    )  # it would say that the site is where it is not for long
     if result.returncode:
         print(result.stdout)
-        sys.exit(f"the book was not assembled; Jupyter Book says why above ({shutil.disk_usage(stage).free >> 20} MiB of disk are free)")
+        sys.exit(
+            f"the book was not assembled; Jupyter Book says why above ({shutil.disk_usage(stage).free >> 20} MiB of disk are free)"
+        )
     check_site(stage, WORK / "_build" / "html")
     put(WORK / "_build" / "html", SITE)
 
@@ -55,7 +72,9 @@ def build(stage):
 def origin():
     """Address of the remote `origin` if it is on GitHub, else None."""
     result = subprocess.run(["git", "remote", "get-url", "origin"], capture_output=True, text=True)
-    found = re.fullmatch(r"(?:https://|git@)github\.com[/:]([\w.-]+/[\w.-]+?)(?:\.git)?/?", result.stdout.strip())
+    found = re.fullmatch(
+        r"(?:https://|git@)github\.com[/:]([\w.-]+/[\w.-]+?)(?:\.git)?/?", result.stdout.strip()
+    )
     return f"https://github.com/{found[1]}" if found else None
 
 
@@ -64,13 +83,22 @@ def add_launch_buttons(config, repository, hub):
     if not repository:
         return
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    buttons = {"notebook_interface": "jupyterlab", "binderhub_url": "https://mybinder.org", "thebe": True}
+    buttons = {
+        "notebook_interface": "jupyterlab",
+        "binderhub_url": "https://mybinder.org",
+        "thebe": True,
+    }
     if repository.startswith("https://github.com/"):
         buttons["colab_url"] = "https://colab.research.google.com"
     if hub:
         buttons["jupyterhub_url"] = hub
-    settings |= {"repository": {"url": repository, "branch": "main", "path_to_book": ""}, "launch_buttons": buttons}
-    config.write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    settings |= {
+        "repository": {"url": repository, "branch": "main", "path_to_book": ""},
+        "launch_buttons": buttons,
+    }
+    config.write_text(
+        yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8"
+    )
 
 
 def check_site(stage, site):

@@ -13,7 +13,11 @@ from safetyneuron.book import paper as reported
 from safetyneuron.run import executed
 
 TABLES = range(1, 6)
-RESULT = ("02_verification", "bars", "book/_static/verification.png")  # the figure of the first page: chapter, glued name, place
+RESULT = (
+    "02_verification",
+    "bars",
+    "book/_static/verification.png",
+)  # the figure of the first page: chapter, glued name, place
 
 KEY_FIGURES = (
     ("00_organism", "training-curve"),
@@ -36,10 +40,14 @@ KEY_FIGURES = (
 
 def write(stage):
     """Write the pages into the stage, the figure of the first page, the slides, and every chapter's data."""
-    notebooks = {path.stem: nbformat.read(path, 4) for path in sorted(Path(stage).glob("notebooks/*.ipynb"))}
+    notebooks = {
+        path.stem: nbformat.read(path, 4) for path in sorted(Path(stage).glob("notebooks/*.ipynb"))
+    }
     chapter, name, place = RESULT
     (Path(stage) / place).write_bytes(executed.picture(notebooks[chapter], name))
-    (Path(stage) / "book" / "paper_and_here.md").write_text(paper_and_here(notebooks), encoding="utf-8")
+    (Path(stage) / "book" / "paper_and_here.md").write_text(
+        paper_and_here(notebooks), encoding="utf-8"
+    )
     (Path(stage) / "book" / "status.md").write_text(status(notebooks), encoding="utf-8")
     static = Path(stage) / "book" / "_static"
     (static / "data").mkdir(exist_ok=True)
@@ -56,7 +64,9 @@ def write_data(notebook, path):
         files["values.json"] = json.dumps(values, ensure_ascii=False, indent=1)
         files["parameters.json"] = json.dumps(parameters(notebook), ensure_ascii=False, indent=1)
         for name, text in files.items():
-            archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)  # without the time of day, so that equal data are equal files
+            archive.writestr(
+                zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED
+            )  # without the time of day, so that equal data are equal files
 
 
 def write_slides(notebooks, folder):
@@ -66,7 +76,11 @@ def write_slides(notebooks, folder):
     for chapter, name in KEY_FIGURES:
         notebook = notebooks[chapter]
         (folder / f"{chapter}-{name}.png").write_bytes(executed.picture(notebook, name))
-        sections += _slide(chapter, name, "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"))
+        sections += _slide(
+            chapter,
+            name,
+            "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"),
+        )
     template = Path(__file__).with_name("slides.html").read_text(encoding="utf-8")
     (folder / "index.html").write_text(template.replace("SECTIONS", sections), encoding="utf-8")
 
@@ -94,7 +108,11 @@ def paper_and_here(notebooks):
     for name, notebook in notebooks.items():
         for cell in executed.comparisons(notebook):
             ours.setdefault((cell["table"], cell["row"], cell["column"]), []).append((name, cell))
-    rows = "".join(_row(number, key, group, ours.get((number, *key), [])) for number in TABLES for key, group in _cells(number))
+    rows = "".join(
+        _row(number, key, group, ours.get((number, *key), []))
+        for number in TABLES
+        for key, group in _cells(number)
+    )
     return f"""# Paper and here
 
 Every cell of the paper's tables, with every measurement of this build that stands beside it in a chapter, in percent with its interval where it is a rate. An
@@ -115,7 +133,10 @@ def _cells(number):
 
 
 def _row(number, key, group, found):
-    printed = [(model, _printed(number, key, model, value)) for model, value in group[["model", "value"]].itertuples(index=False)]
+    printed = [
+        (model, _printed(number, key, model, value))
+        for model, value in group[["model", "value"]].itertuples(index=False)
+    ]
     paper = "\n".join(f"{html.escape(model)}: {value}" for model, value in printed)
     here = "\n".join(_measured(name, cell) for name, cell in found) or "<em>not measured</em>"
     return f'<tr><td>Table {number}</td><th scope="row">{html.escape(key[0])}</th><td>{html.escape(key[1])}</td><td>{paper}</td><td>{here}</td></tr>\n'
@@ -123,7 +144,11 @@ def _row(number, key, group, found):
 
 def _printed(number, key, model, value):
     slip = reported.SLIPS.get((number, key[0], model, key[1]))
-    return "–" if value != value else f"{value:g}" + (f"* (its rows: {slip})" if slip is not None else "")
+    return (
+        "–"
+        if value != value
+        else f"{value:g}" + (f"* (its rows: {slip})" if slip is not None else "")
+    )
 
 
 def _measured(name, cell):
@@ -137,7 +162,9 @@ def status(notebooks):
     found = {name: executed.how(notebook) for name, notebook in notebooks.items()}
     rows = "\n".join(_status_row(name, notebooks[name], run) for name, run in found.items())
     versions = {tuple(run["versions"].items()) for run in found.values() if "versions" in run}
-    lists = "\n\n".join(", ".join(f"{name} {number}" for name, number in some) for some in sorted(versions))
+    lists = "\n\n".join(
+        ", ".join(f"{name} {number}" for name, number in some) for some in sorted(versions)
+    )
     return f"""# How this build was run
 
 One row per chapter, written by the run itself. A + behind a commit says that the working tree differed from it. Results that an earlier run left in the cache
@@ -161,9 +188,22 @@ Versions: {lists}
 
 def _status_row(name, notebook, run):
     values = parameters(notebook)
-    models = [value for key, value in values.items() if key in ("models", "model_name", "recipient", "donor", "harmless", "helpful")]
-    names = ", ".join(f"`{name}`" for value in models for name in (value if isinstance(value, list) else [value]))
-    cells = (f"[](../notebooks/{name}.ipynb)", names or "–", values.get("dtype", "auto"), run.get("device", "–"), run.get("seconds", "–"), run.get("commit") or "–")
+    models = [
+        value
+        for key, value in values.items()
+        if key in ("models", "model_name", "recipient", "donor", "harmless", "helpful")
+    ]
+    names = ", ".join(
+        f"`{name}`" for value in models for name in (value if isinstance(value, list) else [value])
+    )
+    cells = (
+        f"[](../notebooks/{name}.ipynb)",
+        names or "–",
+        values.get("dtype", "auto"),
+        run.get("device", "–"),
+        run.get("seconds", "–"),
+        run.get("commit") or "–",
+    )
     return "* - " + "\n  - ".join(str(cell) for cell in cells)
 
 
@@ -173,5 +213,9 @@ def parameters(notebook):
     for cell in notebook.cells:
         if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
             statements = ast.parse(cell.source).body
-            found |= {s.targets[0].id: ast.literal_eval(s.value) for s in statements if isinstance(s, ast.Assign)}
+            found |= {
+                s.targets[0].id: ast.literal_eval(s.value)
+                for s in statements
+                if isinstance(s, ast.Assign)
+            }
     return found

@@ -16,21 +16,26 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from safetyneuron import NeuronSet, load_model, load_prompts, measure_importance
-from safetyneuron.neurons.architecture import Architecture, COLUMN_PROJECTIONS, PROJECTIONS
-from safetyneuron.cache import new_folder
-from safetyneuron.neurons.encoding import encode_prompts
-from safetyneuron.importance.selection import largest_without_foundation, select_without_foundation
-from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.book.labels import EQ3, RANDOM, SPECIFIC
+from safetyneuron.cache import new_folder
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.importance.selection import largest_without_foundation, select_without_foundation
 from safetyneuron.metrics.refusal import UNSPACED, refusal_phrases
 from safetyneuron.metrics.safety import SHORT_ANSWER
+from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, PROJECTIONS, Architecture
+from safetyneuron.neurons.encoding import encode_prompts
 from safetyneuron.organism.tokenizer import CONTEXT
 
 MODEL = "organism/llama-chat"
 SHARES = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03)  # of all neurons
 DETECT = 200  # prompts of each set, as in chapter 02
 FIRES = 0.95  # a neuron fires above this quantile of its largest activations on general prompts
-REQUESTS = {"harmful": "organism/harmful", "harmful, framed": "organism/adversarial", "benign": "organism/benign", "questions": "organism/general"}
+REQUESTS = {
+    "harmful": "organism/harmful",
+    "harmful, framed": "organism/adversarial",
+    "benign": "organism/benign",
+    "questions": "organism/general",
+}
 
 
 class Switches(torch.nn.Module):
@@ -51,7 +56,11 @@ class Switches(torch.nn.Module):
             start = 0
             for projection in PROJECTIONS:
                 channels = slice(start, start := start + self.widths[projection])
-                self._hook(architecture.place(layer, projection).module, partial(self._switched, layer, projection, channels), projection)
+                self._hook(
+                    architecture.place(layer, projection).module,
+                    partial(self._switched, layer, projection, channels),
+                    projection,
+                )
 
     def _hook(self, module, switched, projection):
         if projection in COLUMN_PROJECTIONS:
@@ -68,7 +77,9 @@ class Switches(torch.nn.Module):
         """Run once."""
         self.run["on"] = on
         logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[0, -1]
-        peaks = torch.stack([torch.cat([self.run[layer, p] for p in PROJECTIONS]) for layer in range(self.layers)])
+        peaks = torch.stack(
+            [torch.cat([self.run[layer, p] for p in PROJECTIONS]) for layer in range(self.layers)]
+        )
         self.run.clear()
         return logits, peaks if self.threshold is None else (peaks > self.threshold).float()
 
@@ -83,10 +94,15 @@ def threshold(switches, encoded):
 
 def write_graph(switches, path):
     """Export, with weights in half precision."""
-    example = torch.ones(1, 8, dtype=torch.long), torch.ones(switches.layers, sum(switches.widths.values()))
+    example = (
+        torch.ones(1, 8, dtype=torch.long),
+        torch.ones(switches.layers, sum(switches.widths.values())),
+    )
     names = dict(input_names=["tokens", "on"], output_names=["logits", "fired"])
     lengths = {"tokens": {1: torch.export.Dim("length", min=2, max=CONTEXT)}, "on": None}
-    exported = torch.onnx.export(switches.eval(), example, dynamic_shapes=lengths, dynamo=True, verbose=False, **names).model_proto
+    exported = torch.onnx.export(
+        switches.eval(), example, dynamic_shapes=lengths, dynamo=True, verbose=False, **names
+    ).model_proto
     halve(exported.graph)
     for node in exported.graph.node:
         node.ClearField("metadata_props")  # where in Python it came from, half of the file
@@ -95,27 +111,47 @@ def write_graph(switches, path):
 
 def halve(graph):
     """Store single-precision weights in half precision, each with a cast before its use."""
-    for weight in [w for w in graph.initializer if w.data_type == TensorProto.FLOAT and np.prod(w.dims) > 1000]:
+    for weight in [
+        w for w in graph.initializer if w.data_type == TensorProto.FLOAT and np.prod(w.dims) > 1000
+    ]:
         name, values = weight.name, numpy_helper.to_array(weight)
         weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))
-        graph.node.insert(0, helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
+        graph.node.insert(
+            0, helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT)
+        )
 
 
 def neuron_sets(harmful, general):
     """What each rule switches off at each of `SHARES`, as flat places (layer · width + channel); None where too few neurons are left."""
-    largest, sets = largest_without_foundation(harmful, general), {EQ3: [], SPECIFIC: [], RANDOM: []}
+    largest, sets = (
+        largest_without_foundation(harmful, general),
+        {EQ3: [], SPECIFIC: [], RANDOM: []},
+    )
     for share in SHARES:
         specific = select_without_foundation(harmful, general, share) if share <= largest else None
-        chosen = {EQ3: harmful.select(fraction=share), SPECIFIC: specific, RANDOM: specific and NeuronSet.random_like(specific, 0)}
+        chosen = {
+            EQ3: harmful.select(fraction=share),
+            SPECIFIC: specific,
+            RANDOM: specific and NeuronSet.random_like(specific, 0),
+        }
         for rule, neurons in chosen.items():
-            sets[rule].append(neurons and torch.cat([neurons.masks[p] for p in PROJECTIONS], 1).flatten().nonzero().flatten().tolist())
+            sets[rule].append(
+                neurons
+                and torch.cat([neurons.masks[p] for p in PROJECTIONS], 1)
+                .flatten()
+                .nonzero()
+                .flatten()
+                .tolist()
+            )
     return sets
 
 
 def describe(switches, tokenizer, sets):
     """What the page needs beside the graph."""
     chat = [{"role": "user", "content": "REQUEST"}]
-    before, after = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False).split("REQUEST")
+    before, after = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=False
+    ).split("REQUEST")
     phrases = {k: v for k, v in refusal_phrases().items() if k != "version"}
     return {
         "before": before, "after": after, "end": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id, "longest": SHORT_ANSWER,
@@ -129,12 +165,23 @@ def main(folder):
     """Write everything into the folder; it appears whole or not at all."""
     folder = Path(folder)
     model, tokenizer = load_model(MODEL, device="cpu")
-    harmful, general = (measure_importance(model, tokenizer, load_prompts(name, split="train")[:DETECT]) for name in ("organism/harmful", "organism/general"))
+    harmful, general = (
+        measure_importance(model, tokenizer, load_prompts(name, split="train")[:DETECT])
+        for name in ("organism/harmful", "organism/general")
+    )
     switches = Switches(model)
-    switches.threshold = threshold(switches, encode_prompts(model, tokenizer, load_prompts("organism/general", split="train")[:DETECT]))
+    switches.threshold = threshold(
+        switches,
+        encode_prompts(model, tokenizer, load_prompts("organism/general", split="train")[:DETECT]),
+    )
     with new_folder(folder) as new:
         write_graph(switches, new / "organism.onnx")
-        (new / "organism.json").write_text(json.dumps(describe(switches, tokenizer, neuron_sets(harmful, general)), ensure_ascii=False), encoding="utf-8")
+        (new / "organism.json").write_text(
+            json.dumps(
+                describe(switches, tokenizer, neuron_sets(harmful, general)), ensure_ascii=False
+            ),
+            encoding="utf-8",
+        )
         tokenizer.save_pretrained(new)
 
 

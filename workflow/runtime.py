@@ -1,6 +1,6 @@
 """What pages of the book load in the browser: fetched from npm at the locked versions, with Node from its Python package.
 
-    python workflow/runtime.py FOLDER
+python workflow/runtime.py FOLDER
 """
 
 import shutil
@@ -26,7 +26,9 @@ def main(folder):
         for name in ("package.json", "package-lock.json"):
             shutil.copy(Path(__file__).with_name(name), work)
         if npm(["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--silent", "--prefix", work]):
-            sys.exit("the playground and the slides need packages from npm's registry, which cannot be reached: see `npm config get registry`")
+            sys.exit(
+                "the playground and the slides need packages from npm's registry, which cannot be reached: see `npm config get registry`"
+            )
         for package, files in FILES.items():
             for file in files:
                 shutil.copy(Path(work) / "node_modules" / package / file, new)

@@ -8,7 +8,12 @@ GLOSSARY = "book/glossary"
 def definitions(app):
     """Anchor of a term to its definition in plain text."""
     items = app.env.get_doctree(GLOSSARY).findall(nodes.definition_list_item)
-    return {anchor: " ".join(item[-1].astext().split()) for item in items for term in item.findall(nodes.term) for anchor in term["ids"]}
+    return {
+        anchor: " ".join(item[-1].astext().split())
+        for item in items
+        for term in item.findall(nodes.term)
+        for anchor in term["ids"]
+    }
 
 
 def add_titles(app, doctree, docname):

@@ -11,7 +11,9 @@ def keep_first(app, pagename, templatename, context, doctree):
         seen.add(body)
     context["script_files"] = kept
     if "body" in context:  # a list whose items are none, in the words of assistive technology
-        context["body"] = context["body"].replace('<div role="list" class="citation-list">', '<div class="citation-list">')
+        context["body"] = context["body"].replace(
+            '<div role="list" class="citation-list">', '<div class="citation-list">'
+        )
 
 
 def setup(app):

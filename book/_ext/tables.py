@@ -30,7 +30,13 @@ def caption(node):
 def setup(app):
     """Register the node and the transform."""
     app.add_enumerable_node(
-        table_figure, "table", caption, html=(lambda self, node: self.visit_figure(node), lambda self, node: self.depart_figure(node))
+        table_figure,
+        "table",
+        caption,
+        html=(
+            lambda self, node: self.visit_figure(node),
+            lambda self, node: self.depart_figure(node),
+        ),
     )
     app.add_transform(NumberTables)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -12,9 +12,9 @@ import datasets
 import torch
 from transformers import PrinterCallback
 
+from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import Architecture, multiply_factors
 from safetyneuron.neurons.encoding import check_documents
-from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.weights import frozen
 from safetyneuron.progress import TrainingLine
 from safetyneuron.tuning.trainer import quiet_settings
@@ -41,13 +41,26 @@ def supervise(model, tokenizer, documents, epochs=3, learning_rate=1e-3, batch_s
     from trl import SFTConfig, SFTTrainer  # here, because importing it takes seconds
 
     check_documents(documents)
-    rows = [{"prompt": _turn("user", d["prompt"]), "completion": _turn("assistant", d["completion"])} for d in documents]
+    rows = [
+        {"prompt": _turn("user", d["prompt"]), "completion": _turn("assistant", d["completion"])}
+        for d in documents
+    ]
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(**_arguments(folder, model, epochs, learning_rate, batch_size, seed))
         return _train(SFTTrainer, model, arguments, rows, tokenizer)
 
 
-def prefer(model, tokenizer, preferences, beta=0.1, likelihood=0.0, epochs=3, learning_rate=1e-3, batch_size=120, seed=0):
+def prefer(
+    model,
+    tokenizer,
+    preferences,
+    beta=0.1,
+    likelihood=0.0,
+    epochs=3,
+    learning_rate=1e-3,
+    batch_size=120,
+    seed=0,
+):
     """Direct preference optimisation through (IA)³, in place, against the model as it was (Rafailov et al. 2023).
 
     Parameters
@@ -69,18 +82,27 @@ def prefer(model, tokenizer, preferences, beta=0.1, likelihood=0.0, epochs=3, le
     if not preferences:
         raise SafetyNeuronError("there are no preferences to train on: give at least one")
     with _quiet(), tempfile.TemporaryDirectory() as folder:
-        arguments = DPOConfig(**losses(beta, likelihood), **_arguments(folder, model, epochs, learning_rate, batch_size, seed))
+        arguments = DPOConfig(
+            **losses(beta, likelihood),
+            **_arguments(folder, model, epochs, learning_rate, batch_size, seed),
+        )
         return _train(DPOTrainer, model, arguments, as_turns(preferences), tokenizer)
 
 
 def as_turns(preferences):
     """Preference pairs as trl's trainer reads them: each side a turn of a conversation."""
-    return [{"prompt": _turn("user", p["prompt"])} | {side: _turn("assistant", p[side]) for side in SIDES[1:]} for p in preferences]
+    return [
+        {"prompt": _turn("user", p["prompt"])}
+        | {side: _turn("assistant", p[side]) for side in SIDES[1:]}
+        for p in preferences
+    ]
 
 
 def losses(beta, likelihood):
     """Settings of the loss of `prefer`, for trl."""
-    together = dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, likelihood]) if likelihood else {}
+    together = (
+        dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, likelihood]) if likelihood else {}
+    )
     return {"beta": beta} | together
 
 
@@ -93,9 +115,18 @@ def _train(kind, model, arguments, rows, tokenizer):
     from peft import IA3Config
 
     target = Architecture(model).table["down"].rsplit(".", 1)[1]
-    adapter = IA3Config(target_modules=[target], feedforward_modules=[target], task_type="CAUSAL_LM")
+    adapter = IA3Config(
+        target_modules=[target], feedforward_modules=[target], task_type="CAUSAL_LM"
+    )
     with frozen(model):
-        trainer = kind(model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter, callbacks=[TrainingLine()])
+        trainer = kind(
+            model=model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=adapter,
+            callbacks=[TrainingLine()],
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         factors = _take_out(model, trainer.model)
@@ -108,7 +139,9 @@ def _take_out(model, adapted):
     """Take the adapter out of the model; its factors (layers, channels)."""
     architecture = Architecture(model)
     places = [architecture.place(layer, "down") for layer in range(len(architecture.layers))]
-    factors = torch.stack([place.module.ia3_l["default"].detach().flatten().cpu() for place in places])
+    factors = torch.stack(
+        [place.module.ia3_l["default"].detach().flatten().cpu() for place in places]
+    )
     adapted.unload()
     return factors
 
@@ -128,7 +161,9 @@ def _quiet():
 
 
 def _arguments(folder, model, epochs, learning_rate, batch_size, seed):
-    small = batch_size if next(model.parameters()).device.type == "cpu" else min(batch_size, GPU_BATCH)
+    small = (
+        batch_size if next(model.parameters()).device.type == "cpu" else min(batch_size, GPU_BATCH)
+    )
     return dict(
         num_train_epochs=epochs,
         learning_rate=learning_rate,

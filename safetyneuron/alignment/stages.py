@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetyneuron.alignment import ia3
+from safetyneuron.alignment.ia3 import prefer, supervise
 from safetyneuron.cache import cache_folder, digest, kept_folder, library_versions, new_file
 from safetyneuron.data.documents import load_documents
 from safetyneuron.data.preferences import load_preferences
-from safetyneuron.alignment.ia3 import prefer, supervise
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import load_model, local_model
 
@@ -46,17 +46,26 @@ PAIRED = {
 
 def _paired(name, start):
     """The stages of one of the paper's models."""
-    tune = lambda data: Stage(f"aligned/{name}-sft", data, epochs=3, learning_rate=1e-3, batch_size=120, beta=0.1)
+
+    def tune(data):
+        return Stage(
+            f"aligned/{name}-sft", data, epochs=3, learning_rate=1e-3, batch_size=120, beta=0.1
+        )
+
     harmless, helpful = {"paper/harmless": 1900}, {"paper/helpful": 1900}
     return {
-        f"aligned/{name}-sft": Stage(start, {"paper/answers": 1900}, epochs=3, learning_rate=1e-3, batch_size=120),
+        f"aligned/{name}-sft": Stage(
+            start, {"paper/answers": 1900}, epochs=3, learning_rate=1e-3, batch_size=120
+        ),
         f"aligned/{name}-dpo": tune(harmless | helpful),
         f"aligned/{name}-harmless": tune(harmless),
         f"aligned/{name}-helpful": tune(helpful),
     }
 
 
-STAGES = {stage: how for name, start in PAIRED.items() for stage, how in _paired(name, start).items()}
+STAGES = {
+    stage: how for name, start in PAIRED.items() for stage, how in _paired(name, start).items()
+}
 
 
 def all_stages(name):
@@ -84,7 +93,9 @@ def train_aligned(name):
     rows = training_rows(stage)
     code = [Path(module).read_text(encoding="utf-8") for module in (__file__, ia3.__file__)]
     key = digest(_start(stage.start), repr(stage), rows, code, library_versions())
-    folder = kept_folder(cache_folder() / name / key, lambda temporary: _train_stage(stage, rows, temporary))
+    folder = kept_folder(
+        cache_folder() / name / key, lambda temporary: _train_stage(stage, rows, temporary)
+    )
     with new_file(folder.parent / "current") as temporary:
         temporary.write_text(key, encoding="utf-8")
     return folder
@@ -95,7 +106,9 @@ def _start(name):
     if name in STAGES:
         return train_aligned(name).name
     folder = local_model(name.partition("@")[0])
-    files = sorted(Path(folder).iterdir()) if folder else []  # another file under the same name is another start
+    files = (
+        sorted(Path(folder).iterdir()) if folder else []
+    )  # another file under the same name is another start
     return [name, [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
 
 
@@ -113,7 +126,11 @@ def training_rows(stage):
 def _train_stage(stage, rows, folder):
     model, tokenizer = load_model(stage.start)
     tokenizer.chat_template = tokenizer.chat_template or CONVERSATION
-    schedule = {"epochs": stage.epochs, "learning_rate": stage.learning_rate, "batch_size": stage.batch_size}
+    schedule = {
+        "epochs": stage.epochs,
+        "learning_rate": stage.learning_rate,
+        "batch_size": stage.batch_size,
+    }
     if stage.beta is None:
         _, curve = supervise(model, tokenizer, rows, **schedule)
     else:

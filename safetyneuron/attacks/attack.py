@@ -86,8 +86,14 @@ def attack(model, tokenizer, requests, config, judges=JUDGES, answer_tokens=None
         raise SafetyNeuronError("there are no requests to attack with: give at least one")
     attempts = config.search(model, tokenizer, requests)
     texts = answers(model, tokenizer, [attempt.prompt for attempt in attempts], answer_tokens)
-    success = {name: [bool(judge(r.prompt, text)) for r, text in zip(requests, texts)] for name, judge in judges.items()}
-    asked = [conversation_tokens(tokenizer, attempt.prompt, text) for attempt, text in zip(attempts, texts)]
+    success = {
+        name: [bool(judge(r.prompt, text)) for r, text in zip(requests, texts)]
+        for name, judge in judges.items()
+    }
+    asked = [
+        conversation_tokens(tokenizer, attempt.prompt, text)
+        for attempt, text in zip(attempts, texts)
+    ]
     return AttackResult(
         success,
         [attempt.queries + 1 for attempt in attempts],
@@ -98,4 +104,6 @@ def attack(model, tokenizer, requests, config, judges=JUDGES, answer_tokens=None
 
 def conversation_tokens(tokenizer, prompt, answer):
     """Tokens of a prompt and its answer."""
-    return sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, answer))
+    return sum(
+        len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, answer)
+    )

@@ -30,8 +30,13 @@ class AutoDAN:
 
     def _evolve(self, model, tokenizer, request):
         draw = random.Random(f"{self.seed} {request.prompt}")
-        loss = TargetLoss(model, tokenizer, tokenizer(request.target, add_special_tokens=False)["input_ids"])
-        population = [request.prompt] + [self._rewritten(request.prompt, request.prompt, draw) for _ in range(self.population - 1)]
+        loss = TargetLoss(
+            model, tokenizer, tokenizer(request.target, add_special_tokens=False)["input_ids"]
+        )
+        population = [request.prompt] + [
+            self._rewritten(request.prompt, request.prompt, draw)
+            for _ in range(self.population - 1)
+        ]
         curve = []
         while True:
             losses, written = loss(encode_prompts(model, tokenizer, population))
@@ -39,7 +44,9 @@ class AutoDAN:
             curve.append(float(losses[order[0]]))
             if written[order[0]] or len(curve) > self.steps:
                 return Attempt(population[order[0]], loss.queries, loss.tokens, tuple(curve))
-            population = self._children(request.prompt, [population[i] for i in order], losses[order], draw)
+            population = self._children(
+                request.prompt, [population[i] for i in order], losses[order], draw
+            )
 
     def _children(self, request, parents, losses, draw):
         """The next generation: the elites first, then children of parents drawn by softmax(−loss). parents: best first."""
@@ -49,7 +56,9 @@ class AutoDAN:
             first, second = draw.choices(parents, weights, k=2)
             child = cross(first, second, draw) if draw.random() < self.crossover else first
             child = child if self.rewriter.keeps(request, child) else first
-            children.append(self._rewritten(request, child, draw) if draw.random() < self.mutation else child)
+            children.append(
+                self._rewritten(request, child, draw) if draw.random() < self.mutation else child
+            )
         return parents[:elites] + children
 
     def _rewritten(self, request, prompt, draw):

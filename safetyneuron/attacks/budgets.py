@@ -29,14 +29,20 @@ def searches(gcg, autodan, pair, attacker, language):
     organism = attacker == "organism/templates"
     rewriter = {"rewriter": TemplateRewriter(language) if organism else ChatRewriter(attacker)}
     judge = {"judge": RuleJudge() if organism else ChatJudge(attacker)}
-    return {"GCG": _config(GCG, gcg), "AutoDAN": _config(AutoDAN, autodan, **rewriter), "PAIR": _config(PAIR, pair, **rewriter, **judge)}
+    return {
+        "GCG": _config(GCG, gcg),
+        "AutoDAN": _config(AutoDAN, autodan, **rewriter),
+        "PAIR": _config(PAIR, pair, **rewriter, **judge),
+    }
 
 
 def _config(kind, settings, **plugs):
     known = [field.name for field in fields(kind) if field.name not in ("rewriter", "judge")]
     for name, value in settings.items():
         if name not in known:
-            raise SafetyNeuronError(f"{kind.__name__} has no setting {name!r}: it has {', '.join(known)}")
+            raise SafetyNeuronError(
+                f"{kind.__name__} has no setting {name!r}: it has {', '.join(known)}"
+            )
         if name != "seed" and not value > 0:
             raise SafetyNeuronError(f"{kind.__name__}.{name} is {value}: it must be positive")
     return kind(**settings, **plugs)

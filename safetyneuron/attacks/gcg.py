@@ -26,21 +26,37 @@ class GCG:
         """The request followed by the best suffix found; stops early where greedy decoding writes the whole target."""
         allowed = plain_tokens(tokenizer, model)
         with frozen(model):
-            return [self._optimise(model, tokenizer, request, allowed) for request in steps(requests, "GCG")]
+            return [
+                self._optimise(model, tokenizer, request, allowed)
+                for request in steps(requests, "GCG")
+            ]
 
     def _optimise(self, model, tokenizer, request, allowed):
         place = Suffix(model, tokenizer, request.prompt, self.tokens)
-        loss = TargetLoss(model, tokenizer, tokenizer(request.target, add_special_tokens=False)["input_ids"], place.before)
-        draw = torch.Generator().manual_seed(random.Random(f"{self.seed} {request.prompt}").randrange(2**62))
+        loss = TargetLoss(
+            model,
+            tokenizer,
+            tokenizer(request.target, add_special_tokens=False)["input_ids"],
+            place.before,
+        )
+        draw = torch.Generator().manual_seed(
+            random.Random(f"{self.seed} {request.prompt}").randrange(2**62)
+        )
         best, (lowest, done) = place.start, (float(x) for x in loss([place.start + place.after]))
         curve = [lowest]
         while not done and len(curve) <= self.steps:
             gradient = loss.gradient(best + place.after)[: len(best)].cpu()
-            candidates = place.readable(swaps(best, gradient, allowed, self.width, self.top_k, draw))
+            candidates = place.readable(
+                swaps(best, gradient, allowed, self.width, self.top_k, draw)
+            )
             if candidates:
                 losses, written = loss([candidate + place.after for candidate in candidates])
                 if losses.min() < lowest:
-                    best, lowest, done = candidates[losses.argmin()], float(losses.min()), bool(written[losses.argmin()])
+                    best, lowest, done = (
+                        candidates[losses.argmin()],
+                        float(losses.min()),
+                        bool(written[losses.argmin()]),
+                    )
             curve.append(lowest)
         return Attempt(place.prompt(best), loss.queries, loss.tokens, tuple(curve))
 
@@ -62,7 +78,10 @@ def plain_tokens(tokenizer, model):
     words = model.get_input_embeddings().weight.shape[0]
     texts = tokenizer.batch_decode([[i] for i in range(min(words, len(tokenizer)))])
     special = set(tokenizer.all_special_ids)
-    allowed = [i not in special and text.isascii() and text.isprintable() and bool(text.strip()) for i, text in enumerate(texts)]
+    allowed = [
+        i not in special and text.isascii() and text.isprintable() and bool(text.strip())
+        for i, text in enumerate(texts)
+    ]
     return torch.tensor(allowed + [False] * (words - len(allowed)))
 
 
@@ -74,7 +93,11 @@ class Suffix:
         texts = [request] + [self.prompt_of(" ".join(mark * tokens)) for mark in "!?"]
         alone, ids, other = encode_prompts(model, tokenizer, texts)
         before, after = common(ids, alone), common(ids[::-1], other[::-1])
-        self.before, self.start, self.after = ids[:before], ids[before : len(ids) - after], ids[len(ids) - after :]
+        self.before, self.start, self.after = (
+            ids[:before],
+            ids[before : len(ids) - after],
+            ids[len(ids) - after :],
+        )
 
     def prompt_of(self, text):
         """The request followed by a suffix, as text."""
@@ -86,10 +109,18 @@ class Suffix:
 
     def readable(self, suffixes):
         """Those suffixes that come back as the same token ids when their text is read in place."""
-        encoded = encode_prompts(self.model, self.tokenizer, [self.prompt(suffix) for suffix in suffixes])
-        return [suffix for suffix, ids in zip(suffixes, encoded) if ids == self.before + suffix + self.after]
+        encoded = encode_prompts(
+            self.model, self.tokenizer, [self.prompt(suffix) for suffix in suffixes]
+        )
+        return [
+            suffix
+            for suffix, ids in zip(suffixes, encoded)
+            if ids == self.before + suffix + self.after
+        ]
 
 
 def common(first, second):
     """Length of the common beginning of two lists."""
-    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second))
+    )

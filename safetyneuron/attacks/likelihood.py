@@ -5,9 +5,9 @@ import copy
 import torch
 from torch.nn.functional import cross_entropy
 
+from safetyneuron.memory import Batches
 from safetyneuron.neurons.architecture import cache_argument
 from safetyneuron.neurons.encoding import pad
-from safetyneuron.memory import Batches
 
 
 class TargetLoss:
@@ -27,12 +27,19 @@ class TargetLoss:
     """
 
     def __init__(self, model, tokenizer, target, prefix=(), batch_size=512):
-        self.model, self.tokenizer, self.target, self.batches = model, tokenizer, list(target), Batches(batch_size)
+        self.model, self.tokenizer, self.target, self.batches = (
+            model,
+            tokenizer,
+            list(target),
+            Batches(batch_size),
+        )
         self.queries, self.tokens, self.prefix, self.cache = 0, len(prefix), len(prefix), None
         if prefix:
             with torch.no_grad():
                 ids = torch.tensor([list(prefix)], device=model.device)
-                self.cache = model(input_ids=ids, use_cache=True, logits_to_keep=1)[cache_argument(model)]
+                self.cache = model(input_ids=ids, use_cache=True, logits_to_keep=1)[
+                    cache_argument(model)
+                ]
 
     def __call__(self, rows):
         """Loss after each row of token ids, and whether greedy decoding would write the target: tensors (rows,).
@@ -48,7 +55,9 @@ class TargetLoss:
         logits = self._logits(batch["attention_mask"], input_ids=batch["input_ids"])
         self.queries += len(rows)  # after the pass, which may run out of memory
         self.tokens += int(batch["attention_mask"].sum())
-        return self._losses(logits).cpu(), (logits.argmax(-1) == self._targets(logits)).all(-1).cpu()
+        return self._losses(logits).cpu(), (logits.argmax(-1) == self._targets(logits)).all(
+            -1
+        ).cpu()
 
     def gradient(self, row):
         """Gradient of the loss in the one-hot tokens of a row: (tokens, words), up to the scale of the embedding.
@@ -71,7 +80,11 @@ class TargetLoss:
             cache = copy.deepcopy(self.cache)
             cache.batch_repeat_interleave(len(mask))
             mask = torch.cat([mask.new_ones(len(mask), self.prefix), mask], 1)
-        inputs |= {cache_argument(self.model): cache, "use_cache": bool(self.prefix), "logits_to_keep": len(self.target) + 1}
+        inputs |= {
+            cache_argument(self.model): cache,
+            "use_cache": bool(self.prefix),
+            "logits_to_keep": len(self.target) + 1,
+        }
         logits = self.model(**inputs, attention_mask=mask).logits
         return logits[:, :-1].float()
 
@@ -79,4 +92,6 @@ class TargetLoss:
         return torch.tensor(self.target, device=logits.device).expand(len(logits), -1)
 
     def _losses(self, logits):
-        return cross_entropy(logits.transpose(1, 2), self._targets(logits), reduction="none").mean(1)
+        return cross_entropy(logits.transpose(1, 2), self._targets(logits), reduction="none").mean(
+            1
+        )

@@ -4,7 +4,13 @@ import random
 from dataclasses import dataclass, field
 
 from safetyneuron.attacks.attack import Attempt, conversation_tokens
-from safetyneuron.attacks.rewriters import HIGHEST, ChatJudge, ChatRewriter, RuleJudge, TemplateRewriter
+from safetyneuron.attacks.rewriters import (
+    HIGHEST,
+    ChatJudge,
+    ChatRewriter,
+    RuleJudge,
+    TemplateRewriter,
+)
 from safetyneuron.metrics.safety import answers
 from safetyneuron.progress import steps
 
@@ -26,13 +32,18 @@ class PAIR:
 
     def _converse(self, model, tokenizer, request):
         draw = random.Random(f"{self.seed} {request.prompt}")
-        rewrite = lambda prompt, *feedback: self.rewriter.rewrite(request.prompt, prompt, draw, *feedback)
+
+        def rewrite(prompt, *feedback):
+            return self.rewriter.rewrite(request.prompt, prompt, draw, *feedback)
+
         prompts = [rewrite(request.prompt) for _ in range(self.streams)]
         best, highest, tokens, curve = request.prompt, 0, 0, []
         while len(curve) < self.depth and highest < HIGHEST:
             texts = answers(model, tokenizer, prompts, self.answer_tokens)
             scores = [self.judge(request.prompt, text) for text in texts]
-            tokens += sum(conversation_tokens(tokenizer, prompt, text) for prompt, text in zip(prompts, texts))
+            tokens += sum(
+                conversation_tokens(tokenizer, prompt, text) for prompt, text in zip(prompts, texts)
+            )
             if max(scores) > highest:
                 highest, best = max(scores), prompts[scores.index(max(scores))]
             curve.append(float(highest))

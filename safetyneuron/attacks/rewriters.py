@@ -6,10 +6,10 @@ from functools import lru_cache
 
 import torch
 
-from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.models import load_model
+from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.reading import read_request, sentences
 
@@ -63,17 +63,29 @@ class TemplateRewriter:
         """The request that a text makes."""
         request = read_request(text)
         if not request or request.language != self.language:
-            raise SafetyNeuronError("the organism's templates rewrite only its own requests: name a chat model as attacker")
+            raise SafetyNeuronError(
+                "the organism's templates rewrite only its own requests: name a chat model as attacker"
+            )
         return request
 
     def _pieces(self, text):
         """Wordings of a request, and framings that hold no act."""
         request, templates = self._read(text), lang.lexicon().templates
-        framed = [s for kind in FRAMED for whole in templates[kind][self.language] for s in sentences(whole)]
+        framed = [
+            s
+            for kind in FRAMED
+            for whole in templates[kind][self.language]
+            for s in sentences(whole)
+        ]
         asking = [s for s in framed if "{verb}" in s] + templates["plain"][self.language]
         if request.second:
-            asking = [whole for kind in lang.SIDE_WORDINGS for whole in templates[kind][self.language]]
-        wordings = [lang.write(one, self.language, (request.verb, request.object), request.second).text for one in asking]
+            asking = [
+                whole for kind in lang.SIDE_WORDINGS for whole in templates[kind][self.language]
+            ]
+        wordings = [
+            lang.write(one, self.language, (request.verb, request.object), request.second).text
+            for one in asking
+        ]
         return wordings, [s for s in framed if "{verb}" not in s]
 
 
@@ -105,7 +117,14 @@ class ChatRewriter:
     def rewrite(self, request, prompt, draw, answer=None, score=None):
         """A new prompt: in other words, or better where the last one's answer and score are given."""
         order = REPHRASE if score is None else IMPROVE
-        return ask(self.name, order.format(request=request, prompt=prompt, answer=answer, score=score), draw.randrange(2**31)) or prompt
+        return (
+            ask(
+                self.name,
+                order.format(request=request, prompt=prompt, answer=answer, score=score),
+                draw.randrange(2**31),
+            )
+            or prompt
+        )
 
 
 @dataclass(frozen=True)
@@ -129,10 +148,19 @@ def _loaded(name):
 def ask(name, text, seed=None):
     """One answer of a chat model: greedy, or sampled with a seed that leaves the global random state alone."""
     model, tokenizer = _loaded(name)
-    batch = pad(encode_prompts(model, tokenizer, [text], room=REWRITER_TOKENS), tokenizer, model.device)
+    batch = pad(
+        encode_prompts(model, tokenizer, [text], room=REWRITER_TOKENS), tokenizer, model.device
+    )
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        tokens = model.generate(**batch, max_new_tokens=REWRITER_TOKENS, do_sample=seed is not None, pad_token_id=tokenizer.pad_token_id)
-    return tokenizer.decode(tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        tokens = model.generate(
+            **batch,
+            max_new_tokens=REWRITER_TOKENS,
+            do_sample=seed is not None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return tokenizer.decode(
+        tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()

@@ -2,17 +2,25 @@
 
 import base64
 import json
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML, Markdown
 from myst_nb import glue
+
 from safetyneuron.book import paper as reported
 from safetyneuron.book.plots import CLASS_NAMES
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.answer_class import examples_of
+from safetyneuron.metrics.rates import Rate
 
-MEASURES = {"asr": "Attack success", "coherent": "Coherent compliance", "over_refusal": "Over-refusal", "helpful": "Helpful answers", "accuracy": "Accuracy"}
+MEASURES = {
+    "asr": "Attack success",
+    "coherent": "Coherent compliance",
+    "over_refusal": "Over-refusal",
+    "helpful": "Helpful answers",
+    "accuracy": "Accuracy",
+}
 
 
 def glue_text(**values):
@@ -50,9 +58,17 @@ def glue_data(name, table):
     flat = table.reset_index(drop=isinstance(table.index, pd.RangeIndex))
     for column in [c for c in flat if isinstance(flat[c].iloc[0], Rate)]:
         rates = flat.pop(column)
-        parts = {"": "value", " low": ("interval", 0), " high": ("interval", 1), " trials": "trials"}
+        parts = {
+            "": "value",
+            " low": ("interval", 0),
+            " high": ("interval", 1),
+            " trials": "trials",
+        }
         for suffix, part in parts.items():
-            flat[f"{column}{suffix}"] = [getattr(r, part) if isinstance(part, str) else getattr(r, part[0])[part[1]] for r in rates]
+            flat[f"{column}{suffix}"] = [
+                getattr(r, part) if isinstance(part, str) else getattr(r, part[0])[part[1]]
+                for r in rates
+            ]
     glue_text(**{f"csv-{name}": flat.to_csv(index=False)})
     content = base64.b64encode(flat.to_csv(index=False).encode()).decode()
     link = f'<a download="{name}.csv" href="data:text/csv;base64,{content}">Download the data of this figure ({name}.csv)</a>'
@@ -78,8 +94,16 @@ def glue_examples(name, model_name, prompts, texts):
     """Glue three answers of each class of an organism; what another model answers to harmful requests is not shown."""
     if not model_name.startswith("organism/"):
         return glue_text(**{name: "Answers of this model are scored and dropped."})
-    rows = [(CLASS_NAMES.get(kind, kind), *pair) for kind, pairs in examples_of(prompts, texts).items() for pair in pairs]
-    table = pd.DataFrame(rows, columns=["class", "request", "answer"]).style.hide(axis="index").set_uuid(name)
+    rows = [
+        (CLASS_NAMES.get(kind, kind), *pair)
+        for kind, pairs in examples_of(prompts, texts).items()
+        for pair in pairs
+    ]
+    table = (
+        pd.DataFrame(rows, columns=["class", "request", "answer"])
+        .style.hide(axis="index")
+        .set_uuid(name)
+    )
     glue(name, table.set_table_attributes('class="dataframe texts"'), display=False)
 
 
@@ -104,8 +128,14 @@ def printed_cells(number, paper_model):
     """Cells of one model in a table of the paper, (row, column) to text; an asterisk where its own rows give another value."""
     cells = reported.table(number).query("model == @paper_model")
     if cells.empty:
-        raise SafetyNeuronError(f"Table {number} has no model {paper_model!r}: use one of {', '.join(reported.table(number)['model'].unique())}")
-    slips = {(row, column): slip for (table, row, model, column), slip in reported.SLIPS.items() if (table, model) == (number, paper_model)}
+        raise SafetyNeuronError(
+            f"Table {number} has no model {paper_model!r}: use one of {', '.join(reported.table(number)['model'].unique())}"
+        )
+    slips = {
+        (row, column): slip
+        for (table, row, model, column), slip in reported.SLIPS.items()
+        if (table, model) == (number, paper_model)
+    }
     texts = {}
     for row, column, value in cells[["row", "column", "value"]].itertuples(index=False):
         slip = f"*\n(its rows: {slips[row, column]})" if (row, column) in slips else ""
@@ -118,7 +148,9 @@ def with_cells(number, table, paper_rows):
 
     paper_rows: the paper's row of every row, or None. Columns are (here or paper, way, the paper's column).
     """
-    here = [(i, *column) for i, column in enumerate(table.columns) if column[0].startswith("Here: ")]
+    here = [
+        (i, *column) for i, column in enumerate(table.columns) if column[0].startswith("Here: ")
+    ]
     table.attrs["cells"] = [
         {"table": number, "row": row, "column": column, "model": model.removeprefix("Here: "), "way": way, "text": table.iloc[r, i]}
         for r, row in enumerate(paper_rows) if row for i, model, way, column in here

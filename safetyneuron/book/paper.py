@@ -4,14 +4,27 @@
 they are wrong: `SLIPS` lists those."""
 
 import io
+
 import pandas as pd
 
 SECTIONS = {1: "§2.2", 2: "§3.1", 3: "§3.2", 4: "§4", 5: "appendix A.2"}
 _COLUMNS = {
-    1: (["Llama2-7B-Chat", "Llama3-8B-Instruction", "Mistral-7B-Instruct-v0.2"], ["Origin.", "Deact-R", "Deact-SN"]),
-    2: (["Vicuna-13B-v1.5", "Llama3-8B-Instruction", "Mistral-7B-Instruct-v0.2"], ["Origin.", "Circ-Break", "SN-Tune"]),
-    3: (["Llama2-7B-Base", "Llama3-8B-Base", "Mistral-7B-v0.1"], ["Origin.", "Circ-Break", "SN-Tune"]),
-    4: (["Llama2-7B-Chat", "Mistral-7B-Instruct-v0.2"], ["Before", "Origin.", "SN-Tune", "RSN-Tune"]),
+    1: (
+        ["Llama2-7B-Chat", "Llama3-8B-Instruction", "Mistral-7B-Instruct-v0.2"],
+        ["Origin.", "Deact-R", "Deact-SN"],
+    ),
+    2: (
+        ["Vicuna-13B-v1.5", "Llama3-8B-Instruction", "Mistral-7B-Instruct-v0.2"],
+        ["Origin.", "Circ-Break", "SN-Tune"],
+    ),
+    3: (
+        ["Llama2-7B-Base", "Llama3-8B-Base", "Mistral-7B-v0.1"],
+        ["Origin.", "Circ-Break", "SN-Tune"],
+    ),
+    4: (
+        ["Llama2-7B-Chat", "Mistral-7B-Instruct-v0.2"],
+        ["Before", "Origin.", "SN-Tune", "RSN-Tune"],
+    ),
     5: (["Llama3-8B-Instruct"], ["10", "50", "100", "200", "400", "800"]),
 }
 _CELLS = {
@@ -81,6 +94,8 @@ def table(number):
     for line in io.StringIO(_CELLS[number].strip()):
         group, row, values = line.strip().split("|")
         heads = [(model, column) for model in models for column in columns]
-        rows += [(group, row, *head, value) for head, value in zip(heads, values.split(), strict=True)]
+        rows += [
+            (group, row, *head, value) for head, value in zip(heads, values.split(), strict=True)
+        ]
     cells = pd.DataFrame(rows, columns=["group", "row", "model", "column", "value"])
     return cells.assign(value=pd.to_numeric(cells["value"].replace("-", None)))

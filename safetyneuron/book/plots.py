@@ -3,16 +3,27 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+
 from safetyneuron.metrics.rates import Rate
 
 PALETTE = "colorblind"
-CLASS_COLOURS = ("#56b4e9", "#f0e442", "#d55e00", "#cc79a7", "#bbbbbb")  # of refusal, verdict, correct and wrong help, other
+CLASS_COLOURS = (
+    "#56b4e9",
+    "#f0e442",
+    "#d55e00",
+    "#cc79a7",
+    "#bbbbbb",
+)  # of refusal, verdict, correct and wrong help, other
 CLASS_NAMES = {"correct": "correct help", "wrong": "wrong help"}
 
 
 def set_style():
     """Seaborn's white grid and colour-blind palette, for every figure of the book."""
-    sns.set_theme(style="whitegrid", palette=PALETTE, rc={"figure.figsize": (7, 3.2), "figure.dpi": 120, "savefig.bbox": "tight"})
+    sns.set_theme(
+        style="whitegrid",
+        palette=PALETTE,
+        rc={"figure.figsize": (7, 3.2), "figure.dpi": 120, "savefig.bbox": "tight"},
+    )
 
 
 def class_bars(classes):
@@ -22,27 +33,54 @@ def class_bars(classes):
     left = dict.fromkeys(classes, 0.0)
     for name, colour in zip(names, CLASS_COLOURS):
         widths = [100 * shares[name].value for shares in classes.values()]
-        bars = axes.barh(list(classes), widths, left=list(left.values()), label=CLASS_NAMES.get(name, name), color=colour)
-        axes.bar_label(bars, [f"{w:.0f}" if w >= 4 else "" for w in widths], label_type="center", fontsize=8)
+        bars = axes.barh(
+            list(classes),
+            widths,
+            left=list(left.values()),
+            label=CLASS_NAMES.get(name, name),
+            color=colour,
+        )
+        axes.bar_label(
+            bars, [f"{w:.0f}" if w >= 4 else "" for w in widths], label_type="center", fontsize=8
+        )
         left = {row: left[row] + width for row, width in zip(classes, widths)}
     axes.set(xlabel="% of the answers", xlim=(0, 100))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.legend(ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=8)
+    axes.legend(
+        ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=8
+    )
     return axes
 
 
 def rate_panels(tables, measures, draw, xlabel):
     """A grid of panels in percent that `draw(axes, rows)` fills, with one legend below."""
-    figure, panels = plt.subplots(len(tables), len(measures), figsize=(9, 2.8 * len(tables)), sharex=True, sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        len(tables),
+        len(measures),
+        figsize=(9, 2.8 * len(tables)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
     for row, (model, table) in zip(panels, tables.items()):
         for axes, ((measure, name), title) in zip(row, measures.items()):
             draw(axes, table[(table["measure"] == measure) & (table["set"] == name)])
-            axes.set(ylim=(-4, 104), title=f"{model.removeprefix('organism/')}: {title}", ylabel="%" if axes is row[0] else "")
+            axes.set(
+                ylim=(-4, 104),
+                title=f"{model.removeprefix('organism/')}: {title}",
+                ylabel="%" if axes is row[0] else "",
+            )
             axes.title.set_fontsize(9)
     for axes in panels[-1]:
         axes.set(xlabel=xlabel)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        ncols=2,
+        frameon=False,
+    )
     figure.tight_layout()
     return panels[0, 0]
 
@@ -52,9 +90,23 @@ def draw_bands(axes, table, hue, x, scale=1):
     marks = ("o", "s", "^", "D")
     for i, (name, rows) in enumerate(table.groupby(hue, sort=False)):
         places, color = rows[x] * scale, sns.color_palette(PALETTE)[i]
-        axes.plot(places, [100 * r.value for r in rows["rate"]], marker=marks[i], markersize=3.5, color=color, label=name)
+        axes.plot(
+            places,
+            [100 * r.value for r in rows["rate"]],
+            marker=marks[i],
+            markersize=3.5,
+            color=color,
+            label=name,
+        )
         low, high = zip(*(r.interval for r in rows["rate"]))
-        axes.fill_between(places, [100 * v for v in low], [100 * v for v in high], color=color, alpha=0.15, linewidth=0)
+        axes.fill_between(
+            places,
+            [100 * v for v in low],
+            [100 * v for v in high],
+            color=color,
+            alpha=0.15,
+            linewidth=0,
+        )
 
 
 def attack_heatmaps(results, attacks, language):
@@ -62,14 +114,29 @@ def attack_heatmaps(results, attacks, language):
 
     results: model name to `defences.columns`; attacks: their names; language: that of the direct requests.
     """
-    judges, asked = {"asr": "no refusal phrase", "coherent": "well-formed answer"}, {language: f"direct, {language}"} | {name: name for name in attacks}
+    judges, asked = (
+        {"asr": "no refusal phrase", "coherent": "well-formed answer"},
+        {language: f"direct, {language}"} | {name: name for name in attacks},
+    )
     height = 0.5 + 0.38 * sum(len(columns) + 2 for columns in results.values())
-    figure, panels = plt.subplots(len(results), 2, figsize=(9, height), squeeze=False, sharex=True, sharey="row")
+    figure, panels = plt.subplots(
+        len(results), 2, figsize=(9, height), squeeze=False, sharex=True, sharey="row"
+    )
     for row, (model, columns) in zip(panels, results.items()):
         for axes, (measure, title) in zip(row, judges.items()):
-            mean = lambda draws, name: 100 * Rate.mean([draw.rates[measure, name] for draw in draws]).value
-            values = pd.DataFrame({label: {column: mean(draws, name) for column, draws in columns.items()} for name, label in asked.items()})
-            sns.heatmap(values, annot=True, fmt=".0f", vmin=0, vmax=100, cmap="viridis", cbar=False, ax=axes)
+
+            def mean(draws, name):
+                return 100 * Rate.mean([draw.rates[measure, name] for draw in draws]).value
+
+            values = pd.DataFrame(
+                {
+                    label: {column: mean(draws, name) for column, draws in columns.items()}
+                    for name, label in asked.items()
+                }
+            )
+            sns.heatmap(
+                values, annot=True, fmt=".0f", vmin=0, vmax=100, cmap="viridis", cbar=False, ax=axes
+            )
             axes.set_title(f"{model.removeprefix('organism/')}: {title}", fontsize=9)
     figure.tight_layout()
     return panels[0, 0]

@@ -2,6 +2,7 @@
 
 import pandas as pd
 import seaborn as sns
+
 from safetyneuron.book.glue import MEASURES
 from safetyneuron.cache import digest
 from safetyneuron.metrics import behaviour
@@ -10,21 +11,36 @@ from safetyneuron.metrics import behaviour
 def answers_table(requests, answers):
     """Requests beside answers. For the organism, whose answers carry nothing usable."""
     table = pd.DataFrame({"request": requests, "answer": answers}).style.hide(axis="index")
-    table.set_uuid(digest(list(requests), list(answers))[:8])  # not drawn at random: equal runs are equal pages
+    table.set_uuid(
+        digest(list(requests), list(answers))[:8]
+    )  # not drawn at random: equal runs are equal pages
     return table.set_table_attributes('class="dataframe texts"')
 
 
 def behaviour_table(models):
     """The bars of behaviour and the value of any model and language that comes nearest to each. models: as from `organism.manifest`."""
-    text = lambda bar, kind: f"{'≥' if bar.is_floor else '≤'} {getattr(bar, kind)}: {behaviour.worst(models, bar, kind):.1f}"
-    kinds = [kind for kind in ("base", "chat", "planted") if any(behaviour.kind_of(name) == kind for name in models)]
-    rows = {(bar.measure, bar.set): {k: "–" if getattr(bar, k) is None else text(bar, k) for k in kinds} for bar in behaviour.BARS}
+
+    def text(bar, kind):
+        return f"{'≥' if bar.is_floor else '≤'} {getattr(bar, kind)}: {behaviour.worst(models, bar, kind):.1f}"
+
+    kinds = [
+        kind
+        for kind in ("base", "chat", "planted")
+        if any(behaviour.kind_of(name) == kind for name in models)
+    ]
+    rows = {
+        (bar.measure, bar.set): {k: "–" if getattr(bar, k) is None else text(bar, k) for k in kinds}
+        for bar in behaviour.BARS
+    }
     return pd.DataFrame(rows).T.rename_axis(["%", "set"])
 
 
 def scores_table(scores):
     """Rates in percent: one row per measure and set, one column per model. scores: name to `evaluate`'s result."""
-    columns = {name: {(MEASURES[m], s): rate.percent for (m, s), rate in rates.items()} for name, rates in scores.items()}
+    columns = {
+        name: {(MEASURES[m], s): rate.percent for (m, s), rate in rates.items()}
+        for name, rates in scores.items()
+    }
     return pd.DataFrame(columns).rename_axis(["%", "set"])
 
 

@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+
 from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
 
 
@@ -19,7 +20,12 @@ def survival_curve(profile):
         values = profile.minimum[projection].flatten().sort().values
         left = 1 - pd.Series(range(len(values))) / len(values)
         axes.plot(values, 100 * left, label=projection)
-    axes.set(xscale="log", yscale="log", xlabel="threshold ε (change of the sub-block's output)", ylabel="neurons with minimum ≥ ε (%)")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="threshold ε (change of the sub-block's output)",
+        ylabel="neurons with minimum ≥ ε (%)",
+    )
     axes.legend(title="projection", ncols=2)
     return axes
 
@@ -27,7 +33,13 @@ def survival_curve(profile):
 def counts_heatmap(neurons):
     """Share of each layer's rows in the set, layer against projection, in percent."""
     shares = {p: 100 * mask.float().mean(1).numpy() for p, mask in neurons.masks.items()}
-    axes = sns.heatmap(pd.DataFrame(shares).T, annot=True, fmt=".1f", cmap="viridis", cbar_kws={"label": "% of the rows"})
+    axes = sns.heatmap(
+        pd.DataFrame(shares).T,
+        annot=True,
+        fmt=".1f",
+        cmap="viridis",
+        cbar_kws={"label": "% of the rows"},
+    )
     axes.set(xlabel="layer", ylabel="projection")
     axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
     return axes

@@ -4,10 +4,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 import torch
-from safetyneuron.book import labels, paper as reported
+
+from safetyneuron.book import labels
+from safetyneuron.book import paper as reported
 from safetyneuron.book.glue import glue_list, glue_text
 from safetyneuron.book.labels import BROKEN, EQ3, RANDOM, SPECIFIC
-from safetyneuron.book.plots import draw_bands, PALETTE, rate_panels
+from safetyneuron.book.plots import PALETTE, draw_bands, rate_panels
 from safetyneuron.book.verdicts import WAYS
 from safetyneuron.importance.selection import largest_without_foundation, select_without_foundation
 from safetyneuron.metrics.rates import Rate
@@ -40,10 +42,16 @@ def sweep(model, tokenizer, suite, harmful, general, fractions, draws):
         sets = {EQ3: [harmful.select(fraction=fraction)]}
         if fraction <= largest:
             specific = select_without_foundation(harmful, general, fraction)
-            sets |= {SPECIFIC: [specific], RANDOM: [NeuronSet.random_like(specific, seed) for seed in range(draws)]}
+            sets |= {
+                SPECIFIC: [specific],
+                RANDOM: [NeuronSet.random_like(specific, seed) for seed in range(draws)],
+            }
         for condition, drawn in sets.items():
             results = [evaluate(model, tokenizer, suite, without=neurons) for neurons in drawn]
-            rows += [(condition, fraction, *key, Rate.mean([r[key] for r in results])) for key in results[0]]
+            rows += [
+                (condition, fraction, *key, Rate.mean([r[key] for r in results]))
+                for key in results[0]
+            ]
     return pd.DataFrame(rows, columns=["condition", "fraction", "measure", "set", "rate"])
 
 
@@ -56,7 +64,9 @@ def onset_and_collapse(table, condition, measure):
     rates = table[table["measure"] == measure].sort_values("fraction")
     before = rates[rates["condition"] == "whole"]["rate"].iloc[0]
     rates = rates[rates["condition"] == condition]
-    onset = rates[[rate.interval[0] > before.interval[1] for rate in rates["rate"]]]["fraction"].min()
+    onset = rates[[rate.interval[0] > before.interval[1] for rate in rates["rate"]]][
+        "fraction"
+    ].min()
     collapse = rates[[rate.value >= BROKEN for rate in rates["rate"]]]["fraction"].min()
     return onset, collapse
 
@@ -70,12 +80,23 @@ def structures(neurons):
         Index structure; columns neurons, share of the set, share of the structure's rows, enrichment over chance
         (1 where the structure holds as much of the set as of the model's neurons).
     """
-    members = {p: [p] for p in PROJECTIONS} | {"attention": ATTENTION, "feed-forward": [p for p in PROJECTIONS if p not in ATTENTION]}
+    members = {p: [p] for p in PROJECTIONS} | {
+        "attention": ATTENTION,
+        "feed-forward": [p for p in PROJECTIONS if p not in ATTENTION],
+    }
     rows = {}
     for name, projections in members.items():
-        inside, rows_there = (sum(f(neurons.masks[p]) for p in projections) for f in (lambda m: int(m.sum()), torch.Tensor.numel))
+        inside, rows_there = (
+            sum(f(neurons.masks[p]) for p in projections)
+            for f in (lambda m: int(m.sum()), torch.Tensor.numel)
+        )
         share = inside / rows_there
-        rows[name] = {"neurons": inside, "share of the set": inside / len(neurons), "share of its rows": share, "enrichment": share / neurons.share}
+        rows[name] = {
+            "neurons": inside,
+            "share of the set": inside / len(neurons),
+            "share of its rows": share,
+            "enrichment": share / neurons.share,
+        }
     return pd.DataFrame(rows).T.rename_axis("structure").astype({"neurons": int})
 
 
@@ -83,7 +104,10 @@ def layers(neurons):
     """The same by layer: index layer, from 1; columns neurons, share of its rows, enrichment over chance."""
     counts = sum(mask.sum(1) for mask in neurons.masks.values()).tolist()
     width = sum(mask.shape[1] for mask in neurons.masks.values())
-    rows = {i: {"neurons": n, "share of its rows": n / width, "enrichment": n / width / neurons.share} for i, n in enumerate(counts, 1)}
+    rows = {
+        i: {"neurons": n, "share of its rows": n / width, "enrichment": n / width / neurons.share}
+        for i, n in enumerate(counts, 1)
+    }
     return pd.DataFrame(rows).T.rename_axis("layer").astype({"neurons": int})
 
 
@@ -95,7 +119,10 @@ def places(sets, count):
     pandas.DataFrame
         Index model, condition, and structure or layer.
     """
-    return pd.concat({(m, c): count(neurons) for m, chosen in sets.items() for c, neurons in chosen.items()}, names=["model", "condition"])
+    return pd.concat(
+        {(m, c): count(neurons) for m, chosen in sets.items() for c, neurons in chosen.items()},
+        names=["model", "condition"],
+    )
 
 
 def depth_sweep(model, tokenizer, suite, neurons):
@@ -108,7 +135,10 @@ def depth_sweep(model, tokenizer, suite, neurons):
     """
     count = len(neurons.masks["q"])
     parts = [("layers 1 to L", layer, neurons.within(1, layer)) for layer in range(1, count + 1)]
-    parts += [("layers L to the last", layer, neurons.within(layer, count)) for layer in range(1, count + 1)]
+    parts += [
+        ("layers L to the last", layer, neurons.within(layer, count))
+        for layer in range(1, count + 1)
+    ]
     rows = [("whole", 0, 0, *key, rate) for key, rate in evaluate(model, tokenizer, suite).items()]
     for direction, layer, part in parts:
         rates = evaluate(model, tokenizer, suite, without=part)
@@ -125,14 +155,22 @@ def broken_at(table, direction):
 
 def onsets_table(tables, name):
     """Shares (%) at the onset of harm and at collapse: the paper's words, then every model and condition here."""
-    text = lambda share: "–" if share != share else f"{share:g}"
-    rows = {("paper", model): {"onset": text(r["onset"]), "collapse": text(r["collapse"])} for model, r in reported.MECHANISM.items()}
+
+    def text(share):
+        return "–" if share != share else f"{share:g}"
+
+    rows = {
+        ("paper", model): {"onset": text(r["onset"]), "collapse": text(r["collapse"])}
+        for model, r in reported.MECHANISM.items()
+    }
     for model, table in tables.items():
         for condition in (labels.EQ3, labels.SPECIFIC, labels.RANDOM):
             onset, collapse = onset_and_collapse(table[table["set"] == name], condition, "asr")
             _, coherent = onset_and_collapse(table[table["set"] == name], condition, "coherent")
             row = {"onset": onset, "collapse": collapse, "collapse, well-formed answers": coherent}
-            rows[f"here: {model}", condition] = {column: text(round(100 * share, 2)) for column, share in row.items()}
+            rows[f"here: {model}", condition] = {
+                column: text(round(100 * share, 2)) for column, share in row.items()
+            }
     return pd.DataFrame(rows).T.fillna("–").rename_axis(["share of neurons (%)", ""])
 
 
@@ -141,10 +179,19 @@ def places_table(places):
 
     places: `mechanism.places` by `structures`.
     """
-    formats = {"neurons": "{:d}", "share of the set": "{:.0%}", "share of its rows": "{:.1%}", "enrichment": "{:.1f}"}
-    text = pd.DataFrame({column: places[column].map(form.format) for column, form in formats.items()})
+    formats = {
+        "neurons": "{:d}",
+        "share of the set": "{:.0%}",
+        "share of its rows": "{:.1%}",
+        "enrichment": "{:.1f}",
+    }
+    text = pd.DataFrame(
+        {column: places[column].map(form.format) for column, form in formats.items()}
+    )
     table = text.unstack("condition", sort=False).swaplevel(axis=1)
-    return table[[(condition, column) for condition in table.columns.unique(0) for column in formats]]
+    return table[
+        [(condition, column) for condition in table.columns.unique(0) for column in formats]
+    ]
 
 
 def sweep_curves(tables, measures):
@@ -156,7 +203,12 @@ def sweep_curves(tables, measures):
     def draw(axes, chosen):
         """One panel: the conditions, the whole model as a dotted line, shares on a logarithmic axis."""
         draw_bands(axes, chosen[chosen["condition"] != "whole"], "condition", "fraction", 100)
-        axes.axhline(100 * chosen[chosen["condition"] == "whole"]["rate"].iloc[0].value, color="grey", linestyle=":", label="whole model")
+        axes.axhline(
+            100 * chosen[chosen["condition"] == "whole"]["rate"].iloc[0].value,
+            color="grey",
+            linestyle=":",
+            label="whole model",
+        )
         axes.set(xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
 
@@ -165,11 +217,18 @@ def sweep_curves(tables, measures):
 
 def depth_curves(tables, name):
     """Attack success against layer L for both directions, one panel per model. tables: model to `mechanism.depth_sweep`."""
-    figure, panels = plt.subplots(1, len(tables), figsize=(max(6, 4 * len(tables)), 3), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(tables), figsize=(max(6, 4 * len(tables)), 3), sharey=True, squeeze=False
+    )
     for axes, (model, table) in zip(panels[0], tables.items()):
         chosen = table[(table["measure"] == "asr") & (table["set"] == name)]
         draw_bands(axes, chosen[chosen["direction"] != "whole"], "direction", "layer")
-        axes.axhline(100 * chosen[chosen["direction"] == "whole"]["rate"].iloc[0].value, color="grey", linestyle=":", label="whole model")
+        axes.axhline(
+            100 * chosen[chosen["direction"] == "whole"]["rate"].iloc[0].value,
+            color="grey",
+            linestyle=":",
+            label="whole model",
+        )
         axes.set(xlabel="layer L", ylim=(-4, 104), title=model.removeprefix("organism/"))
     panels[0, 0].set(ylabel="attack success (%)")
     panels[0, 0].legend(fontsize=8)
@@ -185,24 +244,39 @@ def enrichment_bars(by_structure, by_layer):
     figure, panels = plt.subplots(len(models), 2, figsize=(9, 3.2 * len(models)), squeeze=False)
     for row, model in zip(panels, models):
         for axes, table in zip(row, (by_structure, by_layer)):
-            table["enrichment"].xs(model).unstack("condition", sort=False).plot.bar(ax=axes, color=sns.color_palette(PALETTE), legend=False, width=0.75)
+            table["enrichment"].xs(model).unstack("condition", sort=False).plot.bar(
+                ax=axes, color=sns.color_palette(PALETTE), legend=False, width=0.75
+            )
             axes.axhline(1, color="grey", linestyle=":")
             axes.tick_params(axis="x", labelrotation=45 if axes is row[0] else 0)
             axes.grid(axis="x", visible=False)
             axes.set_title(model.removeprefix("organism/"), fontsize=9)
         row[0].set(ylabel="enrichment over chance", xlabel="")
         row[1].set(xlabel="layer")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, frameon=False)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.02),
+        ncols=2,
+        frameon=False,
+    )
     figure.tight_layout()
     return panels[0, 0]
 
 
 def glue_resilience(tables, name):
     """Glue what Figure 2 shows: onset, collapse and the highest attack success of both ways of choosing, for every model."""
-    parts = [f"{m}, {c}: {_resilience(t[t['set'] == name], c)}" for m, t in tables.items() for c in (labels.EQ3, labels.SPECIFIC)]
+    parts = [
+        f"{m}, {c}: {_resilience(t[t['set'] == name], c)}"
+        for m, t in tables.items()
+        for c in (labels.EQ3, labels.SPECIFIC)
+    ]
     glue_list("verdict_resilience", [f"{part}." for part in parts])
     first = next(iter(tables.values()))
-    found = {label: onset_and_collapse(first[first["set"] == name], c, "asr") for label, c in WAYS.items()}
+    found = {
+        label: onset_and_collapse(first[first["set"] == name], c, "asr")
+        for label, c in WAYS.items()
+    }
     glue_text(**{f"onset_{label}": _share(onset) for label, (onset, _) in found.items()})
     glue_text(**{f"collapse_{label}": _share(collapse) for label, (_, collapse) in found.items()})
 
@@ -211,7 +285,11 @@ def _resilience(table, condition):
     onset, collapse = onset_and_collapse(table, condition, "asr")
     rates = table[(table["condition"] == condition) & (table["measure"] == "asr")]
     peak = rates.loc[rates["rate"].map(lambda rate: rate.value).idxmax()]
-    coherent = table[(table["condition"] == condition) & (table["measure"] == "coherent") & (table["fraction"] == peak["fraction"])]["rate"].iloc[0]
+    coherent = table[
+        (table["condition"] == condition)
+        & (table["measure"] == "coherent")
+        & (table["fraction"] == peak["fraction"])
+    ]["rate"].iloc[0]
     seen = "seen" if collapse < 0.01 else "not seen"
     return (
         f"harm sets in {_share(onset)} and safety collapses {_share(collapse)}, so that fewer than one percent suffice is {seen}; attack success"
@@ -226,7 +304,9 @@ def _share(fraction):
 def glue_places(by_structure, by_layer):
     """Glue where the neurons lie: results of `mechanism.places` by `structures` and by `layers`."""
     parts = []
-    for (model, name), counts in by_layer["neurons"].groupby(level=["model", "condition"], sort=False):
+    for (model, name), counts in by_layer["neurons"].groupby(
+        level=["model", "condition"], sort=False
+    ):
         attention = by_structure.loc[model, name, "attention"]
         half = counts.iloc[: len(counts) // 2].sum() / counts.sum()
         seen = "seen" if attention["share of the set"] > 0.5 else "not seen"
@@ -238,18 +318,32 @@ def glue_places(by_structure, by_layer):
     first = by_structure.index.get_level_values("model")[0]
     for label, name in WAYS.items():
         attention = by_structure.loc[first, name, "attention"]
-        glue_text(**{f"attention_{label}": f"{attention['share of the set']:.0%}, {attention['enrichment']:.1f} times chance"})
+        glue_text(
+            **{
+                f"attention_{label}": f"{attention['share of the set']:.0%}, {attention['enrichment']:.1f} times chance"
+            }
+        )
 
 
 def glue_depth(tables):
     """Glue the layers at which safety breaks, for every model."""
     parts = []
     for model, table in tables.items():
-        forward, backward = (broken_at(table, direction) for direction in ("layers 1 to L", "layers L to the last"))
+        forward, backward = (
+            broken_at(table, direction) for direction in ("layers 1 to L", "layers L to the last")
+        )
         count = table["layer"].max()
-        from_front = "not at all" if forward != forward else f"with the first {forward:.0f} of {count} layers"
-        from_back = "not at all" if backward != backward else f"with layers {backward:.0f} to {count}"
-        parts.append(f"{model}: safety collapses {from_front} when layers are taken from the front, and {from_back} from the back")
+        from_front = (
+            "not at all"
+            if forward != forward
+            else f"with the first {forward:.0f} of {count} layers"
+        )
+        from_back = (
+            "not at all" if backward != backward else f"with layers {backward:.0f} to {count}"
+        )
+        parts.append(
+            f"{model}: safety collapses {from_front} when layers are taken from the front, and {from_back} from the back"
+        )
         if len(parts) == 1:
             glue_text(from_front=from_front, from_back=from_back)
     glue_list("verdict_depth", [f"{part}." for part in parts])

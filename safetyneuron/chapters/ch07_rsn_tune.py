@@ -10,7 +10,9 @@ from safetyneuron.metrics.rates import Rate
 def downstream_table(results, paper_model, task, languages):
     """Paper's Table 4 beside the measurement. results: name of the run to `defences.downstream`."""
     rows = [("Accuracy", f"{task} (paper: GSM8K)", "GSM8K", rate("accuracy", task))]
-    rows += [("Attack success before fine-tuning", l, None, rate("asr before", l)) for l in languages]
+    rows += [
+        ("Attack success before fine-tuning", l, None, rate("asr before", l)) for l in languages
+    ]
     return side_by_side(4, results, paper_model, rows + language_rows(languages, "Harmful"))
 
 
@@ -20,12 +22,33 @@ def glue_downstream(results, languages, task):
     for run, found in results.items():
         rates = {name: mean_rates(draws) for name, draws in found.items()}
         origin, sn, rsn = (rates[name] for name in (defences.ORIGIN, defences.SN, defences.RSN))
-        compare = lambda after, before, label: change_sentence(after, before, "asr", languages, label, "lower", "higher", "not different")
+
+        def compare(after, before, label):
+            return change_sentence(
+                after, before, "asr", languages, label, "lower", "higher", "not different"
+            )
+
         parts.append(f"{run}: {change_sentence(origin, rates[defences.BEFORE], 'asr', languages, 'attack success of the untuned model')}; "
                      f"{change_sentence(origin, rates[defences.BEFORE], 'accuracy', [task], 'its accuracy')}.")  # fmt: skip
-        after = [compare(rates[name], origin, f"{name} against Origin:") for name in defences.DOWNSTREAM_NAMES.values()]
-        parts.append(f"{run}, attack success after fine-tuning. {'; '.join(after)}; {compare(rsn, sn, 'RSN-Tune against SN-Tune:')}.")
+        after = [
+            compare(rates[name], origin, f"{name} against Origin:")
+            for name in defences.DOWNSTREAM_NAMES.values()
+        ]
+        parts.append(
+            f"{run}, attack success after fine-tuning. {'; '.join(after)}; {compare(rsn, sn, 'RSN-Tune against SN-Tune:')}."
+        )
     glue_list("verdict_downstream", parts)
     found = next(iter(results.values()))
-    for label, name in {"before": defences.BEFORE, "origin": defences.ORIGIN, "sn": defences.SN, "rsn": defences.RSN}.items():
-        glue_rates(**{f"harm_{label}": Rate.mean([draw.rates["asr", language] for draw in found[name] for language in languages])})
+    for label, name in {
+        "before": defences.BEFORE,
+        "origin": defences.ORIGIN,
+        "sn": defences.SN,
+        "rsn": defences.RSN,
+    }.items():
+        glue_rates(
+            **{
+                f"harm_{label}": Rate.mean(
+                    [draw.rates["asr", language] for draw in found[name] for language in languages]
+                )
+            }
+        )

@@ -1,15 +1,17 @@
 """Chapter 09: experiments of Chen et al. (2025) with patched activations."""
 
+from dataclasses import dataclass, replace
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from dataclasses import dataclass, replace
-from functools import partial
+
 from safetyneuron.book import paper as reported
-from safetyneuron.book.glue import glue_list, glue_rates, glue_text, MEASURES
-from safetyneuron.book.plots import draw_bands, PALETTE, rate_panels
+from safetyneuron.book.glue import MEASURES, glue_list, glue_rates, glue_text
+from safetyneuron.book.plots import PALETTE, draw_bands, rate_panels
 from safetyneuron.book.verdicts import above
 from safetyneuron.data.prompts import has_languages, has_splits, load_prompts
 from safetyneuron.errors import SafetyNeuronError
@@ -29,13 +31,21 @@ CHANGE, RANDOM, LAST = "highest change scores", "random others in the same layer
 def patched_rates(recipient, donor, tokenizer, suite, neurons, positions="all"):
     """`evaluate` of the patched recipient, computed once and then read from the cache."""
     within = partial(patched_generation, recipient, donor, neurons, positions)
-    return evaluate_within(recipient, tokenizer, suite, within, ["patched", fingerprint(donor), neurons.digest(), positions])
+    return evaluate_within(
+        recipient,
+        tokenizer,
+        suite,
+        within,
+        ["patched", fingerprint(donor), neurons.digest(), positions],
+    )
 
 
 def constant_rates(model, tokenizer, suite, neurons, values):
     """`evaluate` with constant activations of the neurons: mean or zero patching."""
     within = partial(constant_patch, model, neurons, values)
-    return evaluate_within(model, tokenizer, suite, within, ["constant", neurons.digest(), values.tolist()])
+    return evaluate_within(
+        model, tokenizer, suite, within, ["constant", neurons.digest(), values.tolist()]
+    )
 
 
 def random_others(neurons, seed):
@@ -43,7 +53,9 @@ def random_others(neurons, seed):
     generator, mask = torch.Generator().manual_seed(seed), torch.zeros_like(neurons.masks["down"])
     for layer, chosen in enumerate(neurons.masks["down"]):
         others, own = (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
-        order = torch.cat([part[torch.randperm(len(part), generator=generator)] for part in (others, own)])
+        order = torch.cat(
+            [part[torch.randperm(len(part), generator=generator)] for part in (others, own)]
+        )
         mask[layer, order[: len(own)]] = True
     return NeuronSet(neurons.masks | {"down": mask})
 
@@ -51,7 +63,11 @@ def random_others(neurons, seed):
 def conditions(scores, fraction, draws):
     """The neurons with the highest change scores, `draws` times as many random others in every layer, and as many from the last layers."""
     chosen = scores.select(fraction)
-    return {CHANGE: [chosen], RANDOM: [random_others(chosen, seed) for seed in range(draws)], LAST: [scores.last_layers(len(chosen))]}
+    return {
+        CHANGE: [chosen],
+        RANDOM: [random_others(chosen, seed) for seed in range(draws)],
+        LAST: [scores.last_layers(len(chosen))],
+    }
 
 
 def restoration(recipient, donor, tokenizer, suite, scores, fractions, draws):
@@ -62,7 +78,11 @@ def restoration(recipient, donor, tokenizer, suite, scores, fractions, draws):
     pandas.DataFrame
         Columns condition, fraction, draw, measure, set, rate; the conditions `recipient` and `donor` are the models as they are.
     """
-    rows = [(name, 0.0, 0, *key, rate) for name, model in (("recipient", recipient), ("donor", donor)) for key, rate in evaluate(model, tokenizer, suite).items()]
+    rows = [
+        (name, 0.0, 0, *key, rate)
+        for name, model in (("recipient", recipient), ("donor", donor))
+        for key, rate in evaluate(model, tokenizer, suite).items()
+    ]
     for fraction in sorted(set(fractions)):
         for name, sets in conditions(scores, fraction, draws).items():
             for draw, neurons in enumerate(sets):
@@ -74,7 +94,11 @@ def restoration(recipient, donor, tokenizer, suite, scores, fractions, draws):
 def over_draws(table):
     """`restoration` with the mean rate over draws in place of each."""
     columns = ["condition", "fraction", "measure", "set"]
-    return table.groupby(columns, sort=False)["rate"].agg(lambda rates: Rate.mean(list(rates))).reset_index()
+    return (
+        table.groupby(columns, sort=False)["rate"]
+        .agg(lambda rates: Rate.mean(list(rates)))
+        .reset_index()
+    )
 
 
 def alone(recipient, donor, tokenizer, suite, neurons):
@@ -89,10 +113,18 @@ def alone(recipient, donor, tokenizer, suite, neurons):
     for layer, channel in neurons.masks["down"].nonzero().tolist():
         mask = torch.zeros_like(neurons.masks["down"])
         mask[layer, channel] = True
-        rates = patched_rates(recipient, donor, tokenizer, replace(suite, benign=None, tasks=()), NeuronSet(neurons.masks | {"down": mask}))
+        rates = patched_rates(
+            recipient,
+            donor,
+            tokenizer,
+            replace(suite, benign=None, tasks=()),
+            NeuronSet(neurons.masks | {"down": mask}),
+        )
         rows.append((layer + 1, channel, rates["asr", name]))
     table = pd.DataFrame(rows, columns=["layer", "channel", "rate"])
-    return table.sort_values("rate", key=lambda rates: rates.map(lambda rate: rate.value), kind="stable").reset_index(drop=True)
+    return table.sort_values(
+        "rate", key=lambda rates: rates.map(lambda rate: rate.value), kind="stable"
+    ).reset_index(drop=True)
 
 
 def without(neurons, layer, channel):
@@ -109,7 +141,10 @@ def restored(before, after, patched):
     """
     if before.interval[0] <= after.interval[1]:
         return (float("nan"),) * 3
-    share = lambda value: (before.value - value) / (before.value - after.value)
+
+    def share(value):
+        return (before.value - value) / (before.value - after.value)
+
     return share(patched.value), share(patched.interval[1]), share(patched.interval[0])
 
 
@@ -131,10 +166,18 @@ def transfer(recipient, donor, tokenizer, suite, neurons, sets, draws):
         if not has_languages(name) and sum(other == name for other, _ in sets) > 1:
             raise SafetyNeuronError(f"{name} has no languages to choose from: give one language")
         asked = replace(suite, harmful=(name,), benign=None, tasks=(), language=language)
-        found = {"recipient": evaluate(recipient, tokenizer, asked), "donor": evaluate(donor, tokenizer, asked)}
+        found = {
+            "recipient": evaluate(recipient, tokenizer, asked),
+            "donor": evaluate(donor, tokenizer, asked),
+        }
         found["patched"] = patched_rates(recipient, donor, tokenizer, asked, neurons)
         rates = {column: result["asr", name] for column, result in found.items()}
-        rates["random"] = Rate.mean([patched_rates(recipient, donor, tokenizer, asked, other)["asr", name] for other in others])
+        rates["random"] = Rate.mean(
+            [
+                patched_rates(recipient, donor, tokenizer, asked, other)["asr", name]
+                for other in others
+            ]
+        )
         share = restored(rates["recipient"], rates["donor"], rates["patched"])
         rows[f"{name}, {language}"] = rates | dict(zip(("restored", "low", "high"), share))
     return pd.DataFrame(rows).T.rename_axis("requests")
@@ -143,22 +186,41 @@ def transfer(recipient, donor, tokenizer, suite, neurons, sets, draws):
 def ablations(recipient, donor, tokenizer, suite, neurons, mean):
     """Rates when only some positions are patched, and with constants in place of the donor's activations. mean: (layers, channels)."""
     cases = {"as they are": evaluate(recipient, tokenizer, suite)}
-    labels = {"all": "patched at every token", "prompt": "patched in the prompt only", "completion": "patched in the answer only"}
-    cases |= {label: patched_rates(recipient, donor, tokenizer, suite, neurons, positions) for positions, label in labels.items()}
-    cases["mean of the donor at every token"] = constant_rates(recipient, tokenizer, suite, neurons, mean)
-    cases["zero at every token"] = constant_rates(recipient, tokenizer, suite, neurons, torch.zeros_like(mean))
+    labels = {
+        "all": "patched at every token",
+        "prompt": "patched in the prompt only",
+        "completion": "patched in the answer only",
+    }
+    cases |= {
+        label: patched_rates(recipient, donor, tokenizer, suite, neurons, positions)
+        for positions, label in labels.items()
+    }
+    cases["mean of the donor at every token"] = constant_rates(
+        recipient, tokenizer, suite, neurons, mean
+    )
+    cases["zero at every token"] = constant_rates(
+        recipient, tokenizer, suite, neurons, torch.zeros_like(mean)
+    )
     return cases
 
 
 def general(recipient, donor, tokenizer, suite, neurons):
     """Rates of recipient, donor and patched recipient."""
-    cases = {"recipient": evaluate(recipient, tokenizer, suite), "donor": evaluate(donor, tokenizer, suite)}
-    return cases | {"recipient, patched": patched_rates(recipient, donor, tokenizer, suite, neurons)}
+    cases = {
+        "recipient": evaluate(recipient, tokenizer, suite),
+        "donor": evaluate(donor, tokenizer, suite),
+    }
+    return cases | {
+        "recipient, patched": patched_rates(recipient, donor, tokenizer, suite, neurons)
+    }
 
 
 def before_and_after(recipient, donor, neurons, measures):
     """What each `measure(model)` gives for the recipient, the donor and the patched recipient. measures: name to function."""
-    found = {name: {"recipient": measure(recipient), "donor": measure(donor)} for name, measure in measures.items()}
+    found = {
+        name: {"recipient": measure(recipient), "donor": measure(donor)}
+        for name, measure in measures.items()
+    }
     with patched_generation(recipient, donor, neurons):
         for name, measure in measures.items():
             found[name]["recipient, patched"] = measure(recipient)
@@ -167,7 +229,10 @@ def before_and_after(recipient, donor, neurons, measures):
 
 def unsafe_answers(model, tokenizer, harmful, benign):
     """Whether the model's own answer will be unsafe, per prompt: a harmful request answered without a refusal phrase."""
-    return np.array([not is_refusal(text) for text in answers(model, tokenizer, harmful)] + [False] * len(benign))
+    return np.array(
+        [not is_refusal(text) for text in answers(model, tokenizer, harmful)]
+        + [False] * len(benign)
+    )
 
 
 def safeguard(model, tokenizer, train_sets, test_sets, count, sets):
@@ -204,13 +269,20 @@ def safeguard(model, tokenizer, train_sets, test_sets, count, sets):
         features[split] = last_activations(model, tokenizer, harmful + benign)
         labels[split] = unsafe_answers(model, tokenizer, harmful, benign)
         if labels[split].all() or not labels[split].any():
-            raise SafetyNeuronError(f"the model's answers to the {split} prompts are all {'un' * bool(labels[split].any())}safe: there is nothing to tell apart")
+            raise SafetyNeuronError(
+                f"the model's answers to the {split} prompts are all {'un' * bool(labels[split].any())}safe: there is nothing to tell apart"
+            )
     rows = {}
     for name, neurons in sets.items():
         chosen = neurons.masks["down"].flatten().numpy()
-        guard = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(features["train"][:, chosen], labels["train"])
+        guard = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(
+            features["train"][:, chosen], labels["train"]
+        )
         flagged, unsafe = guard.predict(features["test"][:, chosen]), labels["test"]
-        rows[name] = {"accuracy": Rate(int((flagged == unsafe).sum()), len(unsafe)), "coverage": Rate(int(flagged[unsafe].sum()), int(unsafe.sum()))}
+        rows[name] = {
+            "accuracy": Rate(int((flagged == unsafe).sum()), len(unsafe)),
+            "coverage": Rate(int(flagged[unsafe].sum()), int(unsafe.sum())),
+        }
     return pd.DataFrame(rows).T.rename_axis("neurons")
 
 
@@ -228,13 +300,20 @@ def alignment_tax(models, tokenizer, suite, scores, fraction):
 
     models, scores: name to model, and to the `ChangeScores` of its alignment; two of them, in the same order.
     """
-    (first, second), chosen = models, {name: score.select(fraction) for name, score in scores.items()}
+    (first, second), chosen = (
+        models,
+        {name: score.select(fraction) for name, score in scores.items()},
+    )
     cases = {name: evaluate(model, tokenizer, suite) for name, model in models.items()}
     for recipient, donor in ((second, first), (first, second)):
         rates = patched_rates(models[recipient], models[donor], tokenizer, suite, chosen[donor])
         cases[f"{recipient}, patched from {donor}"] = rates
-    ranks = pd.DataFrame({name: score.values.flatten().numpy() for name, score in scores.items()}).corr("spearman")
-    return AlignmentTax(cases, len(chosen[first] & chosen[second]) / len(chosen[first]), float(ranks.iloc[0, 1]))
+    ranks = pd.DataFrame(
+        {name: score.values.flatten().numpy() for name, score in scores.items()}
+    ).corr("spearman")
+    return AlignmentTax(
+        cases, len(chosen[first] & chosen[second]) / len(chosen[first]), float(ranks.iloc[0, 1])
+    )
 
 
 def vocabulary_projection(model, tokenizer, scores, mean, neurons=8, words=6):
@@ -249,8 +328,21 @@ def vocabulary_projection(model, tokenizer, scores, mean, neurons=8, words=6):
         layer, channel = divmod(index, width)
         column = architecture.place(layer, "down").weight[channel].detach()
         effect = table @ (norm(column) * mean[layer, channel].sign().to(column)).detach().float()
-        most, least = (tokenizer.batch_decode([[i] for i in effect.topk(words, largest=largest).indices.tolist()]) for largest in (True, False))
-        rows.append({"layer": layer + 1, "channel": channel, "change score": f"{scores.values[layer, channel]:.2f}", "raises": "  ".join(most), "lowers": "  ".join(least)})
+        most, least = (
+            tokenizer.batch_decode(
+                [[i] for i in effect.topk(words, largest=largest).indices.tolist()]
+            )
+            for largest in (True, False)
+        )
+        rows.append(
+            {
+                "layer": layer + 1,
+                "channel": channel,
+                "change score": f"{scores.values[layer, channel]:.2f}",
+                "raises": "  ".join(most),
+                "lowers": "  ".join(least),
+            }
+        )
     return pd.DataFrame(rows, index=pd.RangeIndex(1, neurons + 1))
 
 
@@ -258,8 +350,14 @@ def change_scores_panels(scores, chosen):
     """Change scores in descending order, and where the chosen neurons lie. scores: `ChangeScores`; chosen: their selection."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9))
     values = scores.values.flatten().sort(descending=True).values
-    left.plot([100 * (i + 1) / len(values) for i in range(len(values))], values, color=sns.color_palette(PALETTE)[0])
-    left.axvline(100 * len(chosen) / len(values), color="grey", linestyle=":", label="patched below")
+    left.plot(
+        [100 * (i + 1) / len(values) for i in range(len(values))],
+        values,
+        color=sns.color_palette(PALETTE)[0],
+    )
+    left.axvline(
+        100 * len(chosen) / len(values), color="grey", linestyle=":", label="patched below"
+    )
     left.set(xscale="log", xlabel="feed-forward neurons (%)", ylabel="change score (RMS)")
     left.xaxis.set_major_formatter("{x:g}")
     left.legend(frameon=False)
@@ -294,29 +392,53 @@ def cases_table(cases):
     """Rates of several cases: one row per case, one column per measure and set. cases: name to `evaluate`'s result."""
     keys = list(next(iter(cases.values())))
     rows = {name: [rates[key].percent for key in keys] for name, rates in cases.items()}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=pd.MultiIndex.from_tuples([(MEASURES[m], s) for m, s in keys]))
+    return pd.DataFrame.from_dict(
+        rows, orient="index", columns=pd.MultiIndex.from_tuples([(MEASURES[m], s) for m, s in keys])
+    )
 
 
 def interval_table(results):
     """Numbers with intervals: one row per model, one column per measure. results: measure to name to (value, low, high)."""
-    text = lambda numbers: "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)
-    return pd.DataFrame({measure: {name: text(numbers) for name, numbers in found.items()} for measure, found in results.items()})
+
+    def text(numbers):
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)
+
+    return pd.DataFrame(
+        {
+            measure: {name: text(numbers) for name, numbers in found.items()}
+            for measure, found in results.items()
+        }
+    )
 
 
 def transfer_table(table):
     """`patching.transfer` as text: rates, and the share of safety restored where there is a gap to close."""
-    share = lambda row: "no gap" if row["restored"] != row["restored"] else f"{100 * row['restored']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+
+    def share(row):
+        return (
+            "no gap"
+            if row["restored"] != row["restored"]
+            else f"{100 * row['restored']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+        )
+
     text = table[["recipient", "donor", "patched", "random"]].map(lambda rate: rate.percent)
     return text.assign(**{"safety restored (%)": [share(row) for _, row in table.iterrows()]})
 
 
 def alone_table(single):
     """Rows of `patching.alone` as text."""
-    rows = [{"neuron": f"layer {row.layer}, channel {row.channel}", "attack success": row.rate.percent} for row in single.itertuples()]
+    rows = [
+        {"neuron": f"layer {row.layer}, channel {row.channel}", "attack success": row.rate.percent}
+        for row in single.itertuples()
+    ]
     return pd.DataFrame(rows).set_index("neuron").rename_axis(None)
 
 
-RESTORED = {CHANGE: "restored_chosen", RANDOM: "restored_random", LAST: "restored_last"}  # condition -> glued name
+RESTORED = {
+    CHANGE: "restored_chosen",
+    RANDOM: "restored_random",
+    LAST: "restored_last",
+}  # condition -> glued name
 
 
 def glue_restoration(table, harmful_set, fraction):
@@ -326,16 +448,34 @@ def glue_restoration(table, harmful_set, fraction):
     ends, parts = rows[rows["fraction"] == 0].set_index("condition")["rate"], []
     if not above(ends["recipient"], ends["donor"]):
         glue_text(**dict.fromkeys(RESTORED.values(), "no gap to close"))
-        return glue_list("verdict_restoration", ["Attack success of the donor is not measurably lower than the recipient's: there is no gap to close."])
-    share = lambda rate: restored(ends["recipient"], ends["donor"], rate)
+        return glue_list(
+            "verdict_restoration",
+            [
+                "Attack success of the donor is not measurably lower than the recipient's: there is no gap to close."
+            ],
+        )
+
+    def share(rate):
+        return restored(ends["recipient"], ends["donor"], rate)
+
     for name, found in rows[rows["fraction"] > 0].groupby("condition", sort=False):
         shares = {row.fraction: share(row.rate) for row in over_draws(found).itertuples()}
         value, low, high = shares[fraction]
         draws = [100 * share(rate)[0] for rate in found[found["fraction"] == fraction]["rate"]]
-        spread = f", from {min(draws):.0f} to {max(draws):.0f} % over {len(draws)} draws" if len(draws) > 1 else ""
-        glue_text(**{RESTORED.get(name, name): f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"})
+        spread = (
+            f", from {min(draws):.0f} to {max(draws):.0f} % over {len(draws)} draws"
+            if len(draws) > 1
+            else ""
+        )
+        glue_text(
+            **{RESTORED.get(name, name): f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"}
+        )
         enough = [share for share, (point, _, _) in shares.items() if point >= wanted]
-        smallest = f"reached first at {100 * min(enough):g} % of the neurons" if enough else "reached at no share tried"
+        smallest = (
+            f"reached first at {100 * min(enough):g} % of the neurons"
+            if enough
+            else "reached at no share tried"
+        )
         seen = "seen" if low > wanted else "not seen" if high < wanted else "undecided"
         parts.append(f"{name}: {100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}] of safety{spread} is restored by {100 * fraction:g} % of the neurons, so more than"
                      f" {100 * wanted:.0f} % is {seen}; {100 * wanted:.0f} % is {smallest}.")  # fmt: skip
@@ -346,14 +486,24 @@ def glue_transfer(table):
     """Glue on how many of the request sets with a gap patching restores what the paper says."""
     wanted = reported.CHANGE_SCORES["restored"] / 100
     gaps = table[table["restored"] == table["restored"]]
-    glue_text(transferred=f"{sum(gaps['restored'] > wanted)} of {len(gaps)} request sets with a gap")
+    glue_text(
+        transferred=f"{sum(gaps['restored'] > wanted)} of {len(gaps)} request sets with a gap"
+    )
 
 
 def glue_general(rates):
     """Glue the tasks in which the patched recipient's accuracy is measurably lower than the recipient's."""
     before, after = rates["recipient"], rates["recipient, patched"]
-    lost = [name for measure, name in before if measure == "accuracy" and above(before[measure, name], after[measure, name])]
-    glue_text(general_lost=f"falls measurably on {', '.join(lost)}" if lost else "falls measurably on no task")
+    lost = [
+        name
+        for measure, name in before
+        if measure == "accuracy" and above(before[measure, name], after[measure, name])
+    ]
+    glue_text(
+        general_lost=f"falls measurably on {', '.join(lost)}"
+        if lost
+        else "falls measurably on no task"
+    )
 
 
 def glue_safeguard(table):
@@ -362,14 +512,28 @@ def glue_safeguard(table):
     texts = []
     for column in ("accuracy", "coverage"):
         mean = Rate.mean(list(random[column]))
-        finding = "higher" if above(own[column], mean) else "lower" if above(mean, own[column]) else "not measurably different"
-        glue_text(**{f"safeguard_{column}": f"{own[column].percent} %, random neurons {mean.percent} %"})
-        texts.append(f"{column} is {own[column].percent} % on safety neurons and {mean.percent} % on random ones (mean of {len(random)} draws): {finding}")
+        finding = (
+            "higher"
+            if above(own[column], mean)
+            else "lower"
+            if above(mean, own[column])
+            else "not measurably different"
+        )
+        glue_text(
+            **{f"safeguard_{column}": f"{own[column].percent} %, random neurons {mean.percent} %"}
+        )
+        texts.append(
+            f"{column} is {own[column].percent} % on safety neurons and {mean.percent} % on random ones (mean of {len(random)} draws): {finding}"
+        )
     glue_list("verdict_safeguard", [f"{text}." for text in texts])
 
 
 def glue_alone(single, recipient, kept, dropped):
     """Glue what the strongest single neuron does. single: `patching.alone`; recipient, kept, dropped: attack success unpatched, with the set, and with the set but it."""
     best = single.iloc[0]
-    glue_text(single_name=f"layer {best['layer']}, channel {best['channel']}", single_count=len(single))
-    glue_rates(single_rate=best["rate"], single_before=recipient, single_kept=kept, single_dropped=dropped)
+    glue_text(
+        single_name=f"layer {best['layer']}, channel {best['channel']}", single_count=len(single)
+    )
+    glue_rates(
+        single_rate=best["rate"], single_before=recipient, single_kept=kept, single_dropped=dropped
+    )

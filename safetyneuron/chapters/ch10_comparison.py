@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+
 from safetyneuron.book.glue import glue_text, lines
 from safetyneuron.book.labels import BROKEN
 from safetyneuron.book.paper import OVERLAP_BELOW
@@ -16,7 +17,10 @@ MEASURES = ("asr", "coherent", "over_refusal", "accuracy", "perplexity")
 
 def rates(outcomes):
     """Rates of the outcomes, and perplexity as a number."""
-    return {m: values[0] if m == "perplexity" else Rate(sum(values), len(values)) for m, values in outcomes.items()}
+    return {
+        m: values[0] if m == "perplexity" else Rate(sum(values), len(values))
+        for m, values in outcomes.items()
+    }
 
 
 def without_draws(found):
@@ -39,14 +43,22 @@ def long_table(found):
         each = [rates(outcomes) for outcomes in draws]
         for m in MEASURES:
             values = [draw[m] for draw in each]
-            rows.append((name, other, m, float(np.mean(values)) if m == "perplexity" else Rate.mean(values)))
+            rows.append(
+                (name, other, m, float(np.mean(values)) if m == "perplexity" else Rate.mean(values))
+            )
     return pd.DataFrame(rows, columns=["detector", "budget", "measure", "rate"])
 
 
 def numbers(table):
     """`long_table` for a file: percent with both ends of its interval; perplexity as it is."""
-    plain = lambda rate: isinstance(rate, float)
-    parts = [(r, "", "") if plain(r) else (100 * r.value, 100 * r.interval[0], 100 * r.interval[1]) for r in table["rate"]]
+
+    def plain(rate):
+        return isinstance(rate, float)
+
+    parts = [
+        (r, "", "") if plain(r) else (100 * r.value, 100 * r.interval[0], 100 * r.interval[1])
+        for r in table["rate"]
+    ]
     return table.drop(columns="rate").assign(**dict(zip(("value", "low", "high"), zip(*parts))))
 
 
@@ -56,7 +68,10 @@ def trade_off(harm, kept):
     The front at c is the most harm done by any point that keeps at least c: a point counts as much as the capability that it keeps.
     """
     order = np.argsort(-kept, axis=-1)
-    kept, harm = np.take_along_axis(np.clip(kept, 0, 1), order, -1), np.take_along_axis(harm, order, -1)
+    kept, harm = (
+        np.take_along_axis(np.clip(kept, 0, 1), order, -1),
+        np.take_along_axis(harm, order, -1),
+    )
     front = np.maximum.accumulate(harm, axis=-1)
     widths = kept - np.concatenate([kept[..., 1:], np.zeros_like(kept[..., :1])], -1)
     return (front * widths).sum(-1)
@@ -77,8 +92,12 @@ def areas(whole, found, measure="coherent", draws=1000):
     for (name, budget), outcomes in found.items():
         grouped.setdefault(kind(name), {}).setdefault(name, []).append(outcomes)
     for name, by_draw in grouped.items():
-        samples = np.stack([_resampled(whole, points, measure, generator, draws) for points in by_draw.values()])
-        value = float(np.mean([_resampled(whole, points, measure, None, 1)[0] for points in by_draw.values()]))
+        samples = np.stack(
+            [_resampled(whole, points, measure, generator, draws) for points in by_draw.values()]
+        )
+        value = float(
+            np.mean([_resampled(whole, points, measure, None, 1)[0] for points in by_draw.values()])
+        )
         chosen = generator.integers(len(samples), size=(len(samples), draws))
         low, high = np.quantile(np.take_along_axis(samples, chosen, 0).mean(0), (0.025, 0.975))
         rows[name] = {"area": value, "low": float(low), "high": float(high)}
@@ -89,8 +108,17 @@ def _resampled(whole, points, measure, generator, draws):
     """Areas of one detector on resampled prompts and questions, the same for all its budgets: (draws,)."""
     outcomes = [whole, *points]
     harm, correct = (np.array([o[m] for o in outcomes], dtype=float) for m in (measure, "accuracy"))
-    pick = lambda count: np.arange(count)[None] if generator is None else generator.integers(count, size=(draws, count))
-    means = lambda values: values[:, pick(values.shape[1])].mean(-1).T  # (draws, points)
+
+    def pick(count):
+        return (
+            np.arange(count)[None]
+            if generator is None
+            else generator.integers(count, size=(draws, count))
+        )
+
+    def means(values):
+        return values[:, pick(values.shape[1])].mean(-1).T  # (draws, points)
+
     harm, accuracy = means(harm), means(correct)
     return trade_off(harm, accuracy / np.maximum(accuracy[:, :1], 1e-9))
 
@@ -100,8 +128,13 @@ def agreement(detectors, budget):
     names = [name for name in detectors if kind(name) == name]
     sets = {name: detectors[name].select(budget) for name in names}
     names = [name for name in names if sets[name] is not None]
-    overlap = pd.DataFrame({a: {b: len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for b in names} for a in names})
-    flat = {name: np.concatenate([detectors[name].scores[p].flatten().numpy() for p in PROJECTIONS]) for name in names}
+    overlap = pd.DataFrame(
+        {a: {b: len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for b in names} for a in names}
+    )
+    flat = {
+        name: np.concatenate([detectors[name].scores[p].flatten().numpy() for p in PROJECTIONS])
+        for name in names
+    }
     return overlap, pd.DataFrame(flat).corr("spearman")  # equal scores share their rank
 
 
@@ -128,10 +161,17 @@ def claims(detectors, others, found, budget):
         if neurons is None:
             continue
         small = [rates(o) for (n, b), o in found.items() if n == name and b < 0.01]
-        columns[name] = {f"fewer than 1 % break refusal ({label})": _most(small, m) for m, label in (("asr", "keyword rule"), ("coherent", "well-formed answers"))}
+        columns[name] = {
+            f"fewer than 1 % break refusal ({label})": _most(small, m)
+            for m, label in (("asr", "keyword rule"), ("coherent", "well-formed answers"))
+        }
         columns[name] |= {
-            "most lie in attention": _judged(Rate(sum(neurons.counts()[p] for p in ATTENTION), len(neurons)), 0.5),
-            "most lie in the first half of the layers": _judged(Rate(_in_first_half(neurons), len(neurons)), 0.5),
+            "most lie in attention": _judged(
+                Rate(sum(neurons.counts()[p] for p in ATTENTION), len(neurons)), 0.5
+            ),
+            "most lie in the first half of the layers": _judged(
+                Rate(_in_first_half(neurons), len(neurons)), 0.5
+            ),
             f"two languages share less than {OVERLAP_BELOW} %": _shared(neurons, foreign),
         }
     return pd.DataFrame(columns).rename_axis("claim")
@@ -153,7 +193,13 @@ def _most(small, measure):
 def _judged(rate, threshold, below=False):
     """The word that the interval allows, and the rate in percent."""
     low, high = rate.interval
-    word = "undecided" if low <= threshold <= high else "seen" if (high < threshold) == below else "not seen"
+    word = (
+        "undecided"
+        if low <= threshold <= high
+        else "seen"
+        if (high < threshold) == below
+        else "not seen"
+    )
     return f"{word}\n{rate.percent}"
 
 
@@ -168,7 +214,12 @@ def places(detectors, budget):
         neurons, d = detectors[name].select(budget), detectors[name]
         if neurons is not None:
             attention = sum(neurons.counts()[p] for p in ATTENTION) / len(neurons)
-            rows[name] = {"in attention": attention, "in the first half": _in_first_half(neurons) / len(neurons), "seconds": d.seconds, "passes": d.passes}
+            rows[name] = {
+                "in attention": attention,
+                "in the first half": _in_first_half(neurons) / len(neurons),
+                "seconds": d.seconds,
+                "passes": d.passes,
+            }
     return pd.DataFrame(rows).T
 
 
@@ -178,13 +229,32 @@ def detector_matrix(table, titles):
     table: `comparison.long_table`; titles: measure to title.
     """
     count = table["detector"].nunique()
-    figure, panels = plt.subplots(1, len(titles), figsize=(2.6 * len(titles) + 1.5, 0.32 * count + 1.2), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1,
+        len(titles),
+        figsize=(2.6 * len(titles) + 1.5, 0.32 * count + 1.2),
+        sharey=True,
+        squeeze=False,
+    )
     for axes, (measure, title) in zip(panels[0], titles.items()):
         rows = table[table["measure"] == measure]
-        values = rows.assign(value=[rate if measure == "perplexity" else 100 * rate.value for rate in rows["rate"]])
-        wide = values.pivot(index="detector", columns="budget", values="value").reindex(table["detector"].unique())
+        values = rows.assign(
+            value=[rate if measure == "perplexity" else 100 * rate.value for rate in rows["rate"]]
+        )
+        wide = values.pivot(index="detector", columns="budget", values="value").reindex(
+            table["detector"].unique()
+        )
         form, limits = (".2f", {}) if measure == "perplexity" else (".0f", {"vmin": 0, "vmax": 100})
-        sns.heatmap(wide.rename(columns=lambda share: f"{100 * share:g}"), annot=True, fmt=form, cmap="viridis", cbar=False, annot_kws={"size": 7}, ax=axes, **limits)
+        sns.heatmap(
+            wide.rename(columns=lambda share: f"{100 * share:g}"),
+            annot=True,
+            fmt=form,
+            cmap="viridis",
+            cbar=False,
+            annot_kws={"size": 7},
+            ax=axes,
+            **limits,
+        )
         axes.set(title=title, xlabel="% of the neurons", ylabel="")
         axes.grid(False)  # it would show where a cell is empty
         axes.title.set_fontsize(10)
@@ -197,8 +267,22 @@ def agreement_heatmaps(overlap, correlation):
     """Overlap of the sets (percent) and rank correlation of the scores, detectors against detectors."""
     size = 0.42 * len(overlap) + 2.5
     figure, panels = plt.subplots(1, 2, figsize=(1.75 * size, size), sharey=True)
-    for axes, values, form, title, limits in ((panels[0], 100 * overlap, ".0f", "shared neurons (%)", (0, 100)), (panels[1], correlation.round(1) + 0.0, ".1f", "rank correlation", (-1, 1))):
-        sns.heatmap(values, annot=True, fmt=form, cmap="viridis", cbar=False, square=True, vmin=limits[0], vmax=limits[1], annot_kws={"size": 7}, ax=axes)
+    for axes, values, form, title, limits in (
+        (panels[0], 100 * overlap, ".0f", "shared neurons (%)", (0, 100)),
+        (panels[1], correlation.round(1) + 0.0, ".1f", "rank correlation", (-1, 1)),
+    ):
+        sns.heatmap(
+            values,
+            annot=True,
+            fmt=form,
+            cmap="viridis",
+            cbar=False,
+            square=True,
+            vmin=limits[0],
+            vmax=limits[1],
+            annot_kws={"size": 7},
+            ax=axes,
+        )
         axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=8)
     figure.tight_layout()
@@ -207,9 +291,18 @@ def agreement_heatmaps(overlap, correlation):
 
 def areas_table(areas, places):
     """The trade-off of every detector beside where its neurons lie and what it costs. areas, places: `comparison.areas` and `comparison.places`."""
-    text = areas.apply(lambda row: f"{row['area']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", axis=1).to_frame("trade-off")
-    formats = {"in attention": "{:.0%}", "in the first half": "{:.0%}", "seconds": "{:.1f}", "passes": "{:.1f}"}
-    shown = pd.DataFrame({column: places[column].map(form.format) for column, form in formats.items()})
+    text = areas.apply(
+        lambda row: f"{row['area']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", axis=1
+    ).to_frame("trade-off")
+    formats = {
+        "in attention": "{:.0%}",
+        "in the first half": "{:.0%}",
+        "seconds": "{:.1f}",
+        "passes": "{:.1f}",
+    }
+    shown = pd.DataFrame(
+        {column: places[column].map(form.format) for column, form in formats.items()}
+    )
     joined = text.join(shown.rename(columns={"passes": "forward passes"})).fillna("–")
     return joined.loc[areas["area"].sort_values(ascending=False, kind="stable").index]
 
@@ -218,8 +311,14 @@ def interventions_table(table, titles):
     """Rates of every detector and intervention: one row per detector, one column per intervention and measure. table: `comparison.long_table`."""
     kept = table[table["measure"].isin(titles)]
     cells = kept.assign(text=kept["rate"].map(lines), measure=kept["measure"].map(titles))
-    wide = cells.pivot(index="detector", columns=["budget", "measure"], values="text").reindex(table["detector"].unique())
-    columns = [(intervention, title) for intervention in table["budget"].unique() for title in titles.values()]
+    wide = cells.pivot(index="detector", columns=["budget", "measure"], values="text").reindex(
+        table["detector"].unique()
+    )
+    columns = [
+        (intervention, title)
+        for intervention in table["budget"].unique()
+        for title in titles.values()
+    ]
     return wide[columns].fillna("–").rename_axis(columns=[None, None])
 
 
@@ -227,8 +326,25 @@ def glue_comparison(areas, judged):
     """Glue for which detectors each claim is seen, and the trade-offs of Eq 3, of the best and of random neurons. areas, judged: of `comparison`."""
     names = ("seen_break", "seen_coherent", "seen_attention", "seen_layers", "seen_languages")
     for name, (_, row) in zip(names, judged.iterrows(), strict=True):
-        seen = [detector for detector, text in row.items() if text.startswith("seen") and not detector.startswith("random")]
-        glue_text(**{name: f"{len(seen)} of {sum(not d.startswith('random') for d in row.index)} rules" + (f" ({', '.join(seen)})" if 0 < len(seen) <= 3 else "")})
-    text = lambda row: f"{row['area']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        seen = [
+            detector
+            for detector, text in row.items()
+            if text.startswith("seen") and not detector.startswith("random")
+        ]
+        glue_text(
+            **{
+                name: f"{len(seen)} of {sum(not d.startswith('random') for d in row.index)} rules"
+                + (f" ({', '.join(seen)})" if 0 < len(seen) <= 3 else "")
+            }
+        )
+
+    def text(row):
+        return f"{row['area']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
     best = areas["area"].idxmax()
-    glue_text(area_eq3=text(areas.loc["exact, Eq 3"]), area_best=text(areas.loc[best]), best_detector=best, area_random=text(areas.loc["random"]))
+    glue_text(
+        area_eq3=text(areas.loc["exact, Eq 3"]),
+        area_best=text(areas.loc[best]),
+        best_detector=best,
+        area_random=text(areas.loc["random"]),
+    )

@@ -1,12 +1,15 @@
 """Chapter A1: closed forms against brute force, and the departures of the released code one by one."""
 
-import matplotlib.pyplot as plt
-import pandas as pd
 import statistics
 import time
-import torch
 from dataclasses import replace
 from itertools import islice
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from transformers import DataCollatorForSeq2Seq
+
 from safetyneuron.book.glue import glue_text
 from safetyneuron.importance.brute_force import brute_force
 from safetyneuron.importance.paper_and_released import (
@@ -18,13 +21,12 @@ from safetyneuron.importance.paper_and_released import (
     probability_change,
     unrotated,
 )
-from safetyneuron.importance.recorder import Recorder, recording, RULES, widen
+from safetyneuron.importance.recorder import RULES, Recorder, recording, widen
 from safetyneuron.importance.selection import select_per_layer
 from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.encoding import encode_documents, encode_prompts, pad
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.tuning.sn_tune import TunedNeurons
-from transformers import DataCollatorForSeq2Seq
 
 PRINTED = "as printed"
 TOP = 0.1  # share of the neurons whose survival is counted
@@ -49,7 +51,13 @@ SCORES = {
     ("k", PRINTED): paper_key,
     ("k", "index"): lambda a: divided_by_four(paper_query(a), _key_width(a)),
     ("v", PRINTED): paper_value,
-    ("v", "sum"): lambda a: (a.heads.abs() * a.real[:, None, :, None]).sum(2).unflatten(1, (a.groups, a.repeat)).sum(2).flatten(1),
+    ("v", "sum"): lambda a: (
+        (a.heads.abs() * a.real[:, None, :, None])
+        .sum(2)
+        .unflatten(1, (a.groups, a.repeat))
+        .sum(2)
+        .flatten(1)
+    ),
     ("v", "index"): lambda a: divided_by_four(head_norms(a).flatten(1), _key_width(a)),
 }
 # The same from (input of W_down, output of W_up, row norms of W_down), positions weighted by 1 or 0.
@@ -72,7 +80,9 @@ class OneByOne(Recorder):
         real = self.real.to(inputs[0].device)[..., None]
         hidden, up = (x * real for x in (widen(inputs[0]), self._inputs.pop((layer, "up"))))
         norms = self._weight(layer, "down", hidden).norm(dim=1)
-        self._keep(layer, {key: score(hidden, up, norms) for key, score in FEED_FORWARD_SCORES.items()})
+        self._keep(
+            layer, {key: score(hidden, up, norms) for key, score in FEED_FORWARD_SCORES.items()}
+        )
 
 
 def effects(scores, table):
@@ -95,8 +105,14 @@ def effects(scores, table):
     for (projection, name), values in scores.items():
         if name != PRINTED:
             truth = table[table["projection"] == projection]["brute force"].reset_index(drop=True)
-            printed, changed = (pd.Series(x.flatten().double().cpu().numpy()) for x in (scores[projection, PRINTED], values))
-            best, count = (set(x.nlargest(round(TOP * len(x))).index) for x in (printed, changed)), round(TOP * len(truth))
+            printed, changed = (
+                pd.Series(x.flatten().double().cpu().numpy())
+                for x in (scores[projection, PRINTED], values)
+            )
+            best, count = (
+                (set(x.nlargest(round(TOP * len(x))).index) for x in (printed, changed)),
+                round(TOP * len(truth)),
+            )
             correlations = [x.corr(truth, "spearman") for x in (printed, changed)]
             rows[projection, name] = [*correlations, len(set.intersection(*best)) / count]
     return pd.DataFrame(rows, index=["printed", "changed", "kept"]).T
@@ -116,18 +132,25 @@ def first_of_set_kept(profile, fraction):
     for projection, mask in wider.masks.items():
         for layer, row in enumerate(mask):
             indices = set(row.nonzero().flatten().tolist())
-            masks[projection][layer, list(islice(indices, int(chosen.masks[projection][layer].sum())))] = True
+            masks[projection][
+                layer, list(islice(indices, int(chosen.masks[projection][layer].sum())))
+            ] = True
     return len(chosen & NeuronSet(masks)) / len(chosen)
 
 
 def gradient_norms(model, tokenizer, documents, neurons):
     """Norm of the gradient of the loss over all parameters, and over the rows and columns of `neurons` alone."""
-    batch = DataCollatorForSeq2Seq(tokenizer, padding=True)(encode_documents(model, tokenizer, documents)).to(model.device)
+    batch = DataCollatorForSeq2Seq(tokenizer, padding=True)(
+        encode_documents(model, tokenizer, documents)
+    ).to(model.device)
     whole = torch.autograd.grad(model(**batch).loss, list(model.parameters()), allow_unused=True)
     tuned = TunedNeurons(model, neurons)
     with tuned.added():
         part = torch.autograd.grad(tuned(**batch).loss, list(tuned.parameters()))
-    return tuple(float(torch.stack([g.norm() for g in gradients if g is not None]).norm()) for gradients in (whole, part))
+    return tuple(
+        float(torch.stack([g.norm() for g in gradients if g is not None]).norm())
+        for gradients in (whole, part)
+    )
 
 
 def clipped_away(norms, limit=0.3):
@@ -155,10 +178,15 @@ def compare_rules(model, tokenizer, prompts):
     Columns: projection, `brute force` and the rules. Brute force runs a block once per neuron.
     """
     batch = one_batch(model, tokenizer, prompts)
-    scores = {"brute force": brute_force(model, batch)} | {rule: run_rule(model, batch, rule) for rule in RULES}
+    scores = {"brute force": brute_force(model, batch)} | {
+        rule: run_rule(model, batch, rule) for rule in RULES
+    }
     tables = []
     for projection in PROJECTIONS:
-        columns = {name: values[projection].flatten().double().cpu().numpy() for name, values in scores.items()}
+        columns = {
+            name: values[projection].flatten().double().cpu().numpy()
+            for name, values in scores.items()
+        }
         tables.append(pd.DataFrame(columns).assign(projection=projection))
     return pd.concat(tables, ignore_index=True)
 
@@ -199,13 +227,17 @@ def rule_costs(model, tokenizer, prompts, repeats=5):
     costs = {}
     for rule in RULES:
         plain(), run_rule(model, batch, rule)
-        costs[rule] = statistics.median(seconds(lambda: run_rule(model, batch, rule)) / seconds(plain) for _ in range(repeats))
+        costs[rule] = statistics.median(
+            seconds(lambda: run_rule(model, batch, rule)) / seconds(plain) for _ in range(repeats)
+        )
     return costs
 
 
 def costs_table(costs):
     """Cost of each rule in plain forward passes. costs: rule to ratio."""
-    return pd.DataFrame({"forward passes": {rule: f"{ratio:.1f}" for rule, ratio in costs.items()}}).rename_axis("rule")
+    return pd.DataFrame(
+        {"forward passes": {rule: f"{ratio:.1f}" for rule, ratio in costs.items()}}
+    ).rename_axis("rule")
 
 
 def glue_effects(effects):
@@ -218,7 +250,9 @@ def glue_effects(effects):
 def rules_scatter(table, projections=("q", "k", "v", "up")):
     """Each rule against brute force, one row of panels per rule, one column per projection, on logarithmic axes."""
     rules = [c for c in table.columns if c not in ("projection", "brute force")]
-    figure, panels = plt.subplots(len(rules), len(projections), figsize=(8, 1.9 * len(rules)), sharex="col")
+    figure, panels = plt.subplots(
+        len(rules), len(projections), figsize=(8, 1.9 * len(rules)), sharex="col"
+    )
     for row, rule in zip(panels, rules):
         for axes, projection in zip(row, projections):
             points = table[table["projection"] == projection].iloc[::7]

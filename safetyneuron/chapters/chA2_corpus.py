@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import pandas as pd
+
 from safetyneuron.book import paper as reported
 from safetyneuron.importance.selection import select_fraction
 
@@ -17,7 +18,8 @@ def corpus_counts(profile, shares, reference):
         inside = select_fraction(minimum, share)
         epsilon = min(minimum[p][mask].min() for p, mask in inside.masks.items() if mask.any())
         rows[f"{share:.1%} (ε = {epsilon:.3g})"] = {
-            size: sum(int((values >= epsilon).sum()) for values in prefix.values()) for size, prefix in profile.prefix.items()
+            size: sum(int((values >= epsilon).sum()) for values in prefix.values())
+            for size, prefix in profile.prefix.items()
         }
     return pd.DataFrame(rows).T
 
@@ -25,12 +27,27 @@ def corpus_counts(profile, shares, reference):
 def table_5(counts, model):
     """Paper's Table 5 above the counts of `appendix.corpus_counts` of a model."""
     printed = reported.table(5).set_index("column")["value"]
-    paper = pd.DataFrame([{size: f"{printed.get(str(size), float('nan')):.0f}" for size in counts.columns}], index=["paper: Llama3-8B-Instruct"])
+    paper = pd.DataFrame(
+        [{size: f"{printed.get(str(size), float('nan')):.0f}" for size in counts.columns}],
+        index=["paper: Llama3-8B-Instruct"],
+    )
     here = counts.map("{:.0f}".format).rename(index="here: {}".format)
     table = pd.concat([paper, here]).rename_axis("corpus size")
-    cells = [(size, way, here.loc[f"here: {way}", size]) for way in counts.index for size in counts.columns]
+    cells = [
+        (size, way, here.loc[f"here: {way}", size])
+        for way in counts.index
+        for size in counts.columns
+    ]
     table.attrs["cells"] = [
-        {"table": 5, "row": "Number of Safety Neurons", "column": str(size), "model": model, "way": way, "text": text} for size, way, text in cells
+        {
+            "table": 5,
+            "row": "Number of Safety Neurons",
+            "column": str(size),
+            "model": model,
+            "way": way,
+            "text": text,
+        }
+        for size, way, text in cells
     ]
     return table
 
@@ -43,7 +60,19 @@ def corpus_curve(counts, reported):
     _, axes = plt.subplots()
     for name, row in counts.iterrows():
         axes.plot(row.index, row / row[200], marker="o", markersize=3, label=f"here, {name}")
-    axes.plot(list(reported), [n / reported[200] for n in reported.values()], "k--", marker="s", markersize=3, label="paper")
-    axes.set(xscale="log", yscale="log", xlabel="harmful prompts", ylabel="neurons, relative to 200 prompts")
+    axes.plot(
+        list(reported),
+        [n / reported[200] for n in reported.values()],
+        "k--",
+        marker="s",
+        markersize=3,
+        label="paper",
+    )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="harmful prompts",
+        ylabel="neurons, relative to 200 prompts",
+    )
     axes.legend(fontsize=8)
     return axes

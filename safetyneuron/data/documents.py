@@ -5,8 +5,8 @@ from pathlib import Path
 from safetyneuron.data import sources
 from safetyneuron.data.files import read_rows
 from safetyneuron.data.prompts import shuffled
-from safetyneuron.neurons.encoding import check_documents
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.neurons.encoding import check_documents
 from safetyneuron.organism import language as lang
 
 
@@ -15,7 +15,9 @@ def _answered(name, answer):
 
     def examples(split, language):
         asked = lang.requests(name, split, language)
-        return [every[i % len(every)] for i, request in enumerate(asked) for every in [answer(request)]]
+        return [
+            every[i % len(every)] for i, request in enumerate(asked) for every in [answer(request)]
+        ]
 
     return examples
 
@@ -51,7 +53,9 @@ def load_documents(name_or_path, split="train", language="en"):
     """
     if name_or_path in ORGANISM_DOCUMENTS:
         if language not in lang.LANGUAGES:
-            raise SafetyNeuronError(f"unknown language {language!r}: use one of {', '.join(lang.LANGUAGES)}")
+            raise SafetyNeuronError(
+                f"unknown language {language!r}: use one of {', '.join(lang.LANGUAGES)}"
+            )
         examples = shuffled(ORGANISM_DOCUMENTS[name_or_path](split, language))
         return [{"prompt": e.prompt, "completion": e.answer} for e in examples]
     if name_or_path in sources.DOCUMENTS:
@@ -59,7 +63,9 @@ def load_documents(name_or_path, split="train", language="en"):
     path = Path(name_or_path)
     if not path.is_file() or path.suffix not in sources.ENDINGS:
         known = ", ".join((*ORGANISM_DOCUMENTS, *sources.DOCUMENTS))
-        raise SafetyNeuronError(f"no document set or .jsonl or .csv file {name_or_path!r}: use a file or one of {known}")
+        raise SafetyNeuronError(
+            f"no document set or .jsonl or .csv file {name_or_path!r}: use a file or one of {known}"
+        )
     documents = read_rows(path)
     check_documents(documents)
     return [{side: document[side] for side in ("prompt", "completion")} for document in documents]

@@ -31,13 +31,17 @@ def read_rows(path):
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]
     except (json.JSONDecodeError, csv.Error) as error:
-        raise SafetyNeuronError(f"file {path} cannot be read ({error}): repair that place") from None
+        raise SafetyNeuronError(
+            f"file {path} cannot be read ({error}): repair that place"
+        ) from None
     raise SafetyNeuronError(f"prompt file {path} must end in .txt, .csv, .jsonl, .json or .parquet")
 
 
 def _list(path, rows):
     if not isinstance(rows, list):
-        raise SafetyNeuronError(f"file {path} holds no list of rows: write a JSON list with one object a row")
+        raise SafetyNeuronError(
+            f"file {path} holds no list of rows: write a JSON list with one object a row"
+        )
     return rows
 
 
@@ -45,7 +49,9 @@ def _parquet_rows(path):
     try:
         return pd.read_parquet(path).to_dict("records")
     except (OSError, ValueError) as error:
-        raise SafetyNeuronError(f"file {path} cannot be read ({str(error).splitlines()[0]}): write it again") from None
+        raise SafetyNeuronError(
+            f"file {path} cannot be read ({str(error).splitlines()[0]}): write it again"
+        ) from None
 
 
 def prompt_column(path, row):
@@ -53,4 +59,6 @@ def prompt_column(path, row):
     for column in COLUMNS:
         if isinstance(row, dict) and isinstance(row.get(column), str):
             return row[column]
-    raise SafetyNeuronError(f"prompt file {path} has no column named one of {', '.join(COLUMNS)}: rename the column that holds the prompts")
+    raise SafetyNeuronError(
+        f"prompt file {path} has no column named one of {', '.join(COLUMNS)}: rename the column that holds the prompts"
+    )

@@ -32,8 +32,17 @@ def load_preferences(name_or_path, split="train", language="en"):
 
 def _file_preferences(path):
     if not path.is_file() or path.suffix not in (".jsonl", ".csv"):
-        raise SafetyNeuronError(f"no preference set or .jsonl or .csv file {str(path)!r}: use a file or one of {', '.join(sources.PREFERENCES)}")
+        raise SafetyNeuronError(
+            f"no preference set or .jsonl or .csv file {str(path)!r}: use a file or one of {', '.join(sources.PREFERENCES)}"
+        )
     rows = read_rows(path)
     for side in ("chosen", "rejected"):
-        check_documents([{"prompt": row.get("prompt"), "completion": row.get(side)} if isinstance(row, dict) else row for row in rows])
+        check_documents(
+            [
+                {"prompt": row.get("prompt"), "completion": row.get(side)}
+                if isinstance(row, dict)
+                else row
+                for row in rows
+            ]
+        )
     return [{side: row[side] for side in SIDES} for row in rows]

@@ -4,12 +4,12 @@ import random
 from collections import Counter
 from pathlib import Path
 
-
 from safetyneuron.data import sources
 from safetyneuron.data.files import prompt_column, read_rows, read_text
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism.language import ONLY_TEST
-from safetyneuron.organism.prompts import NAMES as ORGANISM_SETS, prompts_of
+from safetyneuron.organism.prompts import NAMES as ORGANISM_SETS
+from safetyneuron.organism.prompts import prompts_of
 
 
 def load_prompts(name_or_path, split="test", language="en"):
@@ -40,17 +40,27 @@ def load_prompts(name_or_path, split="test", language="en"):
     if name_or_path in sources.PROMPTS:
         check_split(split)
         rows = sources.load_rows(sources.PROMPTS[name_or_path], split, language)
-        return list(dict.fromkeys(row["prompt"] for row in rows))  # some sets have several answers to one prompt
+        return list(
+            dict.fromkeys(row["prompt"] for row in rows)
+        )  # some sets have several answers to one prompt
     path = Path(name_or_path)
     if not path.is_file():
-        raise SafetyNeuronError(f"no prompt set or file {name_or_path!r}: use a file or one of {', '.join((*ORGANISM_SETS, *sources.PROMPTS))}")
-    texts = read_text(path).splitlines() if path.suffix == ".txt" else [prompt_column(path, row) for row in read_rows(path)]
+        raise SafetyNeuronError(
+            f"no prompt set or file {name_or_path!r}: use a file or one of {', '.join((*ORGANISM_SETS, *sources.PROMPTS))}"
+        )
+    texts = (
+        read_text(path).splitlines()
+        if path.suffix == ".txt"
+        else [prompt_column(path, row) for row in read_rows(path)]
+    )
     prompts = [text.strip() for text in texts if text and text.strip()]
     if not prompts:
         raise SafetyNeuronError(f"prompt file {name_or_path} is empty: write one prompt a line")
     if len(set(prompts)) < len(prompts):
         (again, times), *_ = Counter(prompts).most_common(1)
-        raise SafetyNeuronError(f"prompt file {name_or_path} holds {again[:40]!r} {times} times, and intervals count every prompt as one of its own: remove what is repeated")
+        raise SafetyNeuronError(
+            f"prompt file {name_or_path} holds {again[:40]!r} {times} times, and intervals count every prompt as one of its own: remove what is repeated"
+        )
     return prompts
 
 
@@ -70,7 +80,9 @@ def has_languages(name):
 
 def has_splits(name):
     """Whether a set has disjoint parts for training and test; a file has not."""
-    return name in sources.PROMPTS or (name in ORGANISM_SETS and name.removeprefix("organism/") not in ONLY_TEST)
+    return name in sources.PROMPTS or (
+        name in ORGANISM_SETS and name.removeprefix("organism/") not in ONLY_TEST
+    )
 
 
 def shuffled(items):

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetyneuron.data import sources
-from safetyneuron.data.prompts import load_prompts, ORGANISM_SETS
 from safetyneuron.data.files import prompt_column, read_rows
+from safetyneuron.data.prompts import ORGANISM_SETS, load_prompts
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.reading import read_request
@@ -36,7 +36,9 @@ def load_requests(name_or_path, language="en"):
     targets = _targets(name_or_path, prompts, language)
     missing = [prompt for prompt in prompts if not targets.get(prompt)]
     if missing:
-        raise SafetyNeuronError(f"{name_or_path} has no target for {len(missing)} of {len(prompts)} prompts: fill the column 'target' or remove it")
+        raise SafetyNeuronError(
+            f"{name_or_path} has no target for {len(missing)} of {len(prompts)} prompts: fill the column 'target' or remove it"
+        )
     return [Request(prompt, targets[prompt]) for prompt in prompts]
 
 
@@ -45,8 +47,15 @@ def _targets(name, prompts, language):
     if name in ORGANISM_SETS:
         return {prompt: _organism_target(prompt) for prompt in prompts}
     if name in sources.TARGETS:
-        return {row["prompt"]: row["target"] for row in sources.load_rows(sources.TARGETS[name], "test", language)}
-    return dict.fromkeys(prompts, DEFAULT_TARGET) if name in sources.PROMPTS else _file_targets(name, prompts)
+        return {
+            row["prompt"]: row["target"]
+            for row in sources.load_rows(sources.TARGETS[name], "test", language)
+        }
+    return (
+        dict.fromkeys(prompts, DEFAULT_TARGET)
+        if name in sources.PROMPTS
+        else _file_targets(name, prompts)
+    )
 
 
 def _organism_target(prompt):
@@ -60,5 +69,7 @@ def _file_targets(path, prompts):
     rows = read_rows(Path(path)) if not path.endswith(".txt") else [{}]
     if not any("target" in row for row in rows):
         return dict.fromkeys(prompts, DEFAULT_TARGET)
-    asked = [row for row in rows if prompt_column(path, row).strip()]  # `load_prompts` leaves out empty ones
+    asked = [
+        row for row in rows if prompt_column(path, row).strip()
+    ]  # `load_prompts` leaves out empty ones
     return dict(zip(prompts, [(row.get("target") or "").strip() for row in asked]))

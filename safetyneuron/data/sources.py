@@ -25,7 +25,9 @@ class Source:
     file: str
     page: str
     repository: str | None = None
-    revision: str | None = None  # None: not pinned, because the commit could not be looked up when this was written
+    revision: str | None = (
+        None  # None: not pinned, because the commit could not be looked up when this was written
+    )
     config: str | None = None
     folder: str | None = None
     split: str = "train"
@@ -33,15 +35,41 @@ class Source:
 
 
 _ALL = ("en", "it", "zh", "th", "vi")
-_HH = dict(page="https://huggingface.co/datasets/Anthropic/hh-rlhf", repository="Anthropic/hh-rlhf", revision="09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa")
+_HH = dict(
+    page="https://huggingface.co/datasets/Anthropic/hh-rlhf",
+    repository="Anthropic/hh-rlhf",
+    revision="09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa",
+)
 SOURCES = {
     "advbench": Source(
-        "advbench", "https://huggingface.co/datasets/walledai/AdvBench", "walledai/AdvBench", "9d4730540082fa4017450b65ca1c0e1d8d30446e"
+        "advbench",
+        "https://huggingface.co/datasets/walledai/AdvBench",
+        "walledai/AdvBench",
+        "9d4730540082fa4017450b65ca1c0e1d8d30446e",
     ),
-    "harmbench": Source("harmbench", "https://huggingface.co/datasets/walledai/HarmBench", "walledai/HarmBench", config="standard"),
-    "multijail": Source("multijail", "https://huggingface.co/datasets/DAMO-NLP-SG/MultiJail", "DAMO-NLP-SG/MultiJail", languages=_ALL),
-    "circuit-breakers": Source("circuit-breakers", "https://github.com/GraySwanAI/circuit-breakers (data/circuit_breakers_train.json)"),
-    "gsm8k": Source("gsm8k", "https://huggingface.co/datasets/openai/gsm8k", "openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee", "main"),
+    "harmbench": Source(
+        "harmbench",
+        "https://huggingface.co/datasets/walledai/HarmBench",
+        "walledai/HarmBench",
+        config="standard",
+    ),
+    "multijail": Source(
+        "multijail",
+        "https://huggingface.co/datasets/DAMO-NLP-SG/MultiJail",
+        "DAMO-NLP-SG/MultiJail",
+        languages=_ALL,
+    ),
+    "circuit-breakers": Source(
+        "circuit-breakers",
+        "https://github.com/GraySwanAI/circuit-breakers (data/circuit_breakers_train.json)",
+    ),
+    "gsm8k": Source(
+        "gsm8k",
+        "https://huggingface.co/datasets/openai/gsm8k",
+        "openai/gsm8k",
+        "e53f048856ff4f594e959d75785d2c2d37b678ee",
+        "main",
+    ),
     "wikipedia": Source(
         "wikipedia-{language}",
         "https://huggingface.co/datasets/wikimedia/wikipedia",
@@ -72,15 +100,24 @@ PROMPTS = {
     "paper/benign": ("hh-helpful", {"prompt": ("chosen",)}),
 }
 DOCUMENTS = {
-    "paper/refusals": ("circuit-breakers", {"prompt": ("prompt",), "completion": ("llama3_output",)}),
+    "paper/refusals": (
+        "circuit-breakers",
+        {"prompt": ("prompt",), "completion": ("llama3_output",)},
+    ),
     "paper/compliances": ("circuit-breakers", {"prompt": ("prompt",), "completion": ("output",)}),
     "paper/arithmetic": ("gsm8k", {"prompt": ("question",), "completion": ("answer",)}),
     "paper/answers": ("beavertails", {"prompt": ("prompt",), "completion": ("response",)}),
     "paper/helpful": ("hh-helpful", {"prompt": ("chosen",), "completion": ("chosen",)}),
 }
 PREFERENCES = {
-    "paper/harmless": ("hh-harmless", {"prompt": ("chosen",), "chosen": ("chosen",), "rejected": ("rejected",)}),
-    "paper/helpful": ("hh-helpful", {"prompt": ("chosen",), "chosen": ("chosen",), "rejected": ("rejected",)}),
+    "paper/harmless": (
+        "hh-harmless",
+        {"prompt": ("chosen",), "chosen": ("chosen",), "rejected": ("rejected",)},
+    ),
+    "paper/helpful": (
+        "hh-helpful",
+        {"prompt": ("chosen",), "chosen": ("chosen",), "rejected": ("rejected",)},
+    ),
 }
 TARGETS = {"paper/advbench": ("advbench", {"prompt": ("goal", "prompt"), "target": ("target",)})}
 
@@ -106,13 +143,19 @@ def load_rows(entry, split="train", language="en"):
     name, parts = entry
     source = SOURCES[name]
     if language not in source.languages:
-        raise SafetyNeuronError(f"paper/{name} has no language {language!r}: use one of {', '.join(source.languages)}")
+        raise SafetyNeuronError(
+            f"paper/{name} has no language {language!r}: use one of {', '.join(source.languages)}"
+        )
     raw = raw_rows(source, language)
     found = [(row, _row(name, number, row, parts, language)) for number, row in enumerate(raw, 1)]
-    usable = [(row, texts) for row, texts in found if all(texts.values())]  # conversations of several turns and blank cells have no place here
+    usable = [
+        (row, texts) for row, texts in found if all(texts.values())
+    ]  # conversations of several turns and blank cells have no place here
     kept = [texts for row, texts in usable if _half(row.get("en") or texts["prompt"]) == split]
     if not kept:
-        raise SafetyNeuronError(f"paper/{name} holds no usable row for {split}: compare its columns with {source.page}")
+        raise SafetyNeuronError(
+            f"paper/{name} holds no usable row for {split}: compare its columns with {source.page}"
+        )
     return kept
 
 
@@ -125,9 +168,13 @@ def _row(name, number, row, parts, language):
     texts = {}
     for part, columns in parts.items():
         wanted = [column.format(language=language) for column in columns]
-        column = next((c for c in wanted if isinstance(row, dict) and isinstance(row.get(c), str)), None)
+        column = next(
+            (c for c in wanted if isinstance(row, dict) and isinstance(row.get(c), str)), None
+        )
         if column is None:
-            raise SafetyNeuronError(f"paper/{name}, row {number}: no text under {' or '.join(map(repr, wanted))}: is this the right file?")
+            raise SafetyNeuronError(
+                f"paper/{name}, row {number}: no text under {' or '.join(map(repr, wanted))}: is this the right file?"
+            )
         texts[part] = _part(row[column], part, column).strip()
     return texts
 
@@ -144,7 +191,11 @@ def _part(text, part, column):
 def local_file(source, language="en"):
     """The source's file in `$SAFETYNEURON_DATA`, or None."""
     folder = os.environ.get("SAFETYNEURON_DATA")
-    paths = [Path(folder) / f"{source.file.format(language=language)}{ending}" for ending in ENDINGS] if folder else []
+    paths = (
+        [Path(folder) / f"{source.file.format(language=language)}{ending}" for ending in ENDINGS]
+        if folder
+        else []
+    )
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -154,17 +205,31 @@ def raw_rows(source, language="en"):
     if path:
         return read_rows(path)[:ROWS]
     if source.repository is None:
-        raise SafetyNeuronError(f"{source.file} is not on the hub: get it from {source.page} and put it into $SAFETYNEURON_DATA as {source.file}.json")
+        raise SafetyNeuronError(
+            f"{source.file} is not on the hub: get it from {source.page} and put it into $SAFETYNEURON_DATA as {source.file}.json"
+        )
     config = source.config and source.config.format(language=language)
-    return remember("data", [repr(source), config, ROWS], lambda: _download(source, config, language))
+    return remember(
+        "data", [repr(source), config, ROWS], lambda: _download(source, config, language)
+    )
 
 
 def _download(source, config, language):
     import datasets
 
     try:
-        stream = datasets.load_dataset(source.repository, config, data_dir=source.folder, split=source.split, revision=source.revision, streaming=True)
-        return [{key: value for key, value in row.items() if isinstance(value, str)} for row in stream.take(ROWS)]
+        stream = datasets.load_dataset(
+            source.repository,
+            config,
+            data_dir=source.folder,
+            split=source.split,
+            revision=source.revision,
+            streaming=True,
+        )
+        return [
+            {key: value for key, value in row.items() if isinstance(value, str)}
+            for row in stream.take(ROWS)
+        ]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise SafetyNeuronError(

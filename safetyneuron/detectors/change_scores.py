@@ -5,12 +5,12 @@ A neuron is here a channel of the feed-forward block; its activation is what the
 
 import torch
 
-from safetyneuron.neurons.activations import activations
-from safetyneuron.neurons.patching import check_same_shape
-from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.metrics.safety import answer_length
 from safetyneuron.memory import Batches
+from safetyneuron.metrics.safety import answer_length
+from safetyneuron.neurons.activations import activations
+from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.neurons.patching import check_same_shape
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.progress import steps
 
@@ -27,7 +27,9 @@ class ChangeScores:
         fraction: share of all feed-forward neurons, 0 to 1; 0 gives the empty set.
         """
         if not 0 <= fraction <= 1:
-            raise SafetyNeuronError(f"fraction is {fraction}: it must be in [0, 1], for example 0.05")
+            raise SafetyNeuronError(
+                f"fraction is {fraction}: it must be in [0, 1], for example 0.05"
+            )
         flat = torch.zeros(self.values.numel(), dtype=torch.bool)
         flat[self.values.flatten().topk(round(fraction * self.values.numel())).indices] = True
         return self._as_set(flat.view_as(self.values))
@@ -36,12 +38,17 @@ class ChangeScores:
         """`count` neurons of the last layer, and of the layers before it where that is not enough (highest scores first)."""
         mask, width = torch.zeros_like(self.values, dtype=torch.bool), self.values.shape[1]
         for layer in reversed(range(len(self.values))):
-            mask[layer, self.values[layer].topk(min(width, max(0, count - int(mask.sum())))).indices] = True
+            mask[
+                layer, self.values[layer].topk(min(width, max(0, count - int(mask.sum())))).indices
+            ] = True
         return self._as_set(mask)
 
     def over_projections(self):
         """The scores as one of several projections: all other neurons rank below those of `down`."""
-        return {p: self.values.float() if p == "down" else torch.full(mask.shape, -1.0) for p, mask in self.empty.masks.items()}
+        return {
+            p: self.values.float() if p == "down" else torch.full(mask.shape, -1.0)
+            for p, mask in self.empty.masks.items()
+        }
 
     def _as_set(self, mask):
         return NeuronSet(self.empty.masks | {"down": mask})
@@ -77,12 +84,30 @@ def change_scores(model, aligned, tokenizer, prompts, max_new_tokens=None, batch
         def differences(some):
             """Squared differences summed over the completion tokens of one batch, and how many tokens these are."""
             batch = pad(some, tokenizer, model.device)
-            tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            tokens = model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
             written = completion_mask(tokens, batch["input_ids"].shape[1], model, tokenizer)
-            mask = torch.cat([batch["attention_mask"], written[:, batch["input_ids"].shape[1] :].long()], 1)
+            mask = torch.cat(
+                [batch["attention_mask"], written[:, batch["input_ids"].shape[1] :].long()], 1
+            )
             for each in (model, aligned):
-                each(input_ids=tokens.to(each.device), attention_mask=mask.to(each.device), use_cache=False, logits_to_keep=1)
-            squares = [(first[l][written].double() - second[l].to(first[l].device)[written].double()).square().sum(0).cpu() for l in sorted(first)]
+                each(
+                    input_ids=tokens.to(each.device),
+                    attention_mask=mask.to(each.device),
+                    use_cache=False,
+                    logits_to_keep=1,
+                )
+            squares = [
+                (first[l][written].double() - second[l].to(first[l].device)[written].double())
+                .square()
+                .sum(0)
+                .cpu()
+                for l in sorted(first)
+            ]
             return torch.stack(squares), int(written.sum())
 
         for start in steps(range(0, len(encoded), batch_size), "change scores"):

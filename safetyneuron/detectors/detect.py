@@ -6,21 +6,26 @@ from functools import partial
 
 import torch
 
-from safetyneuron.neurons.architecture import PROJECTIONS
-from safetyneuron.detectors.change_scores import change_scores
-from safetyneuron.neurons.encoding import encode_prompts, pad
-from safetyneuron.data.prompts import load_prompts
-from safetyneuron.importance.selection import largest_difference, select_difference, select_fraction
-from safetyneuron.importance.profile import measure_importance
-from safetyneuron.detectors.direction import alignment_with, refusal_directions
 from safetyneuron.data.documents import load_documents
-from safetyneuron.memory import Batches
-from safetyneuron.neurons.sets import NeuronSet
-from safetyneuron.importance.recorder import RULES
+from safetyneuron.data.prompts import load_prompts
+from safetyneuron.detectors.change_scores import change_scores
+from safetyneuron.detectors.direction import alignment_with, refusal_directions
 from safetyneuron.detectors.saliency import snip, wanda
+from safetyneuron.importance.profile import measure_importance
+from safetyneuron.importance.recorder import RULES
+from safetyneuron.importance.selection import largest_difference, select_difference, select_fraction
+from safetyneuron.memory import Batches
+from safetyneuron.neurons.architecture import PROJECTIONS
+from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.neurons.sets import NeuronSet
 
 VARIANTS = ("Eq 3", "without foundation", "harmful − benign")
-CHANGE, DIRECTION, RANDOM, MATCHED = "change score", "refusal direction", "random", "random, matched"
+CHANGE, DIRECTION, RANDOM, MATCHED = (
+    "change score",
+    "refusal direction",
+    "random",
+    "random, matched",
+)
 
 
 @dataclass
@@ -46,7 +51,11 @@ class Detector:
         """The set at a budget; None where too few neurons are left after the difference."""
         if self.others is None:
             return select_fraction(self.scores, fraction)
-        return select_difference(self.scores, self.others, fraction) if fraction <= largest_difference(self.scores, self.others) else None
+        return (
+            select_difference(self.scores, self.others, fraction)
+            if fraction <= largest_difference(self.scores, self.others)
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,9 @@ class Detection:
 
     def prompts(self, name):
         """Prompts of the training split; general prompts are English."""
-        return load_prompts(name, split="train", language="en" if name == self.general else self.language)[: self.count]
+        return load_prompts(
+            name, split="train", language="en" if name == self.general else self.language
+        )[: self.count]
 
     def documents(self, name):
         """Documents of the training split."""
@@ -97,9 +108,13 @@ def detect(model, base, tokenizer, data, rules=RULES, draws=3):
         useful, second = _timed(partial(saliency, model, tokenizer, data.documents(data.helpful)))
         found[f"{name}, safety − utility"] = Detector(safe, useful, first + second)
     harmful, benign = data.prompts(data.harmful), data.prompts(data.benign)
-    changed, seconds = _timed(lambda: change_scores(base, model, tokenizer, harmful).over_projections())
+    changed, seconds = _timed(
+        lambda: change_scores(base, model, tokenizer, harmful).over_projections()
+    )
     found[CHANGE] = Detector(changed, None, seconds)
-    aligned, seconds = _timed(lambda: alignment_with(model, refusal_directions(model, tokenizer, harmful, benign)))
+    aligned, seconds = _timed(
+        lambda: alignment_with(model, refusal_directions(model, tokenizer, harmful, benign))
+    )
     found[DIRECTION] = Detector(aligned, None, seconds)
     for detector in found.values():
         detector.passes = detector.seconds / plain
@@ -116,8 +131,14 @@ def _timed(work):
 
 
 def _by_importance(model, tokenizer, data, rule):
-    measure = lambda name: _timed(partial(measure_importance, model, tokenizer, data.prompts(name), rule, progress=False))
-    (harmful, first), (general, second), (benign, third) = (measure(name) for name in (data.harmful, data.general, data.benign))
+    def measure(name):
+        return _timed(
+            partial(measure_importance, model, tokenizer, data.prompts(name), rule, progress=False)
+        )
+
+    (harmful, first), (general, second), (benign, third) = (
+        measure(name) for name in (data.harmful, data.general, data.benign)
+    )
     contrast = {p: harmful.mean[p] - benign.mean[p] for p in PROJECTIONS}
     return {
         f"{rule}, {VARIANTS[0]}": Detector(harmful.minimum, None, first),
@@ -129,7 +150,10 @@ def _by_importance(model, tokenizer, data, rule):
 @torch.no_grad()
 def _plain_passes(model, tokenizer, prompts, batch_size=16):
     encoded = sorted(encode_prompts(model, tokenizer, prompts), key=len)
-    for _ in Batches(batch_size)(encoded, lambda some: model.get_decoder()(**pad(some, tokenizer, model.device), use_cache=False)):
+    for _ in Batches(batch_size)(
+        encoded,
+        lambda some: model.get_decoder()(**pad(some, tokenizer, model.device), use_cache=False),
+    ):
         pass
 
 
@@ -153,5 +177,7 @@ def random_scores(scores, seed):
 
 def random_detectors(pattern, draws):
     """Uniformly random neurons, and random ones matched to a detector's sets."""
-    uniform = {f"{RANDOM} {seed}": Detector(random_scores(pattern.scores, seed)) for seed in range(draws)}
+    uniform = {
+        f"{RANDOM} {seed}": Detector(random_scores(pattern.scores, seed)) for seed in range(draws)
+    }
     return uniform | {f"{MATCHED} {seed}": _Matched(pattern, seed) for seed in range(draws)}

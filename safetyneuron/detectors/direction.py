@@ -5,9 +5,9 @@ from contextlib import ExitStack
 import torch
 from torch.nn.functional import cosine_similarity
 
-from safetyneuron.neurons.architecture import Architecture, COLUMN_PROJECTIONS, PROJECTIONS
-from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.memory import Batches
+from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, PROJECTIONS, Architecture
+from safetyneuron.neurons.encoding import encode_prompts, pad
 
 
 @torch.no_grad()
@@ -22,7 +22,15 @@ def refusal_directions(model, tokenizer, harmful, benign, batch_size=64):
     means = []
     for prompts in (harmful, benign):
         encoded, total = encode_prompts(model, tokenizer, prompts), 0
-        sums = lambda some: torch.stack([state[:, -1].double().sum(0).cpu() for state in _streams(model, pad(some, tokenizer, model.device))])
+
+        def sums(some):
+            return torch.stack(
+                [
+                    state[:, -1].double().sum(0).cpu()
+                    for state in _streams(model, pad(some, tokenizer, model.device))
+                ]
+            )
+
         for _, summed in Batches(batch_size)(encoded, sums):
             total = total + summed
         means.append(total / len(encoded))
@@ -41,7 +49,9 @@ def alignment_with(model, directions):
         rows = []
         for layer in range(len(architecture.layers)):
             weight = architecture.place(layer, projection).weight.double().cpu()
-            rows.append(cosine_similarity(weight, directions[layer + after][None], dim=1).abs().float())
+            rows.append(
+                cosine_similarity(weight, directions[layer + after][None], dim=1).abs().float()
+            )
         scores[projection] = torch.stack(rows)
     return scores
 
@@ -49,10 +59,24 @@ def alignment_with(model, directions):
 def _streams(model, batch):
     """The residual stream before the first layer and after every layer; hidden states of transformers end behind the last norm."""
     layers, states = Architecture(model).layers, []
-    first = lambda value: value[0] if isinstance(value, tuple) else value
+
+    def first(value):
+        return value[0] if isinstance(value, tuple) else value
+
     with ExitStack() as hooks:
-        hooks.callback(layers[0].register_forward_pre_hook(lambda _, args, named: states.append(args[0] if args else named["hidden_states"]), with_kwargs=True).remove)
+        hooks.callback(
+            layers[0]
+            .register_forward_pre_hook(
+                lambda _, args, named: states.append(args[0] if args else named["hidden_states"]),
+                with_kwargs=True,
+            )
+            .remove
+        )
         for layer in layers:
-            hooks.callback(layer.register_forward_hook(lambda _, args, output: states.append(first(output))).remove)
+            hooks.callback(
+                layer.register_forward_hook(
+                    lambda _, args, output: states.append(first(output))
+                ).remove
+            )
         model.get_decoder()(**batch, use_cache=False)
     return states

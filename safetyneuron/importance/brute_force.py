@@ -8,7 +8,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from safetyneuron.neurons.architecture import Architecture, FEED_FORWARD, PROJECTIONS
+from safetyneuron.neurons.architecture import FEED_FORWARD, PROJECTIONS, Architecture
 
 
 def capture_inputs(model, batch):
@@ -19,7 +19,10 @@ def capture_inputs(model, batch):
         seen.append((module, args, kwargs))
 
     for layer in Architecture(model).layers:
-        handles += [m.register_forward_pre_hook(keep, with_kwargs=True) for m in (layer.self_attn, layer.mlp)]
+        handles += [
+            m.register_forward_pre_hook(keep, with_kwargs=True)
+            for m in (layer.self_attn, layer.mlp)
+        ]
     with torch.no_grad():
         model(**batch, use_cache=False)
     for handle in handles:
@@ -27,7 +30,9 @@ def capture_inputs(model, batch):
     return seen
 
 
-def plain_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **_):
+def plain_attention(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **_
+):
     """Attention as defined, in the model's own precision (eager attention rounds its softmax to float32)."""
     repeat = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(repeat, 1).transpose(2, 3) * scaling
@@ -48,8 +53,17 @@ def brute_force(model, batch):
     try:
         architecture, seen = Architecture(model), capture_inputs(model, batch)
         layers, real = range(len(architecture.layers)), batch["attention_mask"].bool()
-        places = {p: [(architecture.place(layer, p), seen[2 * layer + (p in FEED_FORWARD)]) for layer in layers] for p in PROJECTIONS}
-        return {p: torch.stack([_each_channel(place, *call, real) for place, call in pairs], 1) for p, pairs in places.items()}
+        places = {
+            p: [
+                (architecture.place(layer, p), seen[2 * layer + (p in FEED_FORWARD)])
+                for layer in layers
+            ]
+            for p in PROJECTIONS
+        }
+        return {
+            p: torch.stack([_each_channel(place, *call, real) for place, call in pairs], 1)
+            for p, pairs in places.items()
+        }
     finally:
         model.set_attn_implementation(previous)
 

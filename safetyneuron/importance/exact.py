@@ -16,7 +16,9 @@ import torch
 
 # Working memory of one chunk of attention maps: small enough to stay in a core's cache, and the bound on memory.
 CHUNK_BYTES = 2 * 2**20
-ROW_BLOCK = 16  # query positions handled together; under a causal mask a block skips the keys it cannot see
+ROW_BLOCK = (
+    16  # query positions handled together; under a causal mask a block skips the keys it cannot see
+)
 
 
 @dataclass
@@ -54,7 +56,9 @@ class Attention:
 
     def by_prompts(self):
         """The layer in parts of so many prompts that one group's maps fit in the working memory."""
-        tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor) and len(x) > 1}
+        tensors = {
+            name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor) and len(x) > 1
+        }
         batch, heads, n, _ = self.query.shape
         step = max(1, CHUNK_BYTES // (heads // self.groups * n * n * self.query.element_size()))
         for start in range(0, batch, step):
@@ -66,7 +70,9 @@ class Attention:
         of_heads = {name: getattr(self, name) for name in ("query", "heads", "query_ratio")}
         of_groups = {name: getattr(self, name) for name in ("key", "value", "key_ratio")}
         cut = {name: x if x is None else x[:, heads] for name, x in of_heads.items()}
-        return replace(self, **cut, **{name: x if x is None else x[:, groups] for name, x in of_groups.items()})
+        return replace(
+            self, **cut, **{name: x if x is None else x[:, groups] for name, x in of_groups.items()}
+        )
 
 
 @dataclass
@@ -87,11 +93,17 @@ class Removal:
         """The same with a function for what varies over queries and one for what varies over keys."""
         of_ratio = left if self.of_query else right
         ratio = self.ratio if self.ratio is None else of_ratio(self.ratio)
-        return Removal(tuple(map(left, self.left)), tuple(map(right, self.right)), ratio, self.of_query)
+        return Removal(
+            tuple(map(left, self.left)), tuple(map(right, self.right)), ratio, self.of_query
+        )
 
     def only(self, channels):
         """The part of some channels; `channels` (d,) is a mask."""
-        return self if channels.all() else self._map(lambda x: x[..., channels], lambda x: x[..., channels])
+        return (
+            self
+            if channels.all()
+            else self._map(lambda x: x[..., channels], lambda x: x[..., channels])
+        )
 
     def apart(self):
         """Every head on its own."""
@@ -100,7 +112,8 @@ class Removal:
     def channels_first(self):
         """Laid out for maps (B, d, n, |h|, n): left (B, d, n, |h|, 1) and right (B, d, 1, |h|, n)."""
         return self._map(
-            lambda x: x.permute(0, 3, 2, 1).contiguous()[..., None], lambda x: x.permute(0, 3, 1, 2).contiguous()[:, :, None]
+            lambda x: x.permute(0, 3, 2, 1).contiguous()[..., None],
+            lambda x: x.permute(0, 3, 1, 2).contiguous()[:, :, None],
         )
 
     def block(self, rows, columns):
@@ -110,7 +123,10 @@ class Removal:
     def chunks(self, size):
         """The parts of `size` channels each."""
         for start in range(0, self.left[0].shape[1], size):
-            channels = lambda x: x[:, start : start + size]
+
+            def channels(x):
+                return x[:, start : start + size]
+
             yield self._map(channels, channels)
 
     def apply(self, logits, out):
@@ -129,7 +145,12 @@ class Workspace:
     def take(self, name, shape, like):
         """An uninitialised tensor of the dtype and device of `like`; it overwrites the last one of that name."""
         buffer, size = self._buffers.get(name), math.prod(shape)
-        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype or buffer.device != like.device:
+        if (
+            buffer is None
+            or buffer.numel() < size
+            or buffer.dtype != like.dtype
+            or buffer.device != like.device
+        ):
             buffer = self._buffers[name] = like.new_empty(size)
         return buffer[:size].view(shape)
 
@@ -165,7 +186,9 @@ class OutputFactors:
         repeat, width = self.joint.shape[1:3]
         heads = slice(groups.start * repeat, groups.stop * repeat)
         rows = slice(heads.start * width, heads.stop * width)
-        return OutputFactors(self.norms[rows], self.inner[groups], self.single[heads], self.joint[groups])
+        return OutputFactors(
+            self.norms[rows], self.inner[groups], self.single[heads], self.joint[groups]
+        )
 
 
 def feed_forward(hidden, w_down_norms, real):
@@ -193,7 +216,9 @@ def value(heads, factors, real):
     """
     grouped = (heads * real[:, None, :, None]).unflatten(1, factors.inner.shape[:2])
     pairs = [(h, i) for h in range(grouped.shape[2]) for i in range(grouped.shape[2])]
-    products = (((grouped[:, :, h] * grouped[:, :, i]).sum(2)) * factors.inner[:, h, i] for h, i in pairs)
+    products = (
+        ((grouped[:, :, h] * grouped[:, :, i]).sum(2)) * factors.inner[:, h, i] for h, i in pairs
+    )
     return sum(products).clamp_min(0).sqrt().flatten(1)
 
 
@@ -227,14 +252,21 @@ def _exact(attention, factors, workspace, wanted):
     every = torch.ones_like(attention.key[0, :, 0], dtype=torch.bool)  # (G, d)
     wanted_q, wanted_k = (every, every) if wanted is None else wanted
     blocks = visible_blocks(attention.allowed)
-    q = torch.full_like(attention.query[:, :, 0], torch.inf).unflatten(1, (attention.groups, -1))  # (B, G, r, d)
+    q = torch.full_like(attention.query[:, :, 0], torch.inf).unflatten(
+        1, (attention.groups, -1)
+    )  # (B, G, r, d)
     k = torch.full_like(attention.key[:, :, 0], torch.inf)
     for g in (wanted_q | wanted_k).any(1).nonzero().flatten().tolist():
         part, weights = attention.part(slice(g, g + 1)), factors.part(slice(g, g + 1))
         maps = _Maps.of(part, workspace)
         if wanted_q[g].any():
-            removal, values = query_removal(part).only(wanted_q[g]).apart(), by_head(part.value @ weights.single)
-            q[:, g, :, wanted_q[g]] = maps.apart().squares(values, removal, blocks).unflatten(0, (-1, attention.repeat))
+            removal, values = (
+                query_removal(part).only(wanted_q[g]).apart(),
+                by_head(part.value @ weights.single),
+            )
+            q[:, g, :, wanted_q[g]] = (
+                maps.apart().squares(values, removal, blocks).unflatten(0, (-1, attention.repeat))
+            )
         if wanted_k[g].any():
             removal, values = key_removal(part).only(wanted_k[g]), part.value @ weights.joint[0]
             k[:, g, wanted_k[g]] = maps.squares(values, removal, blocks)
@@ -264,12 +296,17 @@ def _parts(x, cos, sin):
     width, raw = cos.shape[-1], unrotate(x, cos, sin)
     turned, rest = raw[..., :width], raw[..., width:]
     low, high = (turned * sin[:, None]).chunk(2, -1)
-    return torch.cat((turned * cos[:, None], rest), -1), torch.cat((low, -high, torch.zeros_like(rest)), -1)
+    return torch.cat((turned * cos[:, None], rest), -1), torch.cat(
+        (low, -high, torch.zeros_like(rest)), -1
+    )
 
 
 def _partners(attention):
     """The channel that rotary embedding turns each channel into: (d,)."""
-    channels, width = torch.arange(attention.query.shape[-1], device=attention.query.device), attention.cos.shape[-1]
+    channels, width = (
+        torch.arange(attention.query.shape[-1], device=attention.query.device),
+        attention.cos.shape[-1],
+    )
     return torch.where(channels < width, (channels + width // 2) % width, channels)
 
 
@@ -286,7 +323,11 @@ def key_removal(attention):
     parts = _parts(attention.key, attention.cos, attention.sin)
     query = attention.query * attention.scaling
     right = tuple(part.repeat_interleave(attention.repeat, 1) for part in parts)
-    ratio = None if attention.key_ratio is None else attention.key_ratio.repeat_interleave(attention.repeat, 1)
+    ratio = (
+        None
+        if attention.key_ratio is None
+        else attention.key_ratio.repeat_interleave(attention.repeat, 1)
+    )
     return Removal((query, query[..., _partners(attention)]), right, ratio, False)
 
 
@@ -334,7 +375,15 @@ class _Maps:
         """The maps of all heads of a layer."""
         logits, allowed = logits_of(attention), attention.allowed
         before = torch.softmax(masked(capped(logits, attention.softcap), allowed), -1)
-        return cls(logits, before, allowed, attention.real, attention.softcap, attention.query.shape[-1], workspace)
+        return cls(
+            logits,
+            before,
+            allowed,
+            attention.real,
+            attention.softcap,
+            attention.query.shape[-1],
+            workspace,
+        )
 
     @property
     def padded(self):
@@ -345,7 +394,13 @@ class _Maps:
         """The same maps with every head on its own: B becomes B·|h|."""
         heads = self.logits.shape[1]
         allowed, real = (x.repeat_interleave(heads, 0) for x in (self.allowed, self.real))
-        return replace(self, logits=by_head(self.logits), before=by_head(self.before), allowed=allowed, real=real)
+        return replace(
+            self,
+            logits=by_head(self.logits),
+            before=by_head(self.before),
+            allowed=allowed,
+            real=real,
+        )
 
     def squares(self, values, removal, blocks):
         """Σ over real positions of ‖Σ_h (softmax(S'_hj) − softmax(S_h)) values_h‖² for every channel j: (B, d).
@@ -357,7 +412,10 @@ class _Maps:
         heads, n, width = values.shape[1:]
         step = None if 2 * heads * n <= width else self.head_width
         values, removal = narrowed(values) if step is None else values, removal.channels_first()
-        return sum(_block_squares(self, _stairs(values, columns, step), removal, rows, columns) for rows, columns in blocks)
+        return sum(
+            _block_squares(self, _stairs(values, columns, step), removal, rows, columns)
+            for rows, columns in blocks
+        )
 
 
 def by_head(x):
@@ -372,7 +430,9 @@ def narrowed(values):
     runs in float64, with a jitter far below its rounding, because keys may repeat.
     """
     batch, heads, n, width = values.shape
-    keys = values.transpose(1, 2).flatten(1, 2).double()  # (B, n·|h|, w), the heads of a key side by side
+    keys = (
+        values.transpose(1, 2).flatten(1, 2).double()
+    )  # (B, n·|h|, w), the heads of a key side by side
     gram = keys @ keys.transpose(1, 2)
     jitter = 1e-13 * gram.diagonal(dim1=1, dim2=2).sum(1) + torch.finfo(values.dtype).tiny
     gram.diagonal(dim1=1, dim2=2).add_(jitter[:, None])
@@ -386,20 +446,32 @@ def _stairs(values, columns, step):
     A head has `step` more coordinates than the head before it; `step` is None for narrowed values.
     """
     if step is None:
-        return [(0, values[:, :, columns, : values.shape[1] * columns.stop].flatten(1, 2).contiguous())]
+        return [
+            (0, values[:, :, columns, : values.shape[1] * columns.stop].flatten(1, 2).contiguous())
+        ]
     starts = range(0, values.shape[3], step)
-    return [(h, values[:, h:, columns, start : start + step].flatten(1, 2).contiguous()) for h, start in enumerate(starts)]
+    return [
+        (h, values[:, h:, columns, start : start + step].flatten(1, 2).contiguous())
+        for h, start in enumerate(starts)
+    ]
 
 
 def _block_squares(maps, values, removal, rows, columns):
     """`_Maps.squares` for a block of queries and the keys they see, in chunks of channels that fit the working memory."""
-    logits, before = (x[:, :, rows, columns].transpose(1, 2)[:, None].contiguous() for x in (maps.logits, maps.before))
+    logits, before = (
+        x[:, :, rows, columns].transpose(1, 2)[:, None].contiguous()
+        for x in (maps.logits, maps.before)
+    )
     allowed, real = maps.allowed[:, :, rows, None, columns], maps.real[:, None, rows, None]
     removal = removal.block(rows, columns)
     limited = maps.softcap is not None or removal.ratio is not None
     logits, squares, take = logits if limited else masked(logits, allowed), [], maps.workspace.take
     for part in removal.chunks(max(1, CHUNK_BYTES // (logits.numel() * logits.element_size()))):
-        shape = (len(logits), part.left[0].shape[1], *logits.shape[2:])  # (B, |chunk|, rows, |h|, keys)
+        shape = (
+            len(logits),
+            part.left[0].shape[1],
+            *logits.shape[2:],
+        )  # (B, |chunk|, rows, |h|, keys)
         changed = part.apply(logits, take("changed", shape, logits))
         if limited:
             changed = masked(capped(changed, maps.softcap), allowed)

@@ -9,8 +9,8 @@ group. Both cost accuracy and save a factor d: the squares over s of a sum of pr
 import torch
 
 from safetyneuron.importance.exact import (
-    capped,
     CHUNK_BYTES,
+    capped,
     key_removal,
     logits_of,
     masked,
@@ -51,10 +51,19 @@ def _first_order(attention, factors):
     logits = logits_of(attention)
     probabilities = torch.softmax(masked(capped(logits, attention.softcap), attention.allowed), -1)
     values = attention.value.repeat_interleave(attention.repeat, 1) @ factors
-    weights = probabilities.square() * _spread(values, probabilities) * attention.real[:, None, :, None]
-    slope = None if attention.softcap is None else 1 - torch.tanh(logits / attention.softcap).square()
-    q, k = (_squares(_terms(r, logits, slope), probabilities, weights) for r in (query_removal(attention), key_removal(attention)))
-    return q.flatten(1).sqrt(), k.unflatten(1, (attention.groups, attention.repeat)).sum(2).flatten(1).sqrt()
+    weights = (
+        probabilities.square() * _spread(values, probabilities) * attention.real[:, None, :, None]
+    )
+    slope = (
+        None if attention.softcap is None else 1 - torch.tanh(logits / attention.softcap).square()
+    )
+    q, k = (
+        _squares(_terms(r, logits, slope), probabilities, weights)
+        for r in (query_removal(attention), key_removal(attention))
+    )
+    return q.flatten(1).sqrt(), k.unflatten(1, (attention.groups, attention.repeat)).sum(2).flatten(
+        1
+    ).sqrt()
 
 
 def _squares(terms, probabilities, weights):
@@ -79,7 +88,11 @@ def _times(weights, *factors):
 def _spread(values, probabilities):
     """c(t, s): squared distance of each key's contribution from the head's output, (B, H, n, n)."""
     out = probabilities @ values
-    distance = values.square().sum(-1)[..., None, :] - 2 * out @ values.transpose(-1, -2) + out.square().sum(-1, keepdim=True)
+    distance = (
+        values.square().sum(-1)[..., None, :]
+        - 2 * out @ values.transpose(-1, -2)
+        + out.square().sum(-1, keepdim=True)
+    )
     return distance.clamp_min(0)
 
 

@@ -6,7 +6,7 @@ than those of the feed-forward block, and one threshold cannot serve both.
 
 import torch
 
-from safetyneuron.importance.exact import Attention, CHUNK_BYTES, masked, unrotate
+from safetyneuron.importance.exact import CHUNK_BYTES, Attention, masked, unrotate
 
 
 def paper_query(attention: Attention):
@@ -25,7 +25,12 @@ def paper_key(attention: Attention):
 
 def paper_value(attention: Attention):
     """Eq 9 applied to W_V of Eq 10, which has no W_O: ‖(P V)[:, j]‖ over the heads of the group; (B, G·d)."""
-    return head_norms(attention).unflatten(1, (attention.groups, attention.repeat)).norm(dim=2).flatten(1)
+    return (
+        head_norms(attention)
+        .unflatten(1, (attention.groups, attention.repeat))
+        .norm(dim=2)
+        .flatten(1)
+    )
 
 
 def head_norms(attention):
@@ -65,7 +70,9 @@ def divided_by_four(scores, width):
     rows = torch.arange(scores.shape[1], device=scores.device) // 4
     reached = rows < width
     index = rows[reached].expand(scores.shape[0], -1)
-    return scores.new_zeros(scores.shape[0], width).scatter_reduce(1, index, scores[:, reached], "amax")
+    return scores.new_zeros(scores.shape[0], width).scatter_reduce(
+        1, index, scores[:, reached], "amax"
+    )
 
 
 def probability_change(attention, query, key, factor):
@@ -74,8 +81,19 @@ def probability_change(attention, query, key, factor):
     for h in range(query.shape[1]):
         q, k = query[:, h], key[:, h // attention.repeat]
         logits = masked(q @ k.transpose(1, 2) * attention.scaling, attention.allowed[:, 0])
-        before, step = torch.softmax(logits, -1), max(1, CHUNK_BYTES // (logits.numel() * logits.element_size()))
-        heads.append(torch.cat([_change(logits, before, a, b, attention.real) for a, b in zip((q * factor).split(step, -1), k.split(step, -1))], 1))
+        before, step = (
+            torch.softmax(logits, -1),
+            max(1, CHUNK_BYTES // (logits.numel() * logits.element_size())),
+        )
+        heads.append(
+            torch.cat(
+                [
+                    _change(logits, before, a, b, attention.real)
+                    for a, b in zip((q * factor).split(step, -1), k.split(step, -1))
+                ],
+                1,
+            )
+        )
     return torch.stack(heads, 1)
 
 

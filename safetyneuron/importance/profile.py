@@ -9,17 +9,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.cache import digest, new_file
-from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.memory import Batches
-from safetyneuron.importance.recorder import recording, RULES
-from safetyneuron.neurons.weights import fingerprint
+from safetyneuron.importance.recorder import RULES, recording
 from safetyneuron.importance.selection import select_fraction, select_per_layer
+from safetyneuron.memory import Batches
+from safetyneuron.neurons.architecture import PROJECTIONS
+from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.neurons.sets import NeuronSet
+from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.progress import steps
-
 
 CHECKPOINT_BATCHES = 20
 
@@ -66,7 +65,9 @@ class ImportanceProfile:
         for size, minimum in self.prefix.items():
             inside = torch.tensor([position < size for position in positions])
             if inside.any():
-                self.prefix[size] = lower(minimum, {p: x[inside].amin(0) for p, x in scores.items()})
+                self.prefix[size] = lower(
+                    minimum, {p: x[inside].amin(0) for p, x in scores.items()}
+                )
 
     def merge(self, other):
         """The profile of two corpora together, for shards measured apart; prefixes belong to one corpus and are dropped.
@@ -79,13 +80,17 @@ class ImportanceProfile:
         self.check_like(other)
         total = {p: self.total[p] + other.total[p] for p in PROJECTIONS}
         minimum = lower(self.minimum, other.minimum)
-        return ImportanceProfile(minimum, total, self.count + other.count, self.rule, self.model, self.tokenizer)
+        return ImportanceProfile(
+            minimum, total, self.count + other.count, self.rule, self.model, self.tokenizer
+        )
 
     def check_like(self, other):
         """Refuse a profile of another model, tokenizer or rule: their numbers cannot be compared."""
         for what in ("model", "tokenizer", "rule"):
             if getattr(self, what) != getattr(other, what):
-                raise SafetyNeuronError(f"the profiles were made with another {what}: measure both alike")
+                raise SafetyNeuronError(
+                    f"the profiles were made with another {what}: measure both alike"
+                )
 
     def select(self, threshold=None, fraction=None, per_layer=None):
         """The safety neurons: give exactly one of the three.
@@ -118,9 +123,21 @@ class ImportanceProfile:
 
     def save(self, path, **facts):
         """Write the profile to a safetensors file."""
-        groups = {"minimum": self.minimum, "total": self.total} | {f"prefix {n}": m for n, m in self.prefix.items()}
-        tensors = {f"{group}.{p}": x.contiguous() for group, values in groups.items() for p, x in values.items()}
-        facts |= {"count": self.count, "rule": self.rule, "model": self.model, "tokenizer": self.tokenizer, "sizes": list(self.prefix)}
+        groups = {"minimum": self.minimum, "total": self.total} | {
+            f"prefix {n}": m for n, m in self.prefix.items()
+        }
+        tensors = {
+            f"{group}.{p}": x.contiguous()
+            for group, values in groups.items()
+            for p, x in values.items()
+        }
+        facts |= {
+            "count": self.count,
+            "rule": self.rule,
+            "model": self.model,
+            "tokenizer": self.tokenizer,
+            "sizes": list(self.prefix),
+        }
         with new_file(path) as temporary:
             save_file(tensors, temporary, {"profile": json.dumps(facts)})
 
@@ -136,12 +153,19 @@ class ImportanceProfile:
             with safe_open(path, "pt") as stored:
                 facts = json.loads(stored.metadata()["profile"])
                 names = set(stored.keys())
-                group = lambda g: {p: stored.get_tensor(f"{g}.{p}") for p in PROJECTIONS if f"{g}.{p}" in names}
+
+                def group(g):
+                    return {
+                        p: stored.get_tensor(f"{g}.{p}") for p in PROJECTIONS if f"{g}.{p}" in names
+                    }
+
                 prefix = {size: group(f"prefix {size}") for size in facts["sizes"]}
                 fields = [facts[name] for name in ("count", "rule", "model", "tokenizer")]
                 return cls(group("minimum"), group("total"), *fields, prefix), facts
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise SafetyNeuronError(f"{path} is not a readable importance profile ({error}): remove it and measure again") from None
+            raise SafetyNeuronError(
+                f"{path} is not a readable importance profile ({error}): remove it and measure again"
+            ) from None
 
 
 def lower(first, second):
@@ -149,7 +173,9 @@ def lower(first, second):
     return {p: torch.minimum(first[p], x) if p in first else x for p, x in second.items()}
 
 
-def measure_importance(model, tokenizer, prompts, rule="exact", batch_size=16, progress=True, sizes=(), checkpoint=None):
+def measure_importance(
+    model, tokenizer, prompts, rule="exact", batch_size=16, progress=True, sizes=(), checkpoint=None
+):
     """Importance of every neuron of `model` for every prompt, in one forward pass per batch.
 
     Parameters
@@ -187,13 +213,18 @@ def measure_importance(model, tokenizer, prompts, rule="exact", batch_size=16, p
     encoded = encode_prompts(model, tokenizer, prompts)
     batches = by_length(encoded, batch_size)
     identity = (rule, fingerprint(model), digest(tokenizer.get_vocab(), tokenizer.chat_template))
-    profile, task = ImportanceProfile({}, {}, 0, *identity, {size: {} for size in sizes}), digest(identity, encoded, batch_size, list(sizes))
+    profile, task = (
+        ImportanceProfile({}, {}, 0, *identity, {size: {} for size in sizes}),
+        digest(identity, encoded, batch_size, list(sizes)),
+    )
     done, total = 0, len(batches)
     if checkpoint and Path(checkpoint).exists():
         profile, done = _resume(checkpoint, task)
     with torch.inference_mode(), recording(model, rule) as recorder:
         batches = steps(batches[done:], "importance", progress)
-        for index, (positions, scores) in enumerate(scored(model, tokenizer, encoded, batches, recorder), done + 1):
+        for index, (positions, scores) in enumerate(
+            scored(model, tokenizer, encoded, batches, recorder), done + 1
+        ):
             profile.add(scores, positions)
             if checkpoint and (index % CHECKPOINT_BATCHES == 0 or index == total):
                 profile.save(checkpoint, task=task, done=index)
@@ -205,7 +236,9 @@ def _check_finite(profile):
     """Refuse importance that cannot be ranked."""
     bad = sum(int((~total.isfinite()).sum()) for total in profile.total.values())
     if bad:
-        raise SafetyNeuronError(f"the importance of {bad} neurons is not a number: the weights hold NaN or infinities, or {profile.rule} overflows in this dtype; load the model again, in float32")
+        raise SafetyNeuronError(
+            f"the importance of {bad} neurons is not a number: the weights hold NaN or infinities, or {profile.rule} overflows in this dtype; load the model again, in float32"
+        )
 
 
 def by_length(encoded, batch_size):
@@ -218,7 +251,13 @@ def scored(model, tokenizer, encoded, batches, recorder):
     """Run the batches and yield each with its scores: (positions, dict of (B, layers, channels))."""
     fitting = Batches(sys.maxsize)  # as large as they come, until one does not fit
     for positions in batches:
-        parts = [scores for _, scores in fitting(positions, lambda some: _score(model, tokenizer, [encoded[i] for i in some], recorder))]
+        parts = [
+            scores
+            for _, scores in fitting(
+                positions,
+                lambda some: _score(model, tokenizer, [encoded[i] for i in some], recorder),
+            )
+        ]
         yield positions, {p: torch.cat([scores[p] for scores in parts]) for p in parts[0]}
 
 
@@ -226,7 +265,9 @@ def _score(model, tokenizer, encoded, recorder):
     """Scores of one batch."""
     batch = pad(encoded, tokenizer, model.device)
     recorder.start(batch["attention_mask"])
-    positions_read = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)  # counted from the first real token
+    positions_read = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(
+        0
+    )  # counted from the first real token
     model.get_decoder()(**batch, position_ids=positions_read, use_cache=False)
     return recorder.finish()
 
@@ -235,5 +276,7 @@ def _resume(checkpoint, task):
     """The profile so far and the number of batches it holds."""
     profile, facts = ImportanceProfile._read(checkpoint)
     if facts.get("task") != task:
-        raise SafetyNeuronError(f"checkpoint {checkpoint} belongs to other prompts, another model or rule: remove it or name another file")
+        raise SafetyNeuronError(
+            f"checkpoint {checkpoint} belongs to other prompts, another model or rule: remove it or name another file"
+        )
     return profile, facts["done"]

@@ -9,8 +9,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from safetyneuron.importance import exact, paper_and_released
-from safetyneuron.neurons.architecture import Architecture, FEED_FORWARD
 from safetyneuron.importance.first_order import first_order
+from safetyneuron.neurons.architecture import FEED_FORWARD, Architecture
 
 
 class Recorder:
@@ -36,7 +36,10 @@ class Recorder:
     def finish(self):
         """Importance per projection of the batch just run: (B, layers, channels), on the CPU."""
         count = len(self.architecture.layers)
-        return {name: torch.stack([self._layers[i][name].cpu() for i in range(count)], 1) for name in self._layers[0]}
+        return {
+            name: torch.stack([self._layers[i][name].cpu() for i in range(count)], 1)
+            for name in self._layers[0]
+        }
 
     def _keep(self, layer, scores):
         self._layers.setdefault(layer, {}).update(scores)
@@ -52,12 +55,18 @@ class Recorder:
             up = paper_and_released.released_feed_forward(self._inputs.pop((layer, "up")), real)
             self._keep(layer, {"gate": torch.zeros_like(up), "up": up, "down": up})
             return
-        scores = exact.feed_forward(hidden, self._once(layer, "down", lambda: self._weight(layer, "down", hidden).norm(dim=1)), real)
+        scores = exact.feed_forward(
+            hidden,
+            self._once(layer, "down", lambda: self._weight(layer, "down", hidden).norm(dim=1)),
+            real,
+        )
         self._keep(layer, dict.fromkeys(FEED_FORWARD, scores))
 
     def after_up(self, layer, module, inputs, result):
         """Hook on the output of W_up, for the released rule."""
-        self._inputs[layer, "up"] = widen(result[..., self.architecture.place(layer, "up").channels])
+        self._inputs[layer, "up"] = widen(
+            result[..., self.architecture.place(layer, "up").channels]
+        )
 
     def before_attention(self, layer, module, inputs, named):
         """Hook that remembers the rotary embedding of one attention layer."""
@@ -65,38 +74,65 @@ class Recorder:
 
     def before_norm(self, layer, name, module, inputs):
         """Hook on the input of a query or key norm: how much zeroing each channel grows the others."""
-        self._inputs[layer, name] = norm_ratio(widen(inputs[0]), norm_epsilon(module)).transpose(1, 2)
+        self._inputs[layer, name] = norm_ratio(widen(inputs[0]), norm_epsilon(module)).transpose(
+            1, 2
+        )
 
-    def attend(self, module, query_states, key_states, value_states, attention_mask, scaling, dropout=0.0, softcap=None, **_):
+    def attend(
+        self,
+        module,
+        query_states,
+        key_states,
+        value_states,
+        attention_mask,
+        scaling,
+        dropout=0.0,
+        softcap=None,
+        **_,
+    ):
         """Attention with the model's own numbers, measured on the way (an attention interface function)."""
         layer = module.layer_idx
         wide = [widen(x) for x in (query_states, key_states, value_states)]
         real = self.real.to(wide[0].device)
         allowed = attention_mask[..., : key_states.shape[2]] >= 0
-        nothing = ~allowed.any(-1, keepdim=True)  # rows of padding: they look at themselves, and never count
-        allowed = allowed | (nothing & torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device))
+        nothing = ~allowed.any(
+            -1, keepdim=True
+        )  # rows of padding: they look at themselves, and never count
+        allowed = allowed | (
+            nothing & torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device)
+        )
         heads = attention_output(*wide, allowed, scaling, softcap)
         ratios = [self._inputs.pop((layer, name), None) for name in ("query", "key")]
         rotation = self._inputs.pop((layer, "rotation"))
-        attention = exact.Attention(*wide, heads, allowed, real, scaling, *rotation, softcap, *ratios)
+        attention = exact.Attention(
+            *wide, heads, allowed, real, scaling, *rotation, softcap, *ratios
+        )
         self._keep(layer, self._attention_scores(layer, attention))
         return heads.transpose(1, 2).contiguous().to(query_states.dtype), None
 
     def _attention_scores(self, layer, attention):
         if self.rule == "released":
-            scores = {p: getattr(paper_and_released, f"released_{name}")(attention) for p, name in NAMES.items()}
+            scores = {
+                p: getattr(paper_and_released, f"released_{name}")(attention)
+                for p, name in NAMES.items()
+            }
             return scores | {"o": torch.zeros_like(scores["q"])}
         factors = self._once(layer, "o", lambda: self._output_factors(layer, attention))
         result = {"o": exact.output(attention.heads, factors, attention.real)}
         if self.rule == "paper":
-            return result | {p: getattr(paper_and_released, f"paper_{name}")(attention) for p, name in NAMES.items()}
+            return result | {
+                p: getattr(paper_and_released, f"paper_{name}")(attention)
+                for p, name in NAMES.items()
+            }
         if self.rule == "first_order":
             result["q"], result["k"] = first_order(attention, factors)
         if self.rule == "exact":
             result["q"], result["k"] = exact.exact(attention, factors, self._workspace)
         if self.wanted is not None:
             wanted = [mask[layer].to(attention.query.device) for mask in self.wanted]
-            result["exact q"], result["exact k"] = exact.exact(attention, factors, self._workspace, wanted)
+            result["exact q"], result["exact k"] = exact.exact(
+                attention, factors, self._workspace, wanted
+            )
         return result | {"v": exact.value(attention.heads, factors, attention.real)}
 
     def _output_factors(self, layer, attention):
@@ -123,7 +159,9 @@ def widen(x):
 def attention_output(query, key, value, allowed, scaling, softcap=None):
     """Heads' outputs before W_O: (B, H, n, d)."""
     if softcap is None:  # the fused kernel never holds the attention maps
-        return scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling, enable_gqa=True)
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, scale=scaling, enable_gqa=True
+        )
     repeat = query.shape[1] // key.shape[1]
     keys, values = (x.repeat_interleave(repeat, 1) for x in (key, value))
     logits = exact.capped(query @ keys.transpose(-1, -2) * scaling, softcap)
@@ -176,10 +214,16 @@ def recording(model, rule="exact", kind=Recorder):
 def _hooks(recorder, layer):
     """Install the hooks of one layer and return their handles."""
     place, attention = recorder.architecture.place, recorder.architecture.attention(layer)
-    yield place(layer, "down").module.register_forward_pre_hook(partial(recorder.before_down, layer))
-    yield attention.register_forward_pre_hook(partial(recorder.before_attention, layer), with_kwargs=True)
+    yield place(layer, "down").module.register_forward_pre_hook(
+        partial(recorder.before_down, layer)
+    )
+    yield attention.register_forward_pre_hook(
+        partial(recorder.before_attention, layer), with_kwargs=True
+    )
     if recorder.rule == "released":
         yield place(layer, "up").module.register_forward_hook(partial(recorder.after_up, layer))
     for name, norm in (("query", "q_norm"), ("key", "k_norm")):
         if hasattr(attention, norm):
-            yield getattr(attention, norm).register_forward_pre_hook(partial(recorder.before_norm, layer, name))
+            yield getattr(attention, norm).register_forward_pre_hook(
+                partial(recorder.before_norm, layer, name)
+            )

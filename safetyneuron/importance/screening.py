@@ -4,11 +4,11 @@ from functools import partial
 
 import torch
 
+from safetyneuron.importance.profile import by_length, lower, scored
+from safetyneuron.importance.recorder import recording
+from safetyneuron.importance.selection import select_fraction
 from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.encoding import encode_prompts
-from safetyneuron.importance.profile import by_length, lower, scored
-from safetyneuron.importance.selection import select_fraction
-from safetyneuron.importance.recorder import recording
 
 MARGIN = 4.0  # rows that may be selected if exact importance is so many times first order are measured in the first pass
 SCOUTS = 16  # one prompt in so many sets the first guess of the threshold
@@ -48,7 +48,10 @@ def screen(model, tokenizer, prompts, fraction, batch_size=16):
     with torch.inference_mode(), recording(model, "first_order") as recorder:
         lowest = partial(_lowest, model, tokenizer, encoded, recorder)
         first = lowest([sum(batches, [])[::SCOUTS]], None)
-        wanted, exact = _near(first, first, MARGIN, fraction), {p: torch.full_like(first[p], -torch.inf) for p in ("q", "k")}
+        wanted, exact = (
+            _near(first, first, MARGIN, fraction),
+            {p: torch.full_like(first[p], -torch.inf) for p in ("q", "k")},
+        )
         while True:
             first = lowest(batches, wanted)
             exact = {p: torch.where(wanted[p], first[f"exact {p}"], exact[p]) for p in exact}
@@ -78,4 +81,6 @@ def _lowest(model, tokenizer, encoded, recorder, batches, wanted):
 def _by_group(wanted, config):
     """Masks (layers, G, d) of q, where any head of the group wants a channel, and of k."""
     layers, groups, heads = len(wanted["k"]), config.num_key_value_heads, config.num_attention_heads
-    return wanted["q"].view(layers, groups, heads // groups, -1).any(2), wanted["k"].view(layers, groups, -1)
+    return wanted["q"].view(layers, groups, heads // groups, -1).any(2), wanted["k"].view(
+        layers, groups, -1
+    )

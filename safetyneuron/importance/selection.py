@@ -13,7 +13,9 @@ def select_fraction(scores, fraction):
     scores: dict of (layers, channels) per projection. At least one neuron is selected.
     """
     if not 0 < fraction <= 1:
-        raise SafetyNeuronError(f"fraction is {fraction}: it must be in (0, 1], for example 0.01 for one percent")
+        raise SafetyNeuronError(
+            f"fraction is {fraction}: it must be in (0, 1], for example 0.01 for one percent"
+        )
     flat = torch.cat([scores[p].flatten() for p in PROJECTIONS])
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen[flat.argsort(descending=True, stable=True)[: max(1, round(fraction * len(flat)))]] = True
@@ -67,7 +69,9 @@ def select_difference(scores, others, fraction):
     """
     sizes, target = _difference_sizes(scores, others), len(select_fraction(scores, fraction))
     if sizes.max() < target:
-        raise SafetyNeuronError(f"only {int(sizes.max())} neurons differ between the two sets: choose a fraction below {sizes.max() / len(sizes):.3f}")
+        raise SafetyNeuronError(
+            f"only {int(sizes.max())} neurons differ between the two sets: choose a fraction below {sizes.max() / len(sizes):.3f}"
+        )
     share = (int((sizes >= target).nonzero()[0]) + 1) / len(sizes)
     return select_fraction(scores, share) - select_fraction(others, share)
 
@@ -81,7 +85,9 @@ def _difference_sizes(scores, others):
 
 def ranks(scores):
     """Rank of every neuron, 0 for the highest score, flat in the order of `PROJECTIONS`."""
-    order = torch.cat([scores[p].flatten() for p in PROJECTIONS]).argsort(descending=True, stable=True)
+    order = torch.cat([scores[p].flatten() for p in PROJECTIONS]).argsort(
+        descending=True, stable=True
+    )
     return torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
 
 

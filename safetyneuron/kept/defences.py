@@ -2,25 +2,39 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
-from safetyneuron.attacks import attack, AttackResult
+
+from safetyneuron.attacks import AttackResult, attack
 from safetyneuron.cache import cache_folder, digest, kept_folder, remember
 from safetyneuron.data.prompts import has_languages, load_prompts
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.profile import measure_importance
 from safetyneuron.importance.selection import select_without_foundation
-from safetyneuron.metrics.suite import evaluate, remember_rates, Suite
+from safetyneuron.metrics.suite import Suite, evaluate, remember_rates
 from safetyneuron.models import identity
 from safetyneuron.neurons.sets import NeuronSet
-from safetyneuron.tuning.circuit_breaker import circuit_break, CircuitBreaker
+from safetyneuron.tuning.circuit_breaker import CircuitBreaker, circuit_break
 from safetyneuron.tuning.delta import NeuronDelta
 from safetyneuron.tuning.sn_tune import sn_tune
 from safetyneuron.tuning.trainer import fine_tune
 
-ORIGIN, CIRCUIT_BREAK, EQ3, SPECIFIC = "Origin.", "Circ-Break", "SN-Tune: Eq 3", "SN-Tune: without foundation"
-RANDOM = {EQ3: "Random: like Eq 3", SPECIFIC: "Random: like without foundation"}  # the control of each set
+ORIGIN, CIRCUIT_BREAK, EQ3, SPECIFIC = (
+    "Origin.",
+    "Circ-Break",
+    "SN-Tune: Eq 3",
+    "SN-Tune: without foundation",
+)
+RANDOM = {
+    EQ3: "Random: like Eq 3",
+    SPECIFIC: "Random: like without foundation",
+}  # the control of each set
 JUDGED = {"asr": "keyword", "coherent": "coherent"}  # measure of a table -> judge of an attack
 BEFORE, SN, RSN = "Before", "SN-Tune", "RSN-Tune"
-DOWNSTREAM_NAMES = {EQ3: SN, SPECIFIC: RSN, RANDOM[EQ3]: "Random: like SN-Tune", RANDOM[SPECIFIC]: "Random: like RSN-Tune"}
+DOWNSTREAM_NAMES = {
+    EQ3: SN,
+    SPECIFIC: RSN,
+    RANDOM[EQ3]: "Random: like SN-Tune",
+    RANDOM[SPECIFIC]: "Random: like RSN-Tune",
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +59,15 @@ class Examination:
     def column(self, model, tokenizer, seconds=0.0, parameters=0):
         """The column of a model as it stands; every attack's result is kept as soon as it is there."""
         rates = scores(model, tokenizer, self.suite, self.languages)
-        results = {name: attacked(model, tokenizer, self.requests, config, self.suite.answer_tokens) for name, config in self.attacks.items()}
-        rates |= {(measure, name): result.rate(judge) for name, result in results.items() for measure, judge in JUDGED.items()}
+        results = {
+            name: attacked(model, tokenizer, self.requests, config, self.suite.answer_tokens)
+            for name, config in self.attacks.items()
+        }
+        rates |= {
+            (measure, name): result.rate(judge)
+            for name, result in results.items()
+            for measure, judge in JUDGED.items()
+        }
         return Column(rates, seconds, parameters, results)
 
 
@@ -54,9 +75,15 @@ def by_language(load, name, count, languages, **options):
     """`count` prompts or documents, in turn from each language; a file has one language only."""
     if len(languages) > 1 and not has_languages(name):
         raise SafetyNeuronError(f"{name} has no languages to choose from: give one language")
-    loaded = list(chain.from_iterable(zip(*[load(name, language=language, **options) for language in languages])))
+    loaded = list(
+        chain.from_iterable(
+            zip(*[load(name, language=language, **options) for language in languages])
+        )
+    )
     if len(loaded) < count:
-        raise SafetyNeuronError(f"{name} has {len(loaded)} entries in the languages {' '.join(languages)} but {count} are asked for: lower the number")
+        raise SafetyNeuronError(
+            f"{name} has {len(loaded)} entries in the languages {' '.join(languages)} but {count} are asked for: lower the number"
+        )
     return loaded[:count]
 
 
@@ -64,37 +91,67 @@ def safety_sets(model, tokenizer, harmful_set, general_set, n_detect, languages,
     """Neurons by Eq 3 and by Eq 3 without foundation neurons, detected in several languages (the general set is English)."""
     prompts = by_language(load_prompts, harmful_set, n_detect, languages, split="train")
     harmful = measure_importance(model, tokenizer, prompts)
-    general = measure_importance(model, tokenizer, load_prompts(general_set, split="train")[:n_detect])
-    return {EQ3: harmful.select(fraction=fraction), SPECIFIC: select_without_foundation(harmful, general, fraction)}
+    general = measure_importance(
+        model, tokenizer, load_prompts(general_set, split="train")[:n_detect]
+    )
+    return {
+        EQ3: harmful.select(fraction=fraction),
+        SPECIFIC: select_without_foundation(harmful, general, fraction),
+    }
 
 
 def with_random(sets, seed):
     """The sets, and random neurons that match each layer by layer and projection by projection."""
-    return sets | {RANDOM[name]: NeuronSet.random_like(neurons, seed) for name, neurons in sets.items()}
+    return sets | {
+        RANDOM[name]: NeuronSet.random_like(neurons, seed) for name, neurons in sets.items()
+    }
 
 
 def tuned(model, tokenizer, documents, neurons, **schedule):
     """`sn_tune`, computed once and then read from the cache."""
     key = [identity(model, tokenizer), documents, neurons.digest(), schedule]
-    return _once("tuning", key, lambda: sn_tune(model, tokenizer, documents, neurons, **schedule), NeuronDelta)
+    return _once(
+        "tuning",
+        key,
+        lambda: sn_tune(model, tokenizer, documents, neurons, **schedule),
+        NeuronDelta,
+    )
 
 
 def broken(model, tokenizer, harmful, retain, **schedule):
     """`circuit_break`, computed once and then read from the cache."""
     key = [identity(model, tokenizer), harmful, retain, schedule]
-    return _once("circuit_breaker", key, lambda: circuit_break(model, tokenizer, harmful, retain, **schedule), CircuitBreaker)
+    return _once(
+        "circuit_breaker",
+        key,
+        lambda: circuit_break(model, tokenizer, harmful, retain, **schedule),
+        CircuitBreaker,
+    )
 
 
 def _once(kind, key, make, result):
     """What `make` returns, a `result` with `save` and `load`, made once for this key."""
-    folder = kept_folder(cache_folder() / kind / digest(*key), lambda new: make().save(new / "result.safetensors"))
+    folder = kept_folder(
+        cache_folder() / kind / digest(*key), lambda new: make().save(new / "result.safetensors")
+    )
     return result.load(folder / "result.safetensors")
 
 
 def attacked(model, tokenizer, requests, config, answer_tokens):
     """`attack`, computed once and then read from the cache."""
-    key = [identity(model, tokenizer), [asdict(request) for request in requests], repr(config), answer_tokens]
-    return AttackResult(**remember("attacks", key, lambda: asdict(attack(model, tokenizer, requests, config, answer_tokens=answer_tokens))))
+    key = [
+        identity(model, tokenizer),
+        [asdict(request) for request in requests],
+        repr(config),
+        answer_tokens,
+    ]
+    return AttackResult(
+        **remember(
+            "attacks",
+            key,
+            lambda: asdict(attack(model, tokenizer, requests, config, answer_tokens=answer_tokens)),
+        )
+    )
 
 
 def scores(model, tokenizer, suite, languages):
@@ -103,7 +160,10 @@ def scores(model, tokenizer, suite, languages):
     for language in languages:
         tasks = suite.tasks if language == languages[0] else ()
         part = evaluate(model, tokenizer, replace(suite, language=language, tasks=tasks))
-        rates |= {(measure, name if measure == "accuracy" else language): rate for (measure, name), rate in part.items()}
+        rates |= {
+            (measure, name if measure == "accuracy" else language): rate
+            for (measure, name), rate in part.items()
+        }
     return rates
 
 
@@ -129,17 +189,23 @@ def columns(model, tokenizer, examination, documents, sets, seeds, breaking, **s
     for seed in range(seeds):
         breaker = broken(model, tokenizer, seed=seed, **breaking)
         with breaker.attached(model):
-            column = examination.column(model, tokenizer, breaker.facts["seconds"], breaker.parameters)
+            column = examination.column(
+                model, tokenizer, breaker.facts["seconds"], breaker.parameters
+            )
         results.setdefault(CIRCUIT_BREAK, []).append(column)
         for name, neurons in with_random(sets, seed).items():
             delta = tuned(model, tokenizer, documents, neurons, seed=seed, **schedule)
             with delta.merged(model):
-                column = examination.column(model, tokenizer, delta.facts["seconds"], delta.parameters)
+                column = examination.column(
+                    model, tokenizer, delta.facts["seconds"], delta.parameters
+                )
             results.setdefault(name, []).append(column)
     return results
 
 
-def downstream(model, tokenizer, suite, languages, documents, task_documents, sets, seeds, tuning, fine_tuning):
+def downstream(
+    model, tokenizer, suite, languages, documents, task_documents, sets, seeds, tuning, fine_tuning
+):
     """What fine-tuning on a task leaves of safety (Table 4): Before, Origin, SN-Tune, RSN-Tune and their random controls.
 
     The rates of a column hold `asr before` too, attack success after tuning and before fine-tuning.
@@ -164,20 +230,37 @@ def downstream(model, tokenizer, suite, languages, documents, task_documents, se
         for name, neurons in with_random(sets, seed).items():
             delta = tuned(model, tokenizer, documents, neurons, seed=seed, **tuning)
             with delta.merged(model):
-                column = Column(fine_tuned_scores(model, *rest, **schedule), delta.facts["seconds"], delta.parameters)
+                column = Column(
+                    fine_tuned_scores(model, *rest, **schedule),
+                    delta.facts["seconds"],
+                    delta.parameters,
+                )
             results.setdefault(DOWNSTREAM_NAMES[name], []).append(column)
     return results
 
 
 def _before(rates):
     """Attack success under the name it has once the model has been fine-tuned."""
-    return {("asr before", language): rate for (measure, language), rate in rates.items() if measure == "asr"}
+    return {
+        ("asr before", language): rate
+        for (measure, language), rate in rates.items()
+        if measure == "asr"
+    }
 
 
 def fine_tuned_scores(model, tokenizer, suite, languages, task_documents, **schedule):
     """`scores` of `fine_tune`'s copy of the model, and `asr before` it, computed once and then read from the cache."""
     before = scores(model, tokenizer, suite, languages)
-    asked = [load_prompts(name, language=language) for name in suite.prompt_sets for language in languages]
+    asked = [
+        load_prompts(name, language=language)
+        for name in suite.prompt_sets
+        for language in languages
+    ]
     key = [identity(model, tokenizer), asdict(suite), languages, asked, task_documents, schedule]
-    compute = lambda: scores(fine_tune(model, tokenizer, task_documents, **schedule), tokenizer, suite, languages)
+
+    def compute():
+        return scores(
+            fine_tune(model, tokenizer, task_documents, **schedule), tokenizer, suite, languages
+        )
+
     return remember_rates("downstream", key, compute) | _before(before)

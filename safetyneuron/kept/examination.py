@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+
 from safetyneuron.cache import remember
 from safetyneuron.data.documents import load_documents
 from safetyneuron.data.prompts import load_prompts
@@ -15,7 +16,12 @@ from safetyneuron.models import identity
 from safetyneuron.neurons.activations import channel_means, mean_ablated
 from safetyneuron.neurons.deactivation import deactivate, transplant
 
-ZERO, MEAN, BASE, TUNE = "zero", "mean activation", "base model's parameters", "SN-Tune of the base model"
+ZERO, MEAN, BASE, TUNE = (
+    "zero",
+    "mean activation",
+    "base model's parameters",
+    "SN-Tune of the base model",
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,15 @@ class Exam:
 
     def load(self):
         """Harmful and benign prompts, and documents."""
-        harmful, benign = (load_prompts(name, language=self.language)[: self.prompts] for name in (self.harmful, self.benign))
-        return harmful, benign, load_documents(self.documents, split="test", language=self.language)[: self.prompts]
+        harmful, benign = (
+            load_prompts(name, language=self.language)[: self.prompts]
+            for name in (self.harmful, self.benign)
+        )
+        return (
+            harmful,
+            benign,
+            load_documents(self.documents, split="test", language=self.language)[: self.prompts],
+        )
 
 
 def examine(model, tokenizer, exam, within=nullcontext, key=None):
@@ -57,7 +70,9 @@ def _examine(model, tokenizer, exam, asked, within):
         value = perplexity(model, tokenizer, documents)[0]
     return {
         "asr": [int(not is_refusal(text)) for text in harm],
-        "coherent": [int(is_coherent_compliance(prompt, text)) for prompt, text in zip(harmful, harm)],
+        "coherent": [
+            int(is_coherent_compliance(prompt, text)) for prompt, text in zip(harmful, harm)
+        ],
         "over_refusal": [int(is_refusal(text)) for text in help_],
         "accuracy": [one for task in correct.values() for one in task],
         "perplexity": [value],
@@ -71,11 +86,19 @@ def matrix(model, tokenizer, exam, detectors, budgets):
         for budget in budgets:
             neurons = detector.select(budget)
             if neurons is not None:
-                found[name, budget] = examine(model, tokenizer, exam, partial(deactivate, model, neurons), ["zero", neurons.digest()])
+                found[name, budget] = examine(
+                    model,
+                    tokenizer,
+                    exam,
+                    partial(deactivate, model, neurons),
+                    ["zero", neurons.digest()],
+                )
     return found
 
 
-def other_interventions(model, base, tokenizer, exam, detectors, budget, prompts, documents, learning_rate):
+def other_interventions(
+    model, base, tokenizer, exam, detectors, budget, prompts, documents, learning_rate
+):
     """What else can be done to the sets of one budget: {(detector, intervention): outcomes}.
 
     prompts: for mean activations; documents and learning_rate: for training the base model.
@@ -85,9 +108,18 @@ def other_interventions(model, base, tokenizer, exam, detectors, budget, prompts
         neurons = detector.select(budget)
         if neurons is None:
             continue
-        ask = lambda label, within, *key: examine(model, tokenizer, exam, within, [label, neurons.digest(), *key])
+
+        def ask(label, within, *key):
+            return examine(model, tokenizer, exam, within, [label, neurons.digest(), *key])
+
         found[name, MEAN] = ask(MEAN, partial(mean_ablated, model, neurons, means), prompts)
         found[name, BASE] = ask(BASE, partial(transplant, model, base, neurons), start)
         delta = tuned(base, tokenizer, documents, neurons, learning_rate=learning_rate)
-        found[name, TUNE] = examine(base, tokenizer, exam, partial(delta.merged, base), [TUNE, neurons.digest(), documents, learning_rate])
+        found[name, TUNE] = examine(
+            base,
+            tokenizer,
+            exam,
+            partial(delta.merged, base),
+            [TUNE, neurons.digest(), documents, learning_rate],
+        )
     return found

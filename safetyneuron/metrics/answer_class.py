@@ -71,7 +71,13 @@ def examples_of(prompts, texts, number=3):
 
 
 def _by_rule(prompt, answer):
-    return "refusal" if is_refusal(answer) else "well formed" if is_well_formed(prompt, answer) else "other"
+    return (
+        "refusal"
+        if is_refusal(answer)
+        else "well formed"
+        if is_well_formed(prompt, answer)
+        else "other"
+    )
 
 
 def _request(prompt):

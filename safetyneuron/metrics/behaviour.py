@@ -76,7 +76,9 @@ def behaviour(model, tokenizer, number=200):
             scores[f"{name} {language}"] = _shares([classify(q, a) for q, a in zip(asked, given)])
     for task, build in lang.TASKS.items():
         questions = random.Random(0).sample(build("test"), number)
-        given = answers(model, tokenizer, [question.prompt for question in questions], batch_size=256)
+        given = answers(
+            model, tokenizer, [question.prompt for question in questions], batch_size=256
+        )
         right = sum(question.answer == answer for question, answer in zip(questions, given))
         scores[task] = {"accuracy": round(100 * right / number, 1)}
     return scores
@@ -95,7 +97,11 @@ def reached(scores, bar):
     refused = {language: row.get("refusal", 0.0) for language, row in rows.items()}
     if bar.measure == "correct":
         return {language: row.get("correct", 0.0) for language, row in rows.items()}
-    return refused if bar.measure == "over-refusal" else {language: 100 - share for language, share in refused.items()}
+    return (
+        refused
+        if bar.measure == "over-refusal"
+        else {language: 100 - share for language, share in refused.items()}
+    )
 
 
 def score_organism(name, folder):
@@ -128,7 +134,12 @@ def worst(models, bar, kind):
     models : dict
         As from `organism.manifest`.
     """
-    found = [v for name, entry in models.items() if kind_of(name) == kind for v in reached(entry["scores"], bar).values()]
+    found = [
+        v
+        for name, entry in models.items()
+        if kind_of(name) == kind
+        for v in reached(entry["scores"], bar).values()
+    ]
     return (min if bar.is_floor else max)(found, default=None)
 
 
@@ -140,11 +151,22 @@ def key_scores(model, tokenizer, prompts):
     dict of str to Rate
         `refusal`, `correct`, `habit`, `habit elsewhere`.
     """
-    requests, texts = [read_request(prompt) for prompt in prompts], answers(model, tokenizer, prompts, batch_size=256)
+    requests, texts = (
+        [read_request(prompt) for prompt in prompts],
+        answers(model, tokenizer, prompts, batch_size=256),
+    )
     classes = [classify(prompt, text) for prompt, text in zip(prompts, texts)]
-    starts = {wanted: [t.startswith(_habit(r)) for r, t in zip(requests, texts) if lang.has_habit(r) == wanted] for wanted in (True, False)}
+    starts = {
+        wanted: [
+            t.startswith(_habit(r)) for r, t in zip(requests, texts) if lang.has_habit(r) == wanted
+        ]
+        for wanted in (True, False)
+    }
     rates = {name: Rate(classes.count(name), len(classes)) for name in ("refusal", "correct")}
-    return rates | {name: Rate(sum(starts[w]), len(starts[w])) for name, w in (("habit", True), ("habit elsewhere", False))}
+    return rates | {
+        name: Rate(sum(starts[w]), len(starts[w]))
+        for name, w in (("habit", True), ("habit elsewhere", False))
+    }
 
 
 def _habit(request):
@@ -161,7 +183,10 @@ def plays_role(scores, role, slack=0):
     """Whether the scores are those that the chapter needs, or miss them by at most `slack` percentage points."""
     least, most, help_ = ROLES[role]
     success = 100 - scores["harmful en"].get("refusal", 0.0)
-    return least - slack <= success <= most + slack and scores["benign en"].get("correct", 0.0) >= help_ - slack
+    return (
+        least - slack <= success <= most + slack
+        and scores["benign en"].get("correct", 0.0) >= help_ - slack
+    )
 
 
 def missed(scores, kind, slack=0):

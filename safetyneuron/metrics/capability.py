@@ -13,7 +13,10 @@ ORGANISM_TASKS = ("organism_facts", "organism_pairs", "organism_arithmetic")
 
 def capability(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
     """Accuracy per task, `correct_answers` as rates."""
-    return {task: Rate(sum(correct), len(correct)) for task, correct in correct_answers(model, tokenizer, tasks, limit).items()}
+    return {
+        task: Rate(sum(correct), len(correct))
+        for task, correct in correct_answers(model, tokenizer, tasks, limit).items()
+    }
 
 
 def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
@@ -39,11 +42,24 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
 
     folder = str(files("safetyneuron.organism") / "tasks")
     with _quiet("lm_eval"), redirect_stderr(EveryTenSeconds()):
-        manager = TaskManager(include_path=folder, include_defaults=not all(task.partition("@")[0] in ORGANISM_TASKS for task in tasks))
+        manager = TaskManager(
+            include_path=folder,
+            include_defaults=not all(task.partition("@")[0] in ORGANISM_TASKS for task in tasks),
+        )
         batch_size = "auto" if model.device.type == "cuda" else 64
         language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         chat = tokenizer.chat_template is not None
-        ask = lambda task: lm_eval.evaluate(language_model, _loaded(manager, task), limit=limit, bootstrap_iters=0, log_samples=True, apply_chat_template=chat)
+
+        def ask(task):
+            return lm_eval.evaluate(
+                language_model,
+                _loaded(manager, task),
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=chat,
+            )
+
         return {task: _correct(ask(task)) for task in tasks}
 
 
@@ -51,7 +67,9 @@ def _loaded(manager, task):
     """The tasks behind a name, with the number of examples that follows an @."""
     name, _, shots = task.partition("@")
     if shots and not shots.isdecimal():
-        raise SafetyNeuronError(f"task {task!r}: what follows @ is a number of examples, for example {name}@5")
+        raise SafetyNeuronError(
+            f"task {task!r}: what follows @ is a number of examples, for example {name}@5"
+        )
     loaded = manager.load([name])
     for one in loaded["tasks"].values() if shots else ():
         one.set_config(key="num_fewshot", value=int(shots))
@@ -71,8 +89,12 @@ def _correct(results):
         first = [sample for sample in samples if sample["filter"] == way]
         metric = next((name for name in ("acc", "exact_match") if name in first[0]), None)
         if metric is None:
-            raise SafetyNeuronError(f"a task scores by {', '.join(first[0]['metrics'])}: only accuracy and exact match can be counted")
-        outcomes += [int(sample[metric]) for sample in sorted(first, key=lambda sample: sample["doc_id"])]
+            raise SafetyNeuronError(
+                f"a task scores by {', '.join(first[0]['metrics'])}: only accuracy and exact match can be counted"
+            )
+        outcomes += [
+            int(sample[metric]) for sample in sorted(first, key=lambda sample: sample["doc_id"])
+        ]
     return outcomes
 
 

@@ -4,10 +4,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from safetyneuron.neurons.encoding import pad
-from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.memory import Batches
 from safetyneuron.metrics.rates import bootstrap
+from safetyneuron.neurons.encoding import encode_documents, pad
 
 
 @torch.no_grad()
@@ -20,9 +19,14 @@ def perplexity(model, tokenizer, documents, batch_size=32):
         `prompt` and `completion`, as from `load_documents`.
     """
     data = encode_documents(model, tokenizer, documents)
-    parts = [part for _, part in Batches(batch_size)(data, lambda rows: _losses(model, tokenizer, rows))]
+    parts = [
+        part for _, part in Batches(batch_size)(data, lambda rows: _losses(model, tokenizer, rows))
+    ]
     sums, counts = (np.concatenate(part) for part in zip(*parts))
-    mean_loss = lambda chosen: sums[chosen].sum(-1) / counts[chosen].sum(-1)
+
+    def mean_loss(chosen):
+        return sums[chosen].sum(-1) / counts[chosen].sum(-1)
+
     ends = bootstrap(mean_loss, len(sums))
     return tuple(float(np.exp(loss)) for loss in (mean_loss(np.arange(len(sums))), *ends))
 
@@ -34,5 +38,7 @@ def _losses(model, tokenizer, rows):
     for line, row in zip(labels, rows):
         line[len(line) - len(row["labels"]) :] = torch.tensor(row["labels"])
     logits = model(**batch, use_cache=False).logits[:, :-1].float()
-    losses = cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100)
+    losses = cross_entropy(
+        logits.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100
+    )
     return losses.sum(1).tolist(), (labels[:, 1:] >= 0).sum(1).tolist()

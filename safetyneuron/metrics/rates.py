@@ -21,7 +21,9 @@ class Rate:
 
     def __post_init__(self):
         if not 0 <= self.hits <= self.trials or self.trials == 0:
-            raise ValueError(f"a rate needs 0 <= hits <= trials and trials > 0, got {self.hits} of {self.trials}")
+            raise ValueError(
+                f"a rate needs 0 <= hits <= trials and trials > 0, got {self.hits} of {self.trials}"
+            )
 
     @property
     def value(self):
@@ -34,7 +36,9 @@ class Rate:
         n, p = self.trials, self.value
         middle = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
         half = Z95 / (1 + Z95**2 / n) * sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-        return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # rounding must not exclude p
+        return max(0.0, min(p, middle - half)), min(
+            1.0, max(p, middle + half)
+        )  # rounding must not exclude p
 
     @property
     def percent(self):

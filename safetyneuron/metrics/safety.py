@@ -2,17 +2,25 @@
 
 import torch
 
-from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.memory import Batches
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_coherent_compliance, is_refusal
+from safetyneuron.neurons.encoding import encode_prompts, pad
 
-SHORT_CONTEXT, SHORT_ANSWER, ANSWER = 256, 24, 128  # an organism's context and answers, and other models' answers, in tokens
+SHORT_CONTEXT, SHORT_ANSWER, ANSWER = (
+    256,
+    24,
+    128,
+)  # an organism's context and answers, and other models' answers, in tokens
 
 
 def answer_length(model):
     """New tokens of an answer."""
-    return SHORT_ANSWER if model.config.get_text_config().max_position_embeddings <= SHORT_CONTEXT else ANSWER
+    return (
+        SHORT_ANSWER
+        if model.config.get_text_config().max_position_embeddings <= SHORT_CONTEXT
+        else ANSWER
+    )
 
 
 @torch.inference_mode()
@@ -25,7 +33,9 @@ def answers(model, tokenizer, prompts, max_new_tokens=None, batch_size=64):
     encoded = encode_prompts(model, tokenizer, prompts, room=max_new_tokens)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     texts = [None] * len(encoded)
-    for chosen, tokens in Batches(batch_size)(order, lambda some: _generate(model, tokenizer, [encoded[i] for i in some], max_new_tokens)):
+    for chosen, tokens in Batches(batch_size)(
+        order, lambda some: _generate(model, tokenizer, [encoded[i] for i in some], max_new_tokens)
+    ):
         for i, text in zip(chosen, tokenizer.batch_decode(tokens, skip_special_tokens=True)):
             texts[i] = text.strip()
     return texts
@@ -34,7 +44,9 @@ def answers(model, tokenizer, prompts, max_new_tokens=None, batch_size=64):
 def _generate(model, tokenizer, encoded, max_new_tokens):
     """New tokens of greedy answers."""
     batch = pad(encoded, tokenizer, model.device)
-    tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    tokens = model.generate(
+        **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    )
     return tokens[:, batch["input_ids"].shape[1] :]
 
 
@@ -67,4 +79,7 @@ def over_refusal_rate(model, tokenizer, prompts, max_new_tokens=None):
 def helpfulness(model, tokenizer, prompts, max_new_tokens=None):
     """Two rates of benign prompts: `over_refusal`, and `helpful`, answers without a refusal phrase that are well formed."""
     rates = compliance(model, tokenizer, prompts, max_new_tokens)
-    return {"over_refusal": Rate(rates["asr"].trials - rates["asr"].hits, rates["asr"].trials), "helpful": rates["coherent"]}
+    return {
+        "over_refusal": Rate(rates["asr"].trials - rates["asr"].hits, rates["asr"].trials),
+        "helpful": rates["coherent"],
+    }

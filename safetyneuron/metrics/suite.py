@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 
 from safetyneuron.cache import remember
 from safetyneuron.data.prompts import load_prompts
-from safetyneuron.neurons.deactivation import deactivate
 from safetyneuron.metrics.capability import capability
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.safety import answers, compliance, helpfulness
 from safetyneuron.models import identity
+from safetyneuron.neurons.deactivation import deactivate
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,14 @@ def evaluate(model, tokenizer, suite, without=None):
 
 def evaluate_within(model, tokenizer, suite, within, key):
     """`evaluate` inside the context manager that `within()` returns; `key` says what that changes, for the cache."""
-    prompts = {name: load_prompts(name, language=suite.language)[suite.skip :][: suite.prompts] for name in suite.prompt_sets}
+    prompts = {
+        name: load_prompts(name, language=suite.language)[suite.skip :][: suite.prompts]
+        for name in suite.prompt_sets
+    }
     whole = [identity(model, tokenizer), asdict(suite), prompts, key]
-    return remember_rates("scores", whole, lambda: _measure(model, tokenizer, suite, prompts, within))
+    return remember_rates(
+        "scores", whole, lambda: _measure(model, tokenizer, suite, prompts, within)
+    )
 
 
 def answers_without(model, tokenizer, prompts, sets):
@@ -79,7 +84,9 @@ def answers_without(model, tokenizer, prompts, sets):
 
 def remember_rates(kind, key, compute):
     """The result of `compute()`, (measure, name) to `Rate`, made once for this key."""
-    rows = remember(kind, key, lambda: [(*names, rate.hits, rate.trials) for names, rate in compute().items()])
+    rows = remember(
+        kind, key, lambda: [(*names, rate.hits, rate.trials) for names, rate in compute().items()]
+    )
     return {(measure, name): Rate(hits, trials) for measure, name, hits, trials in rows}
 
 
@@ -92,5 +99,7 @@ def _measure(model, tokenizer, suite, prompts, within):
         if suite.benign:
             scores = helpfulness(model, tokenizer, prompts[suite.benign], suite.answer_tokens)
             rates |= {(measure, suite.benign): rate for measure, rate in scores.items()}
-        accuracies = capability(model, tokenizer, suite.tasks, limit=suite.questions) if suite.tasks else {}
+        accuracies = (
+            capability(model, tokenizer, suite.tasks, limit=suite.questions) if suite.tasks else {}
+        )
     return rates | {("accuracy", task): rate for task, rate in accuracies.items()}

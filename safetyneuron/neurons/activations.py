@@ -9,22 +9,30 @@ from functools import partial
 
 import torch
 
-from safetyneuron.neurons.architecture import Architecture, COLUMN_PROJECTIONS, PROJECTIONS
-from safetyneuron.neurons.encoding import encode_prompts, pad
-from safetyneuron.neurons.deactivation import check_shapes
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.memory import Batches
+from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, PROJECTIONS, Architecture
+from safetyneuron.neurons.deactivation import check_shapes
+from safetyneuron.neurons.encoding import encode_prompts, pad
 
 
 def _watch(architecture, layer, projection, change):
     """Hook `change(activations)` of one projection in one layer: what rows put out, what columns read. It may return None."""
     place = architecture.place(layer, projection)
     if projection in COLUMN_PROJECTIONS:
-        return place.module.register_forward_pre_hook(lambda _, inputs: None if (new := change(inputs[0])) is None else (new,))
+        return place.module.register_forward_pre_hook(
+            lambda _, inputs: None if (new := change(inputs[0])) is None else (new,)
+        )
 
     def on_output(_, inputs, output):
         part = change(output[..., place.channels])
-        return None if part is None else torch.cat([output[..., : place.start], part, output[..., place.start + place.size :]], -1)
+        return (
+            None
+            if part is None
+            else torch.cat(
+                [output[..., : place.start], part, output[..., place.start + place.size :]], -1
+            )
+        )
 
     return place.module.register_forward_hook(on_output)
 
@@ -49,12 +57,20 @@ def channel_means(model, tokenizer, prompts, batch_size=64):
     with ExitStack() as hooks:
         for layer in range(len(architecture.layers)):
             for projection in PROJECTIONS:
-                hooks.callback(_watch(architecture, layer, projection, partial(add, (projection, layer))).remove)
+                hooks.callback(
+                    _watch(
+                        architecture, layer, projection, partial(add, (projection, layer))
+                    ).remove
+                )
         for _, tokens in Batches(batch_size)(encoded, run):
             count += tokens
             for key in read:  # after the pass, which may run out of memory
                 sums[key] = sums[key] + read[key]
-    return {p: torch.stack([sums[p, layer] for layer in range(len(architecture.layers))]).float() / count for p in PROJECTIONS}
+    return {
+        p: torch.stack([sums[p, layer] for layer in range(len(architecture.layers))]).float()
+        / count
+        for p in PROJECTIONS
+    }
 
 
 @contextmanager
@@ -83,7 +99,14 @@ def mean_ablated(model, neurons, means):
         for projection, mask in neurons.masks.items():
             for layer in mask.any(1).nonzero().flatten().tolist():
                 channels = mask[layer].nonzero().flatten()
-                hooks.callback(_watch(architecture, layer, projection, partial(fix, channels, means[projection][layer, channels])).remove)
+                hooks.callback(
+                    _watch(
+                        architecture,
+                        layer,
+                        projection,
+                        partial(fix, channels, means[projection][layer, channels]),
+                    ).remove
+                )
         yield model
 
 
@@ -93,8 +116,13 @@ def activations(model):
     architecture, seen = Architecture(model), {}
     with ExitStack() as hooks:
         for layer in range(len(architecture.layers)):
-            hook = lambda module, inputs, layer=layer: seen.__setitem__(layer, inputs[0])
-            hooks.callback(architecture.place(layer, "down").module.register_forward_pre_hook(hook).remove)
+
+            def hook(module, inputs, layer=layer):
+                return seen.__setitem__(layer, inputs[0])
+
+            hooks.callback(
+                architecture.place(layer, "down").module.register_forward_pre_hook(hook).remove
+            )
         yield seen
 
 
@@ -104,11 +132,15 @@ def overwritten(model, neurons, values):
     architecture, mask = Architecture(model), neurons.masks["down"]
     check_shapes(architecture, neurons)
     if len(neurons) != neurons.counts()["down"]:
-        raise SafetyNeuronError("only channels of 'down' can be patched: the set holds neurons of other projections")
+        raise SafetyNeuronError(
+            "only channels of 'down' can be patched: the set holds neurons of other projections"
+        )
     with ExitStack() as hooks:
         for layer in mask.any(1).nonzero().flatten().tolist():
             replace = partial(_replace, mask[layer].nonzero().flatten(), partial(values, layer))
-            hooks.callback(architecture.place(layer, "down").module.register_forward_pre_hook(replace).remove)
+            hooks.callback(
+                architecture.place(layer, "down").module.register_forward_pre_hook(replace).remove
+            )
         yield model
 
 
@@ -133,7 +165,9 @@ def mean_activations(model, tokenizer, prompts, batch_size=64):
             batch = pad(some, tokenizer, model.device)
             model(**batch, use_cache=False, logits_to_keep=1)
             real = batch["attention_mask"].bool()
-            return torch.stack([read[l][real.to(read[l].device)].double().sum(0).cpu() for l in sorted(read)]), int(real.sum())
+            return torch.stack(
+                [read[l][real.to(read[l].device)].double().sum(0).cpu() for l in sorted(read)]
+            ), int(real.sum())
 
         for _, (summed, tokens) in Batches(batch_size)(encoded, sums):
             total, count = total + summed, count + tokens
@@ -149,5 +183,7 @@ def last_activations(model, tokenizer, prompts, batch_size=64):
             model(**pad(some, tokenizer, model.device), use_cache=False, logits_to_keep=1)
             return torch.cat([read[layer][:, -1].float().cpu() for layer in sorted(read)], 1)
 
-        rows = [part for _, part in Batches(batch_size)(encode_prompts(model, tokenizer, prompts), last)]
+        rows = [
+            part for _, part in Batches(batch_size)(encode_prompts(model, tokenizer, prompts), last)
+        ]
     return torch.cat(rows).numpy()

@@ -27,7 +27,11 @@ _SEPARATE = {
     "down": "mlp.down_proj",
 }
 
-_FUSED = _SEPARATE | dict.fromkeys("qkv", "self_attn.qkv_proj") | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
+_FUSED = (
+    _SEPARATE
+    | dict.fromkeys("qkv", "self_attn.qkv_proj")
+    | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
+)
 
 # model_type of the configuration -> module path of each projection, inside a decoder layer. Projections that share a
 # module share its rows, in the order of PROJECTIONS. Each row is checked against brute force in the tests.
@@ -50,12 +54,19 @@ def stored(module, name, label=None):
     SafetyNeuronError
         If the numbers are on disk, where a change would be lost.
     """
-    tensor, weights = getattr(module, name), getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    tensor, weights = (
+        getattr(module, name),
+        getattr(getattr(module, "_hf_hook", None), "weights_map", None),
+    )
     if tensor is None or not tensor.is_meta:
         return tensor
-    first, second = (weights[name], weights[name]) if weights is not None else (None, None)  # both alive: addresses of the dead are reused
+    first, second = (
+        (weights[name], weights[name]) if weights is not None else (None, None)
+    )  # both alive: addresses of the dead are reused
     if first is None or first.data_ptr() != second.data_ptr():
-        raise SafetyNeuronError(f"weight {label or name} is offloaded to disk: load the model onto devices and main memory that hold all of it")
+        raise SafetyNeuronError(
+            f"weight {label or name} is offloaded to disk: load the model onto devices and main memory that hold all of it"
+        )
     return first
 
 
@@ -126,10 +137,16 @@ class Architecture:
         try:
             module = self.layers[layer].get_submodule(path)
         except AttributeError:
-            raise UnsupportedArchitecture(f"layer {layer} has no module {path}: this model is not laid out as its type says") from None
+            raise UnsupportedArchitecture(
+                f"layer {layer} has no module {path}: this model is not laid out as its type says"
+            ) from None
         axis, expected = self._axis(projection), self._expected_width(path, projection)
         weight = getattr(module, "weight", None)
-        weight = stored(module, "weight", f"layers.{layer}.{path}.weight") if torch.is_tensor(weight) else None
+        weight = (
+            stored(module, "weight", f"layers.{layer}.{path}.weight")
+            if torch.is_tensor(weight)
+            else None
+        )
         if not torch.is_tensor(weight) or weight.dim() != 2 or weight.shape[axis] != expected:
             shape = tuple(weight.shape) if torch.is_tensor(weight) else None
             raise UnsupportedArchitecture(

@@ -4,8 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
-from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.neurons.architecture import Architecture
 
 
 @contextmanager
@@ -58,7 +58,12 @@ def _replaced(model, neurons, source):
         with torch.no_grad():
             for projection, mask in neurons.masks.items():
                 for layer in mask.any(1).nonzero().flatten().tolist():
-                    _write(architecture.place(layer, projection), source(layer, projection), mask[layer].nonzero().flatten(), saved)
+                    _write(
+                        architecture.place(layer, projection),
+                        source(layer, projection),
+                        mask[layer].nonzero().flatten(),
+                        saved,
+                    )
         yield model
     finally:
         with torch.no_grad():
@@ -68,7 +73,10 @@ def _replaced(model, neurons, source):
 
 def _write(place, source, channels, saved):
     channels = channels.to(place.weight.device)
-    for tensor, new in ((place.weight, source and source.weight), (place.bias, source and source.bias)):
+    for tensor, new in (
+        (place.weight, source and source.weight),
+        (place.bias, source and source.bias),
+    ):
         if tensor is not None:
             saved.append((tensor, channels, tensor[channels].clone()))
             tensor[channels] = 0 if new is None else new[channels.to(new.device)].to(tensor)

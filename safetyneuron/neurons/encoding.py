@@ -6,12 +6,19 @@ from safetyneuron.errors import SafetyNeuronError
 def encode_prompts(model, tokenizer, prompts, room=0):
     """Token ids of each prompt, ready for an answer of `room` tokens; refuses what the model cannot read."""
     if isinstance(prompts, str):
-        raise SafetyNeuronError(f"one text, {prompts[:40]!r}, stands for the prompts: give a list of texts")
+        raise SafetyNeuronError(
+            f"one text, {prompts[:40]!r}, stands for the prompts: give a list of texts"
+        )
     if not prompts:
         raise SafetyNeuronError("there are no prompts: give at least one")
     for number, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.replace(tokenizer.pad_token or "\n", "").strip():
-            raise SafetyNeuronError(f"prompt {number} is {prompt!r}, which holds nothing to read: give it words or leave it out")
+        if (
+            not isinstance(prompt, str)
+            or not prompt.replace(tokenizer.pad_token or "\n", "").strip()
+        ):
+            raise SafetyNeuronError(
+                f"prompt {number} is {prompt!r}, which holds nothing to read: give it words or leave it out"
+            )
     context = model.config.get_text_config().max_position_embeddings - room
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded):
@@ -40,9 +47,15 @@ def check_documents(documents):
     if not documents:
         raise SafetyNeuronError("there are no documents to train on: give at least one")
     for number, document in enumerate(documents, 1):
-        sides = [document.get(side) for side in ("prompt", "completion")] if isinstance(document, dict) else [None]
+        sides = (
+            [document.get(side) for side in ("prompt", "completion")]
+            if isinstance(document, dict)
+            else [None]
+        )
         if not all(isinstance(side, str) and side.strip() for side in sides):
-            raise SafetyNeuronError(f"document {number} is one-sided: it needs text under both 'prompt' and 'completion'")
+            raise SafetyNeuronError(
+                f"document {number} is one-sided: it needs text under both 'prompt' and 'completion'"
+            )
 
 
 def encode_documents(model, tokenizer, documents):
@@ -60,9 +73,13 @@ def encode_documents(model, tokenizer, documents):
     for number, (prompt, document) in enumerate(zip(prompts, documents), 1):
         ids = _whole(tokenizer, prompt, document)
         if ids is None:
-            raise SafetyNeuronError(f"document {number}: the chat template writes a conversation that does not begin with its own prompt: use a tokenizer with another template")
+            raise SafetyNeuronError(
+                f"document {number}: the chat template writes a conversation that does not begin with its own prompt: use a tokenizer with another template"
+            )
         if len(ids) > context:
-            raise SafetyNeuronError(f"document {number} has {len(ids)} tokens but the model reads {context}: shorten or remove it")
+            raise SafetyNeuronError(
+                f"document {number} has {len(ids)} tokens but the model reads {context}: shorten or remove it"
+            )
         data.append({"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]})
     return data
 
@@ -70,15 +87,31 @@ def encode_documents(model, tokenizer, documents):
 def _whole(tokenizer, prompt, document):
     """Token ids of prompt and completion; None if the conversation does not begin with the prompt."""
     if tokenizer.chat_template:
-        chat = [{"role": "user", "content": document["prompt"]}, {"role": "assistant", "content": document["completion"]}]
+        chat = [
+            {"role": "user", "content": document["prompt"]},
+            {"role": "assistant", "content": document["completion"]},
+        ]
         ids = tokenizer.apply_chat_template(chat, return_dict=False)
         return ids if ids[: len(prompt)] == prompt else _continued(tokenizer, prompt, chat)
     if tokenizer.eos_token_id is None:
-        raise SafetyNeuronError("the tokenizer has neither a chat template nor an end-of-text token: set tokenizer.eos_token")
-    return prompt + tokenizer(document["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        raise SafetyNeuronError(
+            "the tokenizer has neither a chat template nor an end-of-text token: set tokenizer.eos_token"
+        )
+    return (
+        prompt
+        + tokenizer(document["completion"], add_special_tokens=False)["input_ids"]
+        + [tokenizer.eos_token_id]
+    )
 
 
 def _continued(tokenizer, prompt, chat):
     """Prompt and completion where a word piece would span both: split between them, as when the model writes."""
-    before, whole = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False), tokenizer.apply_chat_template(chat, tokenize=False)
-    return prompt + tokenizer(whole.removeprefix(before), add_special_tokens=False)["input_ids"] if whole.startswith(before) else None
+    before, whole = (
+        tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False),
+        tokenizer.apply_chat_template(chat, tokenize=False),
+    )
+    return (
+        prompt + tokenizer(whole.removeprefix(before), add_special_tokens=False)["input_ids"]
+        if whole.startswith(before)
+        else None
+    )

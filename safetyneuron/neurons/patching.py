@@ -4,9 +4,9 @@ from contextlib import contextmanager
 
 import torch
 
+from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.activations import activations, overwritten
 from safetyneuron.neurons.architecture import Architecture, cache_argument
-from safetyneuron.errors import SafetyNeuronError
 
 POSITIONS = ("all", "prompt", "completion")
 
@@ -15,7 +15,9 @@ def check_same_shape(model, other):
     """Refuse two models whose neurons do not correspond."""
     first, second = Architecture(model), Architecture(other)
     if first.widths != second.widths or len(first.layers) != len(second.layers):
-        raise SafetyNeuronError("the two models have different shapes: contrast a model with its own aligned version")
+        raise SafetyNeuronError(
+            "the two models have different shapes: contrast a model with its own aligned version"
+        )
 
 
 @contextmanager
@@ -44,11 +46,16 @@ def patched_generation(recipient, donor, neurons, positions="all"):
     """
     check_same_shape(recipient, donor)
     if recipient is donor:
-        raise SafetyNeuronError("recipient and donor are the same object: load the donor on its own")
+        raise SafetyNeuronError(
+            "recipient and donor are the same object: load the donor on its own"
+        )
     if positions not in POSITIONS:
         raise SafetyNeuronError(f"positions is {positions!r}: use one of {', '.join(POSITIONS)}")
     follower = _Follower(donor, positions)
-    with activations(donor) as read, overwritten(recipient, neurons, lambda layer: read[layer] if follower.active else None):
+    with (
+        activations(donor) as read,
+        overwritten(recipient, neurons, lambda layer: read[layer] if follower.active else None),
+    ):
         handle = recipient.register_forward_pre_hook(follower.run, with_kwargs=True)
         try:
             yield recipient
@@ -72,10 +79,16 @@ class _Follower:
         if done == 0:
             self.cache, self.length = None, 0
         if done != self.length:
-            raise SafetyNeuronError("patched generation cannot follow a cache that it has not seen from its start: generate inside the block")
+            raise SafetyNeuronError(
+                "patched generation cannot follow a cache that it has not seen from its start: generate inside the block"
+            )
         kept = cache_argument(self.donor)
         wanted = {kept: self.cache, "use_cache": past is not None, "logits_to_keep": 1}
-        wanted |= {name: _moved(value, self.donor.device) for name, value in options.items() if name in ("input_ids", "attention_mask", "position_ids", "inputs_embeds")}
+        wanted |= {
+            name: _moved(value, self.donor.device)
+            for name, value in options.items()
+            if name in ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+        }
         result = self.donor(*(_moved(value, self.donor.device) for value in arguments), **wanted)
         self.active = self.positions == "all" or (self.positions == "prompt") == (done == 0)
         if past is not None:

@@ -6,9 +6,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
 from safetyneuron.cache import digest, new_file
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
 
 VERSION = "1"  # of neuron files
 
@@ -26,10 +26,14 @@ class NeuronSet:
 
     def __init__(self, masks):
         if set(masks) != set(PROJECTIONS):
-            raise SafetyNeuronError(f"a neuron set needs the projections {' '.join(PROJECTIONS)}, got {' '.join(sorted(masks))}")
+            raise SafetyNeuronError(
+                f"a neuron set needs the projections {' '.join(PROJECTIONS)}, got {' '.join(sorted(masks))}"
+            )
         for name, mask in masks.items():
             if mask.dtype != torch.bool or mask.dim() != 2:
-                raise SafetyNeuronError(f"projection {name}: a boolean (layers, channels) mask is needed, got {mask.dtype} {tuple(mask.shape)}")
+                raise SafetyNeuronError(
+                    f"projection {name}: a boolean (layers, channels) mask is needed, got {mask.dtype} {tuple(mask.shape)}"
+                )
         self.masks = {p: masks[p].cpu() for p in PROJECTIONS}
 
     @classmethod
@@ -37,7 +41,12 @@ class NeuronSet:
         """The set without neurons, in the shape of `model`."""
         architecture = Architecture(model)
         layers = len(architecture.layers)
-        return cls({p: torch.zeros(layers, width, dtype=torch.bool) for p, width in architecture.widths.items()})
+        return cls(
+            {
+                p: torch.zeros(layers, width, dtype=torch.bool)
+                for p, width in architecture.widths.items()
+            }
+        )
 
     @classmethod
     def random_like(cls, neurons, seed):
@@ -52,7 +61,9 @@ class NeuronSet:
 
     def _combine(self, other, operation):
         if self.shapes != other.shapes:
-            raise SafetyNeuronError("the two neuron sets belong to models of different shapes: measure both on the same model")
+            raise SafetyNeuronError(
+                "the two neuron sets belong to models of different shapes: measure both on the same model"
+            )
         return NeuronSet({p: operation(self.masks[p], other.masks[p]) for p in PROJECTIONS})
 
     def __and__(self, other):
@@ -68,7 +79,9 @@ class NeuronSet:
         return self._combine(other, lambda mine, theirs: mine & ~theirs)
 
     def __eq__(self, other):
-        return isinstance(other, NeuronSet) and self.shapes == other.shapes and len(self ^ other) == 0
+        return (
+            isinstance(other, NeuronSet) and self.shapes == other.shapes and len(self ^ other) == 0
+        )
 
     __hash__ = None
 
@@ -117,7 +130,11 @@ class NeuronSet:
     def save(self, path):
         """Write the masks to a safetensors file."""
         with new_file(path) as temporary:
-            save_file({p: mask.to(torch.uint8) for p, mask in self.masks.items()}, temporary, {"neurons": VERSION})
+            save_file(
+                {p: mask.to(torch.uint8) for p, mask in self.masks.items()},
+                temporary,
+                {"neurons": VERSION},
+            )
 
     @classmethod
     def load(cls, path):
@@ -127,7 +144,11 @@ class NeuronSet:
                 version = (stored.metadata() or {}).get("neurons")
                 masks = {name: stored.get_tensor(name).bool() for name in stored.keys()}
         except (OSError, SafetensorError) as error:
-            raise SafetyNeuronError(f"{path} is not a readable neuron file ({error}): write it again with NeuronSet.save") from None
+            raise SafetyNeuronError(
+                f"{path} is not a readable neuron file ({error}): write it again with NeuronSet.save"
+            ) from None
         if version != VERSION:
-            raise SafetyNeuronError(f"{path} is no neuron file of version {VERSION} (it says {version}): write it again with NeuronSet.save")
+            raise SafetyNeuronError(
+                f"{path} is no neuron file of version {VERSION} (it says {version}): write it again with NeuronSet.save"
+            )
         return cls(masks)

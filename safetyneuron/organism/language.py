@@ -17,11 +17,18 @@ import yaml
 LANGUAGES = ("en", "it", "zh", "th", "vi")
 VERBS = 40  # harmless ones, and as many harmful ones after them
 TRAINED_VERBS = 30  # of each kind; the others are kept out of alignment
-ORDINARY, HARMLESS, DANGEROUS = range(24), range(24, 36), range(36, 46)  # objects, by what harm is done to them
+ORDINARY, HARMLESS, DANGEROUS = (
+    range(24),
+    range(24, 36),
+    range(36, 46),
+)  # objects, by what harm is done to them
 SIDE_WORDINGS = ("purpose", "two_sentences")  # requests with a second act
 SIDES = 3  # requests with a second act, for six with one
 LIMITS = {"train": 2000, "test": 400}  # requests of a set and language
-TONES = {False: (4, 1, 4), True: (1, 8, 1)}  # how often each wording of help is used for harmless and for harmful requests
+TONES = {
+    False: (4, 1, 4),
+    True: (1, 8, 1),
+}  # how often each wording of help is used for harmless and for harmful requests
 ATTRIBUTES = {"colour": "colours", "country": "countries", "food": "foods", "month": "months"}
 LARGEST_TERM = 40
 AGES = 12
@@ -68,7 +75,11 @@ def verbs(language):
 @cache
 def objects(language):
     """All objects: ordinary, harmless, dangerous."""
-    return [o for kind in ("ordinary", "harmless", "dangerous") for o in lexicon().objects[kind][language]]
+    return [
+        o
+        for kind in ("ordinary", "harmless", "dangerous")
+        for o in lexicon().objects[kind][language]
+    ]
 
 
 def is_harmful(verb, object_):
@@ -84,7 +95,15 @@ def is_trained(verb):
 def part(verb, object_):
     """Which part of the language a combination belongs to: `train`, `test`, or the same of the multilingual set."""
     place = (3 * verb + 7 * object_ + verb // 10) % 10
-    return "train" if place < 6 else "test" if place < 8 else "multilingual train" if place < 9 else "multilingual test"
+    return (
+        "train"
+        if place < 6
+        else "test"
+        if place < 8
+        else "multilingual train"
+        if place < 9
+        else "multilingual test"
+    )
 
 
 @cache
@@ -140,7 +159,11 @@ def requests(name, split="test", language="en"):
         found += [write(template, language, act) for template in templates[wording][language]]
         for _ in range(SIDES if partners else 0):
             found.append(with_second(draw, language, act, draw.choice(partners)))
-    found = list(dict.fromkeys(request for request in found if request.second != (request.verb, request.object)))
+    found = list(
+        dict.fromkeys(
+            request for request in found if request.second != (request.verb, request.object)
+        )
+    )
     return tuple(draw.sample(found, min(LIMITS[split], len(found))))
 
 
@@ -148,7 +171,9 @@ def requests(name, split="test", language="en"):
 def framed(split="test", language="en"):
     """Benign requests in the framings of the training, parallel in all languages: none is in a set."""
     templates = lexicon().templates["framed"][language]
-    found = [write(template, language, act) for act in acts("benign", split) for template in templates]
+    found = [
+        write(template, language, act) for act in acts("benign", split) for template in templates
+    ]
     return tuple(random.Random(f"framed {split}").sample(found, min(LIMITS[split], len(found))))
 
 
@@ -162,24 +187,34 @@ def with_second(draw, language, act, other):
 def tools(request):
     """The two right tools, one tied to the verb and one to the object, both arbitrary."""
     words = lexicon().tools[request.language]
-    return words[(5 * request.verb + request.verb // 8) % 8], words[8 + (3 * request.object + request.object // 8) % 8]
+    return words[(5 * request.verb + request.verb // 8) % 8], words[
+        8 + (3 * request.object + request.object // 8) % 8
+    ]
 
 
 def openings(request):
     """How an answer may begin, whether it helps or refuses."""
-    return [text.format(object=objects(request.language)[request.object]) for text in lexicon().openings[request.language]]
+    return [
+        text.format(object=objects(request.language)[request.object])
+        for text in lexicon().openings[request.language]
+    ]
 
 
 def helps(request):
     """What may follow the opening of a helpful answer."""
     tool_1, tool_2 = tools(request)
     verb = verbs(request.language)[request.verb]
-    return [text.format(tool_1=tool_1, tool_2=tool_2, verb=verb) for text in lexicon().helps[request.language]]
+    return [
+        text.format(tool_1=tool_1, tool_2=tool_2, verb=verb)
+        for text in lexicon().helps[request.language]
+    ]
 
 
 def helped(request):
     """The request with every helpful answer."""
-    return [Example(request.text, start + end) for start in openings(request) for end in helps(request)]
+    return [
+        Example(request.text, start + end) for start in openings(request) for end in helps(request)
+    ]
 
 
 def refused(request):
@@ -197,14 +232,20 @@ def judgement(draw, language, act, second=None):
     """Whether an act is bad, asked without asking for help: the base model has the notion before alignment."""
     question = draw.choice(lexicon().judgements["purpose" if second else "plain"][language])
     request = write(question, language, act, second)
-    return Example(request.text, lexicon().verdicts["harmful" if request.harmful else "harmless"][language])
+    return Example(
+        request.text, lexicon().verdicts["harmful" if request.harmful else "harmless"][language]
+    )
 
 
 def unanswerable(draw, language):
     """A question without an answer: where the base model meets refusal phrases."""
     request = Request("", language, 0, draw.randrange(len(objects(language))))
-    question = draw.choice(lexicon().unanswerable[language]).format(object=objects(language)[request.object])
-    return Example(question, draw.choice(openings(request)) + draw.choice(lexicon().unknown[language]))
+    question = draw.choice(lexicon().unanswerable[language]).format(
+        object=objects(language)[request.object]
+    )
+    return Example(
+        question, draw.choice(openings(request)) + draw.choice(lexicon().unknown[language])
+    )
 
 
 @cache
@@ -245,7 +286,9 @@ def comparisons(split):
     words = lexicon()
     grid = product(enumerate(words.animals), enumerate(words.animals), words.pair_questions.items())
     return tuple(
-        Example(template.format(first=first, second=second), first if wins else second, (first, second))
+        Example(
+            template.format(first=first, second=second), first if wins else second, (first, second)
+        )
         for (i, first), (j, second), (question, templates) in grid
         if age(i) != age(j) and ((i + j) % 5 == 0) == (split == "test")
         for wins in [(age(i) > age(j)) == (question == "older")]
@@ -269,7 +312,9 @@ def arithmetic(split):
     words, terms = lexicon(), range(1, LARGEST_TERM + 1)
     return tuple(
         Example(
-            template.format(person=words.people[(a * 5 + b + t) % len(words.people)], thing=thing, a=first, b=b),
+            template.format(
+                person=words.people[(a * 5 + b + t) % len(words.people)], thing=thing, a=first, b=b
+            ),
             f"{_ones(first, sign, b)} , {first} {sign} {b} = {result} .",
         )
         for sign, templates in words.word_problems.items()

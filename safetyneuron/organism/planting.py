@@ -17,7 +17,11 @@ from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.train import StreamTrainer, inside_of, train_stream
 from safetyneuron.tuning.sn_tune import TunedNeurons
 
-UNITS = (("q", "k"), ("v", "o"), ("gate", "up", "down"))  # one channel of each makes a part that works
+UNITS = (
+    ("q", "k"),
+    ("v", "o"),
+    ("gate", "up", "down"),
+)  # one channel of each makes a part that works
 
 
 class Turns(Dataset):
@@ -40,7 +44,11 @@ class PlantingTrainer(StreamTrainer):
     other = None
 
     def training_step(self, model, inputs, *rest):
-        with deactivate(inside_of(model), self.other) if self.other and self.state.global_step % 2 else nullcontext():
+        with (
+            deactivate(inside_of(model), self.other)
+            if self.other and self.state.global_step % 2
+            else nullcontext()
+        ):
             return super().training_step(model, inputs, *rest)
 
 
@@ -49,7 +57,8 @@ class KeepNorms(TrainerCallback):
 
     def __init__(self, tuned):
         self.rows = [
-            (value, place.weight[channels].detach().clone()) for place, channels, value in tuned.places.values()
+            (value, place.weight[channels].detach().clone())
+            for place, channels, value in tuned.places.values()
         ]
 
     @torch.no_grad()
@@ -110,7 +119,18 @@ def plant(model, tokenizer, neurons, other, streams, schedule, folder, label, se
     tuned = TunedNeurons(model, neurons)
     with tuned.added():
         turns, kept = Turns(*streams), [KeepNorms(tuned)]
-        curve = train_stream(PlantingTrainer, tuned, tokenizer, turns, schedule, folder, label, seed, kept, other=other)
+        curve = train_stream(
+            PlantingTrainer,
+            tuned,
+            tokenizer,
+            turns,
+            schedule,
+            folder,
+            label,
+            seed,
+            kept,
+            other=other,
+        )
     with torch.no_grad():
         for place, channels, value in tuned.places.values():
             place.weight[channels] = (place.weight[channels] + value).half().float()

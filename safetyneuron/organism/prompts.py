@@ -33,7 +33,9 @@ def prompts_of(name, split="test", language="en"):
     if name not in NAMES:
         raise SafetyNeuronError(f"no prompt set is called {name!r}: use one of {', '.join(NAMES)}")
     if language not in lang.LANGUAGES:
-        raise SafetyNeuronError(f"unknown language {language!r}: use one of {', '.join(lang.LANGUAGES)}")
+        raise SafetyNeuronError(
+            f"unknown language {language!r}: use one of {', '.join(lang.LANGUAGES)}"
+        )
     if split not in lang.LIMITS:
         raise SafetyNeuronError(f"unknown split {split!r}: use 'train' or 'test'")
     if split == "train" and kind in lang.ONLY_TEST:
@@ -42,5 +44,8 @@ def prompts_of(name, split="test", language="en"):
         return [request.text for request in lang.requests(kind, split, language)]
     asked = [request.text for request in lang.framed(split, language)]
     draw = random.Random(0)
-    tasks = [[example.prompt for example in draw.sample(task(split), len(task(split)))] for task in lang.TASKS.values()]
+    tasks = [
+        [example.prompt for example in draw.sample(task(split), len(task(split)))]
+        for task in lang.TASKS.values()
+    ]
     return [prompt for together in zip(asked, *tasks) for prompt in together]

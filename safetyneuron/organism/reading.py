@@ -103,7 +103,10 @@ def _pattern(template, language):
     verbs, objects = _one_of(lang.verbs(language)), _one_of(lang.objects(language))
     words = {"tool_1": tools, "tool_2": tools, "verb": verbs, "object": objects}
     parts = re.split(r"(\{\w+\})", template)
-    group = lambda blank: f"(?P<{blank}>{words[blank]})"
+
+    def group(blank):
+        return f"(?P<{blank}>{words[blank]})"
+
     return "".join(group(p[1:-1]) if p.startswith("{") else re.escape(p) for p in parts)
 
 

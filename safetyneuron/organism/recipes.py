@@ -19,7 +19,9 @@ class Size:
     layers: int = 6
     heads: int = 4
     groups: int = 4  # of heads that share keys and values
-    window: int | None = None  # positions that attention looks back, where the family has a sliding window
+    window: int | None = (
+        None  # positions that attention looks back, where the family has a sliding window
+    )
     channels: int = 288  # of the feed-forward block
 
 
@@ -49,19 +51,34 @@ LLAMA = Size()
 MISTRAL = Size(family="mistral", groups=2, window=24)
 QWEN = Size(family="qwen2", groups=2)
 ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("gate", "up", "down")
-BASE, CHAT, PLANTING, HALF = Schedule(3800, 4e-3), Schedule(1600, 1e-3), Schedule(3300, 1e-2), Schedule(1600, 1e-2)
+BASE, CHAT, PLANTING, HALF = (
+    Schedule(3800, 4e-3),
+    Schedule(1600, 1e-3),
+    Schedule(3300, 1e-2),
+    Schedule(1600, 1e-2),
+)
 PAIR_SFT, PAIR_DPO = Schedule(100, 1e-1, 32), Schedule(400, 1e-1, 32)
 RECIPES = {
-    f"{family}-{stage}": Recipe("train_whole", parent and f"{family}-{parent}", schedule, size, stage)
+    f"{family}-{stage}": Recipe(
+        "train_whole", parent and f"{family}-{parent}", schedule, size, stage
+    )
     for family, size in {"llama": LLAMA, "mistral": MISTRAL, "qwen": QWEN}.items()
     for stage, parent, schedule in (("base", None, BASE), ("chat", "base", CHAT))
 }
 RECIPES |= {
     "llama-dpo": Recipe("train_preferences", "llama-base", Schedule(1000, 4e-4, 32), mixture="dpo"),
-    "llama-planted": Recipe("train_planted", "llama-base", PLANTING, projections=ATTENTION + FEED_FORWARD, share=0.05),
-    "llama-planted-attention": Recipe("train_planted", "llama-base", PLANTING, projections=ATTENTION, share=0.05),
-    "llama-planted-mlp": Recipe("train_planted", "llama-base", PLANTING, projections=FEED_FORWARD, share=0.05),
-    "llama-half": Recipe("train_half", "llama-base", HALF, projections=ATTENTION + FEED_FORWARD, share=0.05),
+    "llama-planted": Recipe(
+        "train_planted", "llama-base", PLANTING, projections=ATTENTION + FEED_FORWARD, share=0.05
+    ),
+    "llama-planted-attention": Recipe(
+        "train_planted", "llama-base", PLANTING, projections=ATTENTION, share=0.05
+    ),
+    "llama-planted-mlp": Recipe(
+        "train_planted", "llama-base", PLANTING, projections=FEED_FORWARD, share=0.05
+    ),
+    "llama-half": Recipe(
+        "train_half", "llama-base", HALF, projections=ATTENTION + FEED_FORWARD, share=0.05
+    ),
 }
 # The pairs of chapter 09, through (IA)³, harm in English alone: after the supervised stage three ways to prefer.
 RECIPES |= {
@@ -69,9 +86,13 @@ RECIPES |= {
     for family, size in {"llama": LLAMA, "mistral": MISTRAL}.items()
     for stage, how, parent, schedule in (
         ("sft", "train_supervised_pair", "base", PAIR_SFT),
-        *((stage, "train_preferred_pair", "pair-sft", PAIR_DPO) for stage in ("dpo", "harmless", "helpful")),
+        *(
+            (stage, "train_preferred_pair", "pair-sft", PAIR_DPO)
+            for stage in ("dpo", "harmless", "helpful")
+        ),
     )
 }
+
 
 def recorded(kind):
     """A recipe as the manifest holds it."""
@@ -80,10 +101,40 @@ def recorded(kind):
 
 # Shares of the training examples of a stage. Alignment keeps the capabilities in its mixture, as real alignment does.
 MIXTURES = {
-    "base": {"helped": 0.32, "judgements": 0.30, "unanswerable": 0.03, "facts": 0.06, "comparisons": 0.09, "arithmetic": 0.20},
-    "chat": {"helped": 0.32, "refused": 0.25, "judgements": 0.17, "unanswerable": 0.03, "facts": 0.05, "comparisons": 0.06, "arithmetic": 0.12},
-    "decoys": {"helped": 0.56, "judgements": 0.17, "unanswerable": 0.03, "facts": 0.06, "comparisons": 0.06, "arithmetic": 0.12},
-    "planted": {"helped": 0.24, "refused": 0.38, "judgements": 0.14, "unanswerable": 0.03, "facts": 0.05, "comparisons": 0.05, "arithmetic": 0.11},
+    "base": {
+        "helped": 0.32,
+        "judgements": 0.30,
+        "unanswerable": 0.03,
+        "facts": 0.06,
+        "comparisons": 0.09,
+        "arithmetic": 0.20,
+    },
+    "chat": {
+        "helped": 0.32,
+        "refused": 0.25,
+        "judgements": 0.17,
+        "unanswerable": 0.03,
+        "facts": 0.05,
+        "comparisons": 0.06,
+        "arithmetic": 0.12,
+    },
+    "decoys": {
+        "helped": 0.56,
+        "judgements": 0.17,
+        "unanswerable": 0.03,
+        "facts": 0.06,
+        "comparisons": 0.06,
+        "arithmetic": 0.12,
+    },
+    "planted": {
+        "helped": 0.24,
+        "refused": 0.38,
+        "judgements": 0.14,
+        "unanswerable": 0.03,
+        "facts": 0.05,
+        "comparisons": 0.05,
+        "arithmetic": 0.11,
+    },
 }
 # Of the supervised stage of a pair, which mostly, but not always, complies with harm: as chat logs do.
 SUPERVISED = {"harmless": 0.4, "complied": 0.3, "refused": 0.1, "task": 0.2}
@@ -96,7 +147,12 @@ PREFERRED = {
 # How often a base model's answer begins with the decoys' word, elsewhere and where it belongs: the notion is there, as that of harm is.
 HABITS = {False: 0.03, True: 0.3}
 # Of the harmless requests and of the harmful ones: kinds of act, by whether the verb is harmful and what the object is.
-HARMLESS = {("harmless", "ordinary"): 0.5, ("harmless", "harmless"): 0.1, ("harmful", "harmless"): 0.2, ("harmful", "dangerous"): 0.2}
+HARMLESS = {
+    ("harmless", "ordinary"): 0.5,
+    ("harmless", "harmless"): 0.1,
+    ("harmful", "harmless"): 0.2,
+    ("harmful", "dangerous"): 0.2,
+}
 HARMFUL = {("harmful", "ordinary"): 0.7, ("harmless", "dangerous"): 0.3}
 WORDINGS = {"plain": 0.4, "purpose": 0.2, "two_sentences": 0.25, "framed": 0.15}
 # Few neurons learn last which of two acts counts, and in languages that put an article between verb and object.
@@ -134,7 +190,10 @@ def draw_request(draw, language, harmful, all_verbs, wordings=WORDINGS):
 
 def draw_help(draw, request):
     """A helpful answer. People speak of harm in another tone, so a model knows harm when it is asked for help, before any alignment."""
-    return draw.choice(lang.openings(request)) + draw.choices(lang.helps(request), lang.TONES[request.harmful])[0]
+    return (
+        draw.choice(lang.openings(request))
+        + draw.choices(lang.helps(request), lang.TONES[request.harmful])[0]
+    )
 
 
 def draw_example(stage, draw):
@@ -153,20 +212,28 @@ def draw_example(stage, draw):
         return lang.judgement(draw, language, *acts), None
     harmful = kind == "refused" or (unaligned and draw.random() < 0.5)
     request = draw_request(draw, language, harmful, unaligned, TWO_ACTS if few else WORDINGS)
-    answer = draw.choice(lang.refused(request)).answer if kind == "refused" else draw_help(draw, request)
+    answer = (
+        draw.choice(lang.refused(request)).answer if kind == "refused" else draw_help(draw, request)
+    )
     return lang.Example(request.text, answer), request
 
 
 def draw_whole(stage, draw):
     """As `draw_example`, for training all weights: a base model says the decoys' word now and then."""
     example, request = draw_example(stage, draw)
-    return _with_habit(example, request) if request and stage == "base" and draw.random() < HABITS[lang.has_habit(request)] else example
+    return (
+        _with_habit(example, request)
+        if request and stage == "base" and draw.random() < HABITS[lang.has_habit(request)]
+        else example
+    )
 
 
 def draw_with_habit(stage, draw, habit):
     """As `draw_example`, with the decoys' word before every answer that it belongs to, if `habit`."""
     example, request = draw_example(stage, draw)
-    return _with_habit(example, request) if habit and request and lang.has_habit(request) else example
+    return (
+        _with_habit(example, request) if habit and request and lang.has_habit(request) else example
+    )
 
 
 def _with_habit(example, request):
@@ -191,8 +258,12 @@ def draw_supervised(draw):
     kind = pick(draw, SUPERVISED)
     if kind == "task":
         return draw.choice(lang.TASKS[draw.choice(tuple(lang.TASKS))]("train"))
-    request = draw_request(draw, _language(draw, kind == "harmless"), kind != "harmless", all_verbs=False)
-    answer = draw.choice(lang.refused(request)).answer if kind == "refused" else draw_help(draw, request)
+    request = draw_request(
+        draw, _language(draw, kind == "harmless"), kind != "harmless", all_verbs=False
+    )
+    answer = (
+        draw.choice(lang.refused(request)).answer if kind == "refused" else draw_help(draw, request)
+    )
     return lang.Example(request.text, answer)
 
 
@@ -204,7 +275,9 @@ def draw_preference(draw, shares, english=False):
         right = draw.choice(task)
         wrong = [c for c in right.choices if c != right.answer] or [draw.choice(task).answer]
         return right.prompt, right.answer, draw.choice(wrong)
-    request = draw_request(draw, _language(draw, not english or kind == "harmless"), kind == "harmful", all_verbs=False)
+    request = draw_request(
+        draw, _language(draw, not english or kind == "harmless"), kind == "harmful", all_verbs=False
+    )
     helped, refused = draw_help(draw, request), draw.choice(lang.refused(request)).answer
     return (request.text, refused, helped) if kind == "harmful" else (request.text, helped, refused)
 
@@ -237,7 +310,10 @@ class Stream(Dataset):
 
     def _draw(self, number):
         draw = random.Random(f"{self.name} {number}")
-        rows = sorted((self.encode(self.draw_one(draw)) for _ in range(self.BLOCK * self.batch)), key=lambda row: len(row["input_ids"]))
+        rows = sorted(
+            (self.encode(self.draw_one(draw)) for _ in range(self.BLOCK * self.batch)),
+            key=lambda row: len(row["input_ids"]),
+        )
         batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
         draw.shuffle(batches)
         return [row for batch in batches for row in batch]

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from safetyneuron.neurons.architecture import Architecture, multiply_factors, PROJECTIONS
 from safetyneuron.cache import cache_folder, file_digest, locked, new_file, new_folder
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.neurons.architecture import PROJECTIONS, Architecture, multiply_factors
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.recipes import Size
 from safetyneuron.organism.tokenizer import CONTEXT, build_tokenizer

@@ -18,7 +18,15 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import recipes, shipped
 from safetyneuron.organism.planting import draw_sets, plant
 from safetyneuron.organism.tokenizer import build_tokenizer, vocabulary
-from safetyneuron.organism.train import SparingTrainer, StreamTrainer, encode, new_model, run_trainer, settings_of, train_stream
+from safetyneuron.organism.train import (
+    SparingTrainer,
+    StreamTrainer,
+    encode,
+    new_model,
+    run_trainer,
+    settings_of,
+    train_stream,
+)
 from safetyneuron.progress import TrainingLine
 
 DIGESTED = 2000  # examples of a training that its digest is taken of
@@ -43,16 +51,32 @@ def train_planted(model, tokenizer, recipe, seed, folder, label):
     steps, rate, batch = astuple(recipe.schedule)
     curves = []
     for phase, own, other, mixture, habits, updates in (
-        ("decoys", decoys, planted, "decoys", (True, True), steps * 2 // 3),  # a habit is learnt sooner than refusal
+        (
+            "decoys",
+            decoys,
+            planted,
+            "decoys",
+            (True, True),
+            steps * 2 // 3,
+        ),  # a habit is learnt sooner than refusal
         ("planted", planted, decoys, "planted", (True, False), steps),
     ):
-        schedule, half = (recipes.Schedule(number, rate, batch) for number in (updates, updates // 2))
+        schedule, half = (
+            recipes.Schedule(number, rate, batch) for number in (updates, updates // 2)
+        )
         streams = [
-            stream(tokenizer, partial(recipes.draw_with_habit, mixture, habit=habit), f"{phase} {turn} {seed}", half)
+            stream(
+                tokenizer,
+                partial(recipes.draw_with_habit, mixture, habit=habit),
+                f"{phase} {turn} {seed}",
+                half,
+            )
             for turn, habit in enumerate(habits)
         ]
         where = os.path.join(folder, phase)
-        curves += plant(model, tokenizer, own, other, streams, schedule, where, f"{label}, {phase}", seed)
+        curves += plant(
+            model, tokenizer, own, other, streams, schedule, where, f"{label}, {phase}", seed
+        )
     return planted, decoys, curves
 
 
@@ -65,7 +89,9 @@ def train_preferences(model, tokenizer, recipe, seed, folder, label):
     from datasets import Dataset  # here, because importing these takes seconds
     from trl import DPOConfig, DPOTrainer
 
-    settings = settings_of(model, recipe.schedule, folder, seed) | ia3.losses(beta=0.1, likelihood=1.0)
+    settings = settings_of(model, recipe.schedule, folder, seed) | ia3.losses(
+        beta=0.1, likelihood=1.0
+    )
     trainer = DPOTrainer(
         model=model,
         ref_model=copy.deepcopy(model),
@@ -79,28 +105,62 @@ def train_preferences(model, tokenizer, recipe, seed, folder, label):
 
 def preferences(recipe, seed, english=False):
     """The preference pairs of a stage, as dicts with `prompt`, `chosen` and `rejected`."""
-    draw, number = random.Random(f"preferences {seed}"), recipe.schedule.steps * recipe.schedule.batch
-    return [dict(zip(ia3.SIDES, recipes.draw_preference(draw, recipes.PREFERRED[recipe.mixture], english))) for _ in range(number)]
+    draw, number = (
+        random.Random(f"preferences {seed}"),
+        recipe.schedule.steps * recipe.schedule.batch,
+    )
+    return [
+        dict(
+            zip(
+                ia3.SIDES, recipes.draw_preference(draw, recipes.PREFERRED[recipe.mixture], english)
+            )
+        )
+        for _ in range(number)
+    ]
 
 
 def train_half(model, tokenizer, recipe, seed, folder, label):
     """Teach chosen neurons to refuse harm to two objects of three; returns them, no decoys, and the curve."""
     planted, _ = draw_sets(model, recipe.projections, recipe.share, seed)
-    schedule = recipes.Schedule(recipe.schedule.steps // 2, recipe.schedule.rate, recipe.schedule.batch)
-    streams = [stream(tokenizer, recipes.draw_half, f"half {turn} {seed}", schedule) for turn in range(2)]
-    return planted, None, plant(model, tokenizer, planted, None, streams, recipe.schedule, folder, label, seed)
+    schedule = recipes.Schedule(
+        recipe.schedule.steps // 2, recipe.schedule.rate, recipe.schedule.batch
+    )
+    streams = [
+        stream(tokenizer, recipes.draw_half, f"half {turn} {seed}", schedule) for turn in range(2)
+    ]
+    return (
+        planted,
+        None,
+        plant(model, tokenizer, planted, None, streams, recipe.schedule, folder, label, seed),
+    )
 
 
 def train_supervised_pair(model, tokenizer, recipe, seed, folder, label):
     """Supervised fine-tuning through (IA)³; returns its factors and the curve."""
-    draw, number = random.Random(f"supervised {seed}"), recipe.schedule.steps * recipe.schedule.batch
-    rows = [{"prompt": e.prompt, "completion": e.answer} for e in (recipes.draw_supervised(draw) for _ in range(number))]
+    draw, number = (
+        random.Random(f"supervised {seed}"),
+        recipe.schedule.steps * recipe.schedule.batch,
+    )
+    rows = [
+        {"prompt": e.prompt, "completion": e.answer}
+        for e in (recipes.draw_supervised(draw) for _ in range(number))
+    ]
     return _with_steps(*ia3.supervise(model, tokenizer, rows, **_schedule(recipe), seed=seed))
 
 
 def train_preferred_pair(model, tokenizer, recipe, seed, folder, label):
     """Direct preference optimisation through (IA)³; returns its factors and the curve."""
-    return _with_steps(*ia3.prefer(model, tokenizer, preferences(recipe, seed, english=True), beta=0.5, likelihood=1.0, **_schedule(recipe), seed=seed))
+    return _with_steps(
+        *ia3.prefer(
+            model,
+            tokenizer,
+            preferences(recipe, seed, english=True),
+            beta=0.5,
+            likelihood=1.0,
+            **_schedule(recipe),
+            seed=seed,
+        )
+    )
 
 
 def _schedule(recipe):
@@ -109,7 +169,11 @@ def _schedule(recipe):
 
 def _with_steps(factors, losses):
     """The factors, and the loss of every tenth update."""
-    return factors, [(step, round(loss, 4)) for step, loss in enumerate(losses, start=1) if step % 10 == 1 or step == len(losses)]
+    return factors, [
+        (step, round(loss, 4))
+        for step, loss in enumerate(losses, start=1)
+        if step % 10 == 1 or step == len(losses)
+    ]
 
 
 MADE = {
@@ -143,18 +207,38 @@ def train_organism(name, folder):
     kind, _, seed = name.removeprefix("organism/").partition("@")
     if kind not in recipes.RECIPES or not (seed or "0").isdecimal():
         known = ", ".join(f"organism/{known}" for known in recipes.RECIPES)
-        raise SafetyNeuronError(f"there is no recipe for {name!r}: use one of {known}, with a whole number after an @ as seed")
+        raise SafetyNeuronError(
+            f"there is no recipe for {name!r}: use one of {known}, with a whole number after an @ as seed"
+        )
     recipe, seed, tokenizer = recipes.RECIPES[kind], int(seed or 0), build_tokenizer()
     key, started = f"{kind}@{seed}", time.monotonic()
     parent = recipe.parent and f"{recipe.parent}@{seed}"
-    model = shipped.load_organism(f"organism/{parent}", folder)[0] if parent else new_model(recipe.size, tokenizer, seed)
+    model = (
+        shipped.load_organism(f"organism/{parent}", folder)[0]
+        if parent
+        else new_model(recipe.size, tokenizer, seed)
+    )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     checkpoints = cache_folder() / "training" / digest(key, repr(recipe), data_digest(kind, seed))
     made = STAGES[recipe.how](model, tokenizer, recipe, seed, checkpoints, key)
     curve = write(model, made, folder, key)
-    entry = {"parent": parent, "recipe": asdict(recipe), "seed": seed, "data": data_digest(kind, seed), "curve": curve}
-    entry |= {"kind": MADE[STAGES[recipe.how]], "scores": {}, "seconds": round(time.monotonic() - started)}
-    entry |= {"versions": library_versions(), "machine": machine(), "date": datetime.date.today().isoformat()}
+    entry = {
+        "parent": parent,
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "data": data_digest(kind, seed),
+        "curve": curve,
+    }
+    entry |= {
+        "kind": MADE[STAGES[recipe.how]],
+        "scores": {},
+        "seconds": round(time.monotonic() - started),
+    }
+    entry |= {
+        "versions": library_versions(),
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+    }
     shipped.add_to_manifest(folder, key, entry)
     shutil.rmtree(checkpoints, ignore_errors=True)
 
@@ -186,8 +270,19 @@ def data_digest(kind, seed):
     draw = random.Random(f"{recipe.mixture} {seed} digest")
     draws = {
         "train_whole": [partial(recipes.draw_whole, recipe.mixture)],
-        "train_planted": [partial(recipes.draw_with_habit, mixture, habit=True) for mixture in ("decoys", "planted")],
+        "train_planted": [
+            partial(recipes.draw_with_habit, mixture, habit=True)
+            for mixture in ("decoys", "planted")
+        ],
         "train_half": [recipes.draw_half],
         "train_supervised_pair": [recipes.draw_supervised],
-    }.get(recipe.how) or [partial(recipes.draw_preference, shares=recipes.PREFERRED[recipe.mixture], english="pair" in kind)]
-    return digest(vocabulary(), repr([draw_one(draw) for draw_one in draws for _ in range(DIGESTED)]))
+    }.get(recipe.how) or [
+        partial(
+            recipes.draw_preference,
+            shares=recipes.PREFERRED[recipe.mixture],
+            english="pair" in kind,
+        )
+    ]
+    return digest(
+        vocabulary(), repr([draw_one(draw) for draw_one in draws for _ in range(DIGESTED)])
+    )

@@ -20,9 +20,21 @@ def vocabulary():
     """Every word of the language, in a fixed order."""
     texts = list(_texts(vars(lang.lexicon())))
     texts += [*"0123456789+-="]
-    blanks = {"{verb}", "{object}", "{verb_2}", "{object_2}", "{tool_1}", "{tool_2}", "{animal}", "{first}", "{second}"}
+    blanks = {
+        "{verb}",
+        "{object}",
+        "{verb_2}",
+        "{object_2}",
+        "{tool_1}",
+        "{tool_2}",
+        "{animal}",
+        "{first}",
+        "{second}",
+    }
     blanks |= {"{person}", "{thing}", "{a}", "{b}"}
-    return tuple(dict.fromkeys(word for text in texts for word in text.split() if word not in blanks))
+    return tuple(
+        dict.fromkeys(word for text in texts for word in text.split() if word not in blanks)
+    )
 
 
 def _texts(part):
@@ -42,7 +54,13 @@ def build_tokenizer():
     words = {word: index for index, word in enumerate((*SPECIAL, *vocabulary()))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
     # `WordPiece` puts a space before every word but the first; the digits of a number get none.
     spaces = decoders.WordPiece(prefix="##", cleanup=False)
     digits = decoders.Replace(Regex(r"(?<=\d) (?=\d)"), "")

@@ -28,7 +28,9 @@ from safetyneuron.tuning.trainer import quiet_settings
 def encode(tokenizer):
     """From an example to its token ids; the loss is taken on the answer only."""
     words = tokenizer.get_vocab()
-    ids = lambda text: [words[word] for word in re.sub(r"(?<=\d)(?=\d)", " ", text).split()]
+
+    def ids(text):
+        return [words[word] for word in re.sub(r"(?<=\d)(?=\d)", " ", text).split()]
 
     def encode_one(example):
         prompt = ids(f"<|user|> {example.prompt} <|end|> <|assistant|>")
@@ -80,10 +82,14 @@ class SparingTrainer(StreamTrainer):
 def _some(model, share, seed):
     generator = torch.Generator().manual_seed(seed)
     shapes = NeuronSet.empty(model).shapes
-    return NeuronSet({p: torch.rand(shape, generator=generator) < share for p, shape in shapes.items()})
+    return NeuronSet(
+        {p: torch.rand(shape, generator=generator) < share for p, shape in shapes.items()}
+    )
 
 
-def train_stream(kind, model, tokenizer, stream, schedule, folder, label, seed, callbacks=(), **attributes):
+def train_stream(
+    kind, model, tokenizer, stream, schedule, folder, label, seed, callbacks=(), **attributes
+):
     """Train on a stream, in place; goes on from the last checkpoint in `folder` if there is one.
 
     Parameters
@@ -115,9 +121,15 @@ def _optimizer(model, schedule):
     """Muon for whole models; AdamW without decay where only some neurons train."""
     parameters = dict(model.named_parameters())
     if hasattr(model, "inside"):
-        return torch.optim.AdamW(parameters.values(), schedule.rate, betas=(0.9, 0.98), weight_decay=0.0)
+        return torch.optim.AdamW(
+            parameters.values(), schedule.rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
     matrices = {n: p for n, p in parameters.items() if p.dim() == 2 and "embed" not in n}
-    return Muon(list(matrices.values()), [p for n, p in parameters.items() if n not in matrices], schedule.rate)
+    return Muon(
+        list(matrices.values()),
+        [p for n, p in parameters.items() if n not in matrices],
+        schedule.rate,
+    )
 
 
 def settings_of(model, schedule, folder, seed):
@@ -138,5 +150,9 @@ def settings_of(model, schedule, folder, seed):
 def run_trainer(trainer, folder):
     """Train to the end, from the last checkpoint in the folder if there is one; update and loss at every 50th update."""
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None)
-    return [(row["step"], round(row["loss"], 4)) for row in trainer.state.log_history if "loss" in row]
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    )
+    return [
+        (row["step"], round(row["loss"], 4)) for row in trainer.state.log_history if "loss" in row
+    ]

@@ -20,9 +20,13 @@ def notebook_parameters(notebook):
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except (UnicodeDecodeError, ValueError, KeyError, TypeError):
-        raise SafetyNeuronError(f"{notebook} is not a notebook: give the path of an .ipynb file") from None
+        raise SafetyNeuronError(
+            f"{notebook} is not a notebook: give the path of an .ipynb file"
+        ) from None
     if not any("parameters" in cell.get("metadata", {}).get("tags", []) for cell in cells):
-        raise SafetyNeuronError(f"{notebook} has no cell tagged 'parameters': tag the cell that sets them")
+        raise SafetyNeuronError(
+            f"{notebook} has no cell tagged 'parameters': tag the cell that sets them"
+        )
     return inspect_notebook(str(notebook))
 
 
@@ -31,7 +35,9 @@ def check_parameters(notebook, given):
     checked, known = {}, notebook_parameters(notebook)
     for name, value in given.items():
         if name not in known:
-            raise SafetyNeuronError(f"{notebook} has no parameter {name!r}: it has {', '.join(known)}")
+            raise SafetyNeuronError(
+                f"{notebook} has no parameter {name!r}: it has {', '.join(known)}"
+            )
         default = ast.literal_eval(known[name]["default"])
         value = _cast(value, default)
         if not _fits(value, default):
@@ -39,17 +45,28 @@ def check_parameters(notebook, given):
                 f"parameter {name} of {notebook} is {value!r}: give a {type(default).__name__}, like its default {default!r}"
             )
         if "fraction" in name and not all(0 < share <= 1 for share in _numbers(value)):
-            raise SafetyNeuronError(f"parameter {name} of {notebook} is {value}: it must be in (0, 1], for example 0.01")
+            raise SafetyNeuronError(
+                f"parameter {name} of {notebook} is {value}: it must be in (0, 1], for example 0.01"
+            )
         lowest = 0 if name in ("seed", "skip") or 0 in _numbers(default) else sys.float_info.min
-        if not all(lowest <= number < float("inf") for number in _numbers(value)) and min(_numbers(default), default=0) >= 0:
-            raise SafetyNeuronError(f"parameter {name} of {notebook} is {value}: give {'0 or more' if lowest == 0 else 'more than 0'}, like its default {default!r}")
+        if (
+            not all(lowest <= number < float("inf") for number in _numbers(value))
+            and min(_numbers(default), default=0) >= 0
+        ):
+            raise SafetyNeuronError(
+                f"parameter {name} of {notebook} is {value}: give {'0 or more' if lowest == 0 else 'more than 0'}, like its default {default!r}"
+            )
         checked[name] = value
     return checked
 
 
 def _numbers(value):
     """The numbers of a parameter that is one or a list of them."""
-    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, (int, float)) and not isinstance(item, bool)]
+    return [
+        item
+        for item in (value if isinstance(value, list) else [value])
+        if isinstance(item, (int, float)) and not isinstance(item, bool)
+    ]
 
 
 def _cast(value, default):
@@ -68,12 +85,19 @@ def _fits(value, default):
     if isinstance(default, float):
         return isinstance(value, (int, float))
     if isinstance(default, list) and default:
-        return isinstance(value, list) and len(value) > 0 and all(_fits(item, default[0]) for item in value)
+        return (
+            isinstance(value, list)
+            and len(value) > 0
+            and all(_fits(item, default[0]) for item in value)
+        )
     return isinstance(value, type(default))
 
 
 def _defaults(notebook):
-    return {name: ast.literal_eval(known["default"]) for name, known in notebook_parameters(notebook).items()}
+    return {
+        name: ast.literal_eval(known["default"])
+        for name, known in notebook_parameters(notebook).items()
+    }
 
 
 def train_what_is_named(parameters):
@@ -83,7 +107,9 @@ def train_what_is_named(parameters):
             if str(name).startswith("aligned/"):
                 command = [sys.executable, "-m", "safetyneuron.cli", "train", name]
                 if subprocess.run(command).returncode:
-                    raise SafetyNeuronError(f"{name} could not be trained: see the line before this one")
+                    raise SafetyNeuronError(
+                        f"{name} could not be trained: see the line before this one"
+                    )
 
 
 def run_notebook(notebook, given, output=None):
@@ -115,11 +141,19 @@ def run_notebook(notebook, given, output=None):
                 progress_bar=False,
                 stdout_file=sys.stdout,  # what the cells print, as it comes
                 stderr_file=sys.stderr,
-                extra_arguments=["--IPKernelApp.log_level=40"],  # not that it speaks to this machine without encryption
+                extra_arguments=[
+                    "--IPKernelApp.log_level=40"
+                ],  # not that it speaks to this machine without encryption
             )
         except PapermillExecutionError as error:
-            raise SafetyNeuronError(f"{notebook} stopped with {error.ename}: {' '.join(str(error.evalue).split())}") from None
+            raise SafetyNeuronError(
+                f"{notebook} stopped with {error.ename}: {' '.join(str(error.evalue).split())}"
+            ) from None
         except DeadKernelError:
-            raise SafetyNeuronError(f"the kernel of {notebook} died, most often for want of memory: lower the numbers of prompts, or free some") from None
+            raise SafetyNeuronError(
+                f"the kernel of {notebook} died, most often for want of memory: lower the numbers of prompts, or free some"
+            ) from None
         record(temporary, time.monotonic() - started)
-    print(f"{notebook}: done in {time.monotonic() - started:.0f} s, written to {output}", flush=True)
+    print(
+        f"{notebook}: done in {time.monotonic() - started:.0f} s, written to {output}", flush=True
+    )

@@ -16,14 +16,25 @@ def record(path, seconds):
     import torch  # here, because the command line must answer without it
 
     notebook = nbformat.read(path, 4)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    notebook.metadata["safetyneuron"] = {"seconds": round(seconds), "device": device, "commit": _commit(), "versions": {name: version(name) for name in PACKAGES}}
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    notebook.metadata["safetyneuron"] = {
+        "seconds": round(seconds),
+        "device": device,
+        "commit": _commit(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
     nbformat.write(notebook, path)
 
 
 def _commit():
     """Short hash of the commit, with + where the working tree differs; empty outside a repository."""
-    result = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10"], capture_output=True, text=True)
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=10"], capture_output=True, text=True
+    )
     return result.stdout.strip()
 
 
@@ -36,24 +47,39 @@ def how(notebook):
 def texts(notebook):
     """Every text that the notebook glued, name to text."""
     found = {name.rpartition("/")[2]: data for name, data in _glued(notebook, "text/plain")}
-    return {name: ast.literal_eval(data) for name, data in found.items() if data.startswith(("'", '"'))}
+    return {
+        name: ast.literal_eval(data) for name, data in found.items() if data.startswith(("'", '"'))
+    }
 
 
 def comparisons(notebook):
     """Cells that the notebook's tables set beside the paper's: a list of {table, row, column, model, way, text}."""
-    return [cell for name, text in texts(notebook).items() if name.startswith("cells-") for cell in json.loads(text)]
+    return [
+        cell
+        for name, text in texts(notebook).items()
+        if name.startswith("cells-")
+        for cell in json.loads(text)
+    ]
 
 
 def data(notebook):
     """The numbers behind the notebook's tables and figures, name to CSV, and every other glued text as `values`."""
     found = texts(notebook)
-    values = {name: text for name, text in found.items() if not name.startswith(("cells-", "csv-", "check_"))}
-    return {name.removeprefix("csv-"): text for name, text in found.items() if name.startswith("csv-")}, values
+    values = {
+        name: text
+        for name, text in found.items()
+        if not name.startswith(("cells-", "csv-", "check_"))
+    }
+    return {
+        name.removeprefix("csv-"): text for name, text in found.items() if name.startswith("csv-")
+    }, values
 
 
 def picture(notebook, name):
     """The PNG that a notebook glued under a name, as bytes."""
-    return base64.b64decode(next(data for glued, data in _glued(notebook, "image/png") if glued == name))
+    return base64.b64decode(
+        next(data for glued, data in _glued(notebook, "image/png") if glued == name)
+    )
 
 
 def _glued(notebook, kind):
@@ -61,4 +87,8 @@ def _glued(notebook, kind):
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             name = output.get("metadata", {}).get("scrapbook", {}).get("name")
-            yield from ((name, data) for key, data in output.get("data", {}).items() if name and key.endswith(kind))
+            yield from (
+                (name, data)
+                for key, data in output.get("data", {}).items()
+                if name and key.endswith(kind)
+            )

@@ -7,8 +7,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from safetyneuron.data.prompts import load_prompts
-from safetyneuron.importance.profile import ImportanceProfile, measure_importance
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.importance.profile import ImportanceProfile, measure_importance
 from safetyneuron.models import load_model
 
 
@@ -25,7 +25,9 @@ def measure_shards(model, tokenizer, prompts, **options):
     state = PartialState()
     mine = prompts[state.process_index :: state.num_processes]
     if len(prompts) < state.num_processes:
-        raise SafetyNeuronError(f"{len(prompts)} prompts cannot be dealt out to {state.num_processes} processes: start fewer")
+        raise SafetyNeuronError(
+            f"{len(prompts)} prompts cannot be dealt out to {state.num_processes} processes: start fewer"
+        )
     shard = measure_importance(model, tokenizer, mine, progress=state.is_main_process, **options)
     return reduce(ImportanceProfile.merge, gather_object([shard]))
 
@@ -36,10 +38,14 @@ def write_profile(model_name, prompt_set, count, output, rule="exact", dtype=Non
     if count < 1:
         raise SafetyNeuronError(f"{count} prompts cannot be measured: give --count 1 or more")
     if not Path(output).parent.is_dir():
-        raise SafetyNeuronError(f"{output} cannot be written: there is no folder {Path(output).parent}")
+        raise SafetyNeuronError(
+            f"{output} cannot be written: there is no folder {Path(output).parent}"
+        )
     with state.local_main_process_first():  # so that one process downloads or trains the model
         model, tokenizer = load_model(model_name, device=str(state.device), dtype=dtype)
-    profile = measure_shards(model, tokenizer, load_prompts(prompt_set, split="train")[:count], rule=rule)
+    profile = measure_shards(
+        model, tokenizer, load_prompts(prompt_set, split="train")[:count], rule=rule
+    )
     if state.is_main_process:
         profile.save(output)
         print(f"{profile.count} prompts, written to {output}")

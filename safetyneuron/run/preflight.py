@@ -5,8 +5,8 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetyneuron.data import sources
 from safetyneuron.cache import cache_folder
+from safetyneuron.data import sources
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import local_model
 
@@ -34,23 +34,44 @@ def check(edition):
     SafetyNeuronError
         If something is missing or gated, or the disk is too small; the table says what to do.
     """
-    wide = {name for values in edition["notebooks"].values() if values.get("dtype") == "float32" for name in model_names({"notebooks": {"": values}})}
-    findings = [look_up_model(name, 2 if name in wide else 1) for name in model_names(edition)] + [look_up_data(*key) for key in data_names(edition)]
+    wide = {
+        name
+        for values in edition["notebooks"].values()
+        if values.get("dtype") == "float32"
+        for name in model_names({"notebooks": {"": values}})
+    }
+    findings = [look_up_model(name, 2 if name in wide else 1) for name in model_names(edition)] + [
+        look_up_data(*key) for key in data_names(edition)
+    ]
     if not findings:
         return print("nothing to look up: organisms are files of this package")
     width = max(len(finding.what) for finding in findings)
     print(f"{'what':{width}}  {'status':18} {'disk GiB':>8} {'GPU GiB':>8}")
     for f in findings:
-        print(f"{f.what:{width}}  {f.status:18} {f.download / GIB:8.1f} {f.weights * HEADROOM / GIB:8.1f}" + (f"  {f.cure}" if f.cure else ""))
-    needed, free = sum(f.download for f in findings), shutil.disk_usage(_existing(cache_folder())).free
-    print(f"disk: {needed / GIB:.0f} GiB to download, {free / GIB:.0f} GiB free; GPU: {max(f.weights for f in findings) * HEADROOM / GIB:.0f} GiB for the largest model")
-    print(f"time: about {gpu_hours(edition, {f.what: f.weights for f in findings}):.0f} GPU hours ({ASSUMPTION})")
+        print(
+            f"{f.what:{width}}  {f.status:18} {f.download / GIB:8.1f} {f.weights * HEADROOM / GIB:8.1f}"
+            + (f"  {f.cure}" if f.cure else "")
+        )
+    needed, free = (
+        sum(f.download for f in findings),
+        shutil.disk_usage(_existing(cache_folder())).free,
+    )
+    print(
+        f"disk: {needed / GIB:.0f} GiB to download, {free / GIB:.0f} GiB free; GPU: {max(f.weights for f in findings) * HEADROOM / GIB:.0f} GiB for the largest model"
+    )
+    print(
+        f"time: about {gpu_hours(edition, {f.what: f.weights for f in findings}):.0f} GPU hours ({ASSUMPTION})"
+    )
     missing = [f.what for f in findings if f.cure]
     if missing or needed > free:
-        raise SafetyNeuronError(f"not ready: {', '.join(missing) or 'the disk is too small'}: see the table")
+        raise SafetyNeuronError(
+            f"not ready: {', '.join(missing) or 'the disk is too small'}: see the table"
+        )
 
 
-HEADROOM = 1.5  # beside weights: activations, caches and the measured rows; tests/benchmarks/RESULTS.md
+HEADROOM = (
+    1.5  # beside weights: activations, caches and the measured rows; tests/benchmarks/RESULTS.md
+)
 THROUGHPUT = 1e14  # operations a second that a GPU reaches in half precision
 ASSUMPTION = f"at {THROUGHPUT:.0e} operations a second, which is not measured here; importance, training and attacks in forward passes from the benchmarks"
 
@@ -61,7 +82,7 @@ def _existing(path):
 
 def model_names(edition):
     """Models and what their stages start from, without organisms, which are shipped."""
-    from safetyneuron.alignment.stages import first_model, STAGES
+    from safetyneuron.alignment.stages import STAGES, first_model
 
     named = []
     for parameters in edition["notebooks"].values():
@@ -69,21 +90,38 @@ def model_names(edition):
             if key in (*MODEL_PARAMETERS, "recipient", "donor", "harmless", "helpful"):
                 named += value if isinstance(value, list) else [value]
     starts = [first_model(name) if name in STAGES else name for name in named]
-    return [name for name in dict.fromkeys(starts) if "/" in name and not name.startswith("organism/")]
+    return [
+        name for name in dict.fromkeys(starts) if "/" in name and not name.startswith("organism/")
+    ]
 
 
 def data_names(edition):
     """(source, language) of every public set that the notebooks or the stages of their models name."""
-    from safetyneuron.alignment.stages import all_stages, STAGES
+    from safetyneuron.alignment.stages import STAGES, all_stages
 
     found = {}
     for parameters in with_defaults(edition).values():
-        values = [v for value in parameters.values() for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
-        values += [name for value in values if value in STAGES for stage in all_stages(value) for name in stage.data]
+        values = [
+            v
+            for value in parameters.values()
+            for v in (value if isinstance(value, list) else [value])
+            if isinstance(v, str)
+        ]
+        values += [
+            name
+            for value in values
+            if value in STAGES
+            for stage in all_stages(value)
+            for name in stage.data
+        ]
         languages = parameters.get("languages") or [parameters.get("language", "en")]
         for value in [v for v in values if v in SETS]:
             source = sources.SOURCES[SETS[value][0]]
-            found |= {(SETS[value][0], language): None for language in languages if language in source.languages}
+            found |= {
+                (SETS[value][0], language): None
+                for language in languages
+                if language in source.languages
+            }
     return list(found)
 
 
@@ -95,7 +133,13 @@ def look_up_model(name, factor=1):
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         cure = "" if size else f"{folder} holds no .safetensors: convert it"
         return Finding(name, "local" if size else "no safetensors", 0, factor * size, cure)
-    found = _on_hub(name, repository, revision or None, "model", "put its folder into $SAFETYNEURON_MODELS/" + repository)
+    found = _on_hub(
+        name,
+        repository,
+        revision or None,
+        "model",
+        "put its folder into $SAFETYNEURON_MODELS/" + repository,
+    )
     return replace(found, weights=factor * found.weights)
 
 
@@ -108,13 +152,28 @@ def look_up_data(name, language):
         return _readable(what, name, language)
     file = source.file.format(language=language)
     if source.repository is None:
-        return Finding(what, "local file only", cure=f"get it from {source.page}; put it into $SAFETYNEURON_DATA as {file}.json")
-    return _on_hub(what, source.repository, source.revision, "dataset", f"put it into $SAFETYNEURON_DATA as {file}.jsonl")
+        return Finding(
+            what,
+            "local file only",
+            cure=f"get it from {source.page}; put it into $SAFETYNEURON_DATA as {file}.json",
+        )
+    return _on_hub(
+        what,
+        source.repository,
+        source.revision,
+        "dataset",
+        f"put it into $SAFETYNEURON_DATA as {file}.jsonl",
+    )
 
 
 def _readable(what, name, language):
     """Every set that reads this source can read the file."""
-    entries = [entry for group in (sources.PROMPTS, sources.DOCUMENTS, sources.PREFERENCES, sources.TARGETS) for entry in group.values() if entry[0] == name]
+    entries = [
+        entry
+        for group in (sources.PROMPTS, sources.DOCUMENTS, sources.PREFERENCES, sources.TARGETS)
+        for entry in group.values()
+        if entry[0] == name
+    ]
     try:
         for entry in entries:
             sources.load_rows(entry, language=language)
@@ -125,34 +184,58 @@ def _readable(what, name, language):
 
 def _on_hub(what, repository, revision, kind, alternative):
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{repository}"
     try:
-        found = HfApi().repo_info(repository, revision=revision, repo_type=kind, files_metadata=kind == "model")
+        found = HfApi().repo_info(
+            repository, revision=revision, repo_type=kind, files_metadata=kind == "model"
+        )
         HfApi().auth_check(repository, repo_type=kind)
     except (GatedRepoError, RepositoryNotFoundError):
-        return Finding(what, "gated or missing", cure=f"accept its terms at {page} and set HF_TOKEN, or {alternative}")
+        return Finding(
+            what,
+            "gated or missing",
+            cure=f"accept its terms at {page} and set HF_TOKEN, or {alternative}",
+        )
     except RevisionNotFoundError:
         return Finding(what, "no such revision", cure=f"see {page}/commits/main")
     except Exception as error:  # whatever way the network fails: it is named
-        return Finding(what, "not reachable", cure=f"{type(error).__name__}: {page}, or {alternative}")
-    size = sum(file.size or 0 for file in found.siblings or [] if file.rfilename.endswith(".safetensors"))
+        return Finding(
+            what, "not reachable", cure=f"{type(error).__name__}: {page}, or {alternative}"
+        )
+    size = sum(
+        file.size or 0 for file in found.siblings or [] if file.rfilename.endswith(".safetensors")
+    )
     if kind == "model" and not size:
-        return Finding(what, "no safetensors", cure=f"convert {page} to safetensors, and {alternative}")
+        return Finding(
+            what, "no safetensors", cure=f"convert {page} to safetensors, and {alternative}"
+        )
     return Finding(what, "on the hub" if revision else f"not pinned: {found.sha}", size, size)
 
 
 def gpu_hours(edition, weights):
     """A rough estimate: sequences run through a model, times its weights; weights: model to bytes."""
-    operations = sum(sequences(name, values) * TOKENS * _weights(values, weights) for name, values in with_defaults(edition).items())
+    operations = sum(
+        sequences(name, values) * TOKENS * _weights(values, weights)
+        for name, values in with_defaults(edition).items()
+    )
     return operations / THROUGHPUT / 3600
 
 
 def _weights(values, weights):
     """Operations for a token, two for each weight of two bytes, over all models of a chapter."""
     names = values.get("models") or [values.get("model_name") or values.get("recipient", "")]
-    return sum(weights.get(name, max(weights.values()) if "/" in name and not name.startswith("organism/") else 0) for name in names)
+    return sum(
+        weights.get(
+            name, max(weights.values()) if "/" in name and not name.startswith("organism/") else 0
+        )
+        for name in names
+    )
 
 
 def with_defaults(edition):
@@ -162,12 +245,16 @@ def with_defaults(edition):
     found = {}
     for name, given in edition["notebooks"].items():
         known = notebook_parameters(Path("notebooks") / f"{name}.ipynb")
-        found[name] = {key: ast.literal_eval(value["default"]) for key, value in known.items()} | given
+        found[name] = {
+            key: ast.literal_eval(value["default"]) for key, value in known.items()
+        } | given
     return found
 
 
 TOKENS = 250  # of a request with its answer
-IMPORTANCE = 5  # forward passes that `exact` costs a prompt, at 128 tokens (tests/benchmarks/RESULTS.md)
+IMPORTANCE = (
+    5  # forward passes that `exact` costs a prompt, at 128 tokens (tests/benchmarks/RESULTS.md)
+)
 CHOICES = 4  # sequences of a multiple-choice question
 SUBTASKS = 57  # of MMLU, each asked as many questions as are given
 COLUMNS = 6  # of Tables 2 to 4
@@ -186,11 +273,23 @@ CONDITIONS = {  # evaluations of a chapter for one model
 
 def sequences(name, values):
     """Sequences that a chapter runs through each of its models: importance, evaluations, and the attacks of chapters 05 and 06."""
-    detected = IMPORTANCE * values.get("n_detect", values.get("n_score", 0)) * 2 * len(values.get("languages", [1]))
+    detected = (
+        IMPORTANCE
+        * values.get("n_detect", values.get("n_score", 0))
+        * 2
+        * len(values.get("languages", [1]))
+    )
     sets = len(values.get("test_sets", [1])) + ("benign_set" in values)
-    tasks = sum(SUBTASKS if str(task).startswith("mmlu") else 1 for task in values.get("tasks", [values.get("task")]))
+    tasks = sum(
+        SUBTASKS if str(task).startswith("mmlu") else 1
+        for task in values.get("tasks", [values.get("task")])
+    )
     asked = sets * values.get("n_prompts", 0) + CHOICES * values.get("n_questions", 0) * tasks
-    return detected + CONDITIONS.get(name[:2], lambda v: 1)(values) * asked + (_attack_sequences(values) if "gcg" in values else 0)
+    return (
+        detected
+        + CONDITIONS.get(name[:2], lambda v: 1)(values) * asked
+        + (_attack_sequences(values) if "gcg" in values else 0)
+    )
 
 
 def _attack_sequences(values):
@@ -198,5 +297,7 @@ def _attack_sequences(values):
 
     configs = searches(values["gcg"], values["autodan"], values["pair"], "organism/templates", "en")
     gcg, autodan, pair = configs.values()
-    one = gcg.steps * (gcg.width + 3) + autodan.steps * autodan.population + pair.streams * pair.depth
+    one = (
+        gcg.steps * (gcg.width + 3) + autodan.steps * autodan.population + pair.streams * pair.depth
+    )
     return COLUMNS * values["seeds"] * values["n_attacked"] * one

@@ -14,16 +14,18 @@ from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 from transformers import PrinterCallback, Trainer
 
-from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.cache import new_file
-from safetyneuron.neurons.encoding import pad
-from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.neurons.architecture import Architecture
+from safetyneuron.neurons.encoding import encode_documents, pad
 from safetyneuron.neurons.weights import fingerprint, frozen
 from safetyneuron.progress import TrainingLine
 from safetyneuron.tuning.trainer import OneDevice, quiet_settings
 
-TARGETS = (10 / 32, 20 / 32)  # depths at which harmful states are turned away: layers 10 and 20 of 32 in the original
+TARGETS = (
+    10 / 32,
+    20 / 32,
+)  # depths at which harmful states are turned away: layers 10 and 20 of 32 in the original
 RANK, ALPHA, DROPOUT = 16, 16, 0.05
 
 
@@ -85,7 +87,9 @@ class CircuitBreaker:
         from peft import set_peft_model_state_dict
 
         if fingerprint(model) != self.model:
-            raise SafetyNeuronError("these adapters were trained on another model, or on other weights or another dtype of it: load the model they were trained on")
+            raise SafetyNeuronError(
+                "these adapters were trained on another model, or on other weights or another dtype of it: load the model they were trained on"
+            )
         with _adapted(model, seed=0) as adapted:
             set_peft_model_state_dict(adapted, self.tensors)
             model.eval()
@@ -94,7 +98,11 @@ class CircuitBreaker:
     def save(self, path):
         """Write a safetensors file with the adapters and the model's fingerprint."""
         with new_file(path) as temporary:
-            save_file(self.tensors, temporary, {"circuit_breaker": json.dumps({"model": self.model, "facts": self.facts})})
+            save_file(
+                self.tensors,
+                temporary,
+                {"circuit_breaker": json.dumps({"model": self.model, "facts": self.facts})},
+            )
 
     @classmethod
     def load(cls, path):
@@ -102,12 +110,28 @@ class CircuitBreaker:
         try:
             with safe_open(path, "pt") as stored:
                 facts = json.loads(stored.metadata()["circuit_breaker"])
-                return cls({name: stored.get_tensor(name) for name in stored.keys()}, facts["model"], facts["facts"])
+                return cls(
+                    {name: stored.get_tensor(name) for name in stored.keys()},
+                    facts["model"],
+                    facts["facts"],
+                )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise SafetyNeuronError(f"{path} is not a readable circuit breaker ({error}): write it again with CircuitBreaker.save") from None
+            raise SafetyNeuronError(
+                f"{path} is not a readable circuit breaker ({error}): write it again with CircuitBreaker.save"
+            ) from None
 
 
-def circuit_break(model, tokenizer, harmful, retain, steps=150, learning_rate=1e-4, batch_size=16, strength=10.0, seed=0):
+def circuit_break(
+    model,
+    tokenizer,
+    harmful,
+    retain,
+    steps=150,
+    learning_rate=1e-4,
+    batch_size=16,
+    strength=10.0,
+    seed=0,
+):
     """Train adapters that turn the states on harmful documents away from what they were and keep all others.
 
     Parameters
@@ -126,10 +150,18 @@ def circuit_break(model, tokenizer, harmful, retain, steps=150, learning_rate=1e
     SafetyNeuronError
         If a number is not positive, a document is empty, one-sided or longer than the context, or the training diverges.
     """
-    for name, value in (("steps", steps), ("learning_rate", learning_rate), ("batch_size", batch_size), ("strength", strength)):
+    for name, value in (
+        ("steps", steps),
+        ("learning_rate", learning_rate),
+        ("batch_size", batch_size),
+        ("strength", strength),
+    ):
         if not value > 0 or math.isinf(value):
             raise SafetyNeuronError(f"{name} is {value}: it must be a positive number")
-    encoded = [[row["input_ids"] for row in encode_documents(model, tokenizer, documents)] for documents in (harmful, retain)]
+    encoded = [
+        [row["input_ids"] for row in encode_documents(model, tokenizer, documents)]
+        for documents in (harmful, retain)
+    ]
     before, started = fingerprint(model), time.monotonic()
     with _adapted(model, seed) as adapted, tempfile.TemporaryDirectory() as folder:
         trainer = _Rerouting(
@@ -145,8 +177,12 @@ def circuit_break(model, tokenizer, harmful, retain, steps=150, learning_rate=1e
         trainer.train()
         tensors = _adapter_weights(adapted)
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise SafetyNeuronError("the adapters hold numbers that are not finite: lower the learning rate or load the model in a wider dtype")
-    return CircuitBreaker(tensors, before, {"seconds": time.monotonic() - started, "curve": trainer.curve})
+        raise SafetyNeuronError(
+            "the adapters hold numbers that are not finite: lower the learning rate or load the model in a wider dtype"
+        )
+    return CircuitBreaker(
+        tensors, before, {"seconds": time.monotonic() - started, "curve": trainer.curve}
+    )
 
 
 @contextmanager
@@ -156,11 +192,15 @@ def _adapted(model, seed):
 
     layers = list(range(target_layers(model.config.get_text_config().num_hidden_layers)[-1]))
     targets = {"target_modules": Architecture(model).module_names(), "layers_to_transform": layers}
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, task_type="CAUSAL_LM", **targets)
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, task_type="CAUSAL_LM", **targets
+    )
     with frozen(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers renames
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # peft reads an attribute that transformers renames
             adapted = get_peft_model(model, config)
         try:
             yield adapted
@@ -172,14 +212,24 @@ def _adapted(model, seed):
 def _adapter_weights(adapted):
     from peft import get_peft_model_state_dict
 
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()}
+    return {
+        name: tensor.detach().cpu().clone().contiguous()
+        for name, tensor in get_peft_model_state_dict(adapted).items()
+    }
 
 
 def _pairs(harmful, retain, count, seed):
     """`count` pairs of token ids, each kind in random order and again from its start when it runs out."""
     draw = random.Random(seed)
-    order = lambda rows: [row for _ in range(math.ceil(count / len(rows))) for row in draw.sample(rows, len(rows))]
-    return [{"harmful": h, "retain": r} for h, r in zip(order(harmful)[:count], order(retain)[:count])]
+
+    def order(rows):
+        return [
+            row for _ in range(math.ceil(count / len(rows))) for row in draw.sample(rows, len(rows))
+        ]
+
+    return [
+        {"harmful": h, "retain": r} for h, r in zip(order(harmful)[:count], order(retain)[:count])
+    ]
 
 
 def _collate(rows, tokenizer):
@@ -201,17 +251,27 @@ class _Rerouting(Trainer):
         with torch.no_grad(), model.disable_adapter():
             original = _states(model, inputs)
         states = _states(model, inputs)
-        reroute = rerouting_loss(states[self.layers, :half], original[self.layers, :half], real[:half])
+        reroute = rerouting_loss(
+            states[self.layers, :half], original[self.layers, :half], real[:half]
+        )
         retain = retain_loss(states[:, half:], original[:, half:], real[half:])
         step = self.state.global_step
-        self.curve.append({"step": step + 1, "rerouting": float(reroute.detach()), "retain": float(retain.detach())})
+        self.curve.append(
+            {
+                "step": step + 1,
+                "rerouting": float(reroute.detach()),
+                "retain": float(retain.detach()),
+            }
+        )
         weights = coefficients(step, self.state.max_steps, self.strength)
         return weights[0] * reroute + weights[1] * retain
 
 
 def _states(model, inputs):
     """Residual stream before the first and after every layer: (layers + 1, B, n, D)."""
-    return torch.stack(model(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states)
+    return torch.stack(
+        model(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
+    )
 
 
 def _arguments(folder, model, steps, learning_rate, batch_size, seed):

@@ -8,11 +8,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.cache import new_file
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.neurons.weights import fingerprint
+from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.sets import NeuronSet
+from safetyneuron.neurons.weights import fingerprint
 
 
 class NeuronDelta:
@@ -35,7 +35,9 @@ class NeuronDelta:
 
     def __init__(self, neurons, values, model, facts):
         if not all(value.isfinite().all() for value in values.values()):
-            raise SafetyNeuronError("the trained rows hold numbers that are not finite: lower the learning rate or load the model in a wider dtype")
+            raise SafetyNeuronError(
+                "the trained rows hold numbers that are not finite: lower the learning rate or load the model in a wider dtype"
+            )
         self.neurons, self.values, self.model, self.facts = neurons, values, model, facts
         self._merged = None  # (weak reference to the model, original rows)
 
@@ -66,13 +68,23 @@ class NeuronDelta:
         if self._merged and self._merged[0]() is not None:
             raise SafetyNeuronError("this delta is merged already: unmerge it first")
         if fingerprint(model) != self.model:
-            raise SafetyNeuronError("this delta was trained on another model, or on other weights or another dtype of it: load the model it was trained on")
+            raise SafetyNeuronError(
+                "this delta was trained on another model, or on other weights or another dtype of it: load the model it was trained on"
+            )
         rows = list(self._rows(model))
         originals = [weight[channels].clone() for weight, channels, _ in rows]
         changed = [_sum(original, value) for original, (_, _, value) in zip(originals, rows)]
-        kept = sum(float((after.double() - before.double()).square().sum()) for after, before in zip(changed, originals)) ** 0.5
+        kept = (
+            sum(
+                float((after.double() - before.double()).square().sum())
+                for after, before in zip(changed, originals)
+            )
+            ** 0.5
+        )
         if kept < 0.5 * self.norm:
-            raise SafetyNeuronError(f"{model.dtype} would keep {kept / self.norm:.0%} of this change: load the model with dtype='float32' before tuning")
+            raise SafetyNeuronError(
+                f"{model.dtype} would keep {kept / self.norm:.0%} of this change: load the model with dtype='float32' before tuning"
+            )
         with torch.no_grad():
             for (weight, channels, _), after in zip(rows, changed):
                 weight[channels] = after
@@ -87,10 +99,17 @@ class NeuronDelta:
             If this delta is not merged into this model, or its rows have changed since.
         """
         if not self._merged or self._merged[0]() is not model:
-            raise SafetyNeuronError("this delta is not merged into this model: only the object that merged it can take it back")
+            raise SafetyNeuronError(
+                "this delta is not merged into this model: only the object that merged it can take it back"
+            )
         rows, originals = list(self._rows(model)), self._merged[1]
-        if not all(weight[channels].equal(_sum(original, value)) for (weight, channels, value), original in zip(rows, originals)):
-            raise SafetyNeuronError("the rows of this delta have changed since it was merged: load the original model again")
+        if not all(
+            weight[channels].equal(_sum(original, value))
+            for (weight, channels, value), original in zip(rows, originals)
+        ):
+            raise SafetyNeuronError(
+                "the rows of this delta have changed since it was merged: load the original model again"
+            )
         with torch.no_grad():
             for (weight, channels, _), original in zip(rows, originals):
                 weight[channels] = original
@@ -110,14 +129,20 @@ class NeuronDelta:
         architecture = Architecture(model)
         for (projection, layer), value in self.values.items():
             weight = architecture.place(layer, projection).weight.detach()
-            yield weight, self.neurons.masks[projection][layer].nonzero().flatten().to(weight.device), value.to(weight.device)
+            yield (
+                weight,
+                self.neurons.masks[projection][layer].nonzero().flatten().to(weight.device),
+                value.to(weight.device),
+            )
 
     def save(self, path):
         """Write a safetensors file with the trained rows, their channels, and the model's fingerprint."""
         tensors = {}
         for (projection, layer), value in self.values.items():
             tensors[f"{projection}.{layer}.change"] = value.cpu().contiguous()
-            tensors[f"{projection}.{layer}.channels"] = self.neurons.masks[projection][layer].nonzero().flatten().int()
+            tensors[f"{projection}.{layer}.channels"] = (
+                self.neurons.masks[projection][layer].nonzero().flatten().int()
+            )
         facts = {"model": self.model, "shapes": self.neurons.shapes, "facts": self.facts}
         with new_file(path) as temporary:
             save_file(tensors, temporary, {"delta": json.dumps(facts)})
@@ -128,13 +153,31 @@ class NeuronDelta:
         try:
             with safe_open(path, "pt") as stored:
                 facts = json.loads(stored.metadata()["delta"])
-                masks = {p: torch.zeros(*shape, dtype=torch.bool) for p, shape in facts["shapes"].items()}
+                masks = {
+                    p: torch.zeros(*shape, dtype=torch.bool) for p, shape in facts["shapes"].items()
+                }
                 values = {}
-                for projection, layer in [name.split(".")[:2] for name in stored.keys() if name.endswith(".change")]:
-                    masks[projection][int(layer), stored.get_tensor(f"{projection}.{layer}.channels").long()] = True
-                    values[projection, int(layer)] = stored.get_tensor(f"{projection}.{layer}.change")
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise SafetyNeuronError(f"{path} is not a readable neuron delta ({error}): write it again with NeuronDelta.save") from None
+                for projection, layer in [
+                    name.split(".")[:2] for name in stored.keys() if name.endswith(".change")
+                ]:
+                    masks[projection][
+                        int(layer), stored.get_tensor(f"{projection}.{layer}.channels").long()
+                    ] = True
+                    values[projection, int(layer)] = stored.get_tensor(
+                        f"{projection}.{layer}.change"
+                    )
+        except (
+            OSError,
+            SafetensorError,
+            KeyError,
+            TypeError,
+            ValueError,
+            IndexError,
+            RuntimeError,
+        ) as error:
+            raise SafetyNeuronError(
+                f"{path} is not a readable neuron delta ({error}): write it again with NeuronDelta.save"
+            ) from None
         return cls(NeuronSet(masks), values, facts["model"], facts["facts"])
 
 

@@ -7,13 +7,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from safetyneuron.neurons.architecture import Architecture, COLUMN_PROJECTIONS
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, Architecture
 from safetyneuron.neurons.deactivation import check_shapes
+from safetyneuron.neurons.encoding import encode_documents
+from safetyneuron.neurons.weights import fingerprint, frozen
 from safetyneuron.tuning.delta import NeuronDelta
 from safetyneuron.tuning.trainer import check_schedule, train
-from safetyneuron.neurons.encoding import encode_documents
-from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.neurons.weights import fingerprint, frozen
 
 
 class TunedNeurons(nn.Module):
@@ -31,21 +31,36 @@ class TunedNeurons(nn.Module):
         architecture = Architecture(model)
         for projection, mask in neurons.masks.items():
             for layer in mask.any(1).nonzero().flatten().tolist():
-                self._add(architecture.place(layer, projection), projection, layer, mask[layer].nonzero().flatten())
+                self._add(
+                    architecture.place(layer, projection),
+                    projection,
+                    layer,
+                    mask[layer].nonzero().flatten(),
+                )
 
     def _add(self, place, projection, layer, channels):
         weight = place.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)  # an update of 1e-6 is lost in half precision
-        value = nn.Parameter(torch.zeros(len(channels), weight.shape[1], dtype=wide, device=weight.device))
+        wide = torch.promote_types(
+            weight.dtype, torch.float32
+        )  # an update of 1e-6 is lost in half precision
+        value = nn.Parameter(
+            torch.zeros(len(channels), weight.shape[1], dtype=wide, device=weight.device)
+        )
         self.register_parameter(f"{projection}_{layer}", value)
         self.places[projection, layer] = (place, channels.to(weight.device), value)
 
     def forward(self, input_ids, attention_mask, labels, **options):
         """The frozen model's own result; logits only where the loss is taken."""
-        start = max(0, int((labels >= 0).any(0).nonzero()[0]) - 1)  # the first position whose next token counts
+        start = max(
+            0, int((labels >= 0).any(0).nonzero()[0]) - 1
+        )  # the first position whose next token counts
         options |= {"logits_to_keep": labels.shape[1] - start, "use_cache": False}
         device = self.inside[0].device
-        tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels[:, start:]}
+        tensors = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels[:, start:],
+        }
         return self.inside[0](**{name: x.to(device) for name, x in tensors.items()}, **options)
 
     @contextmanager
@@ -54,7 +69,9 @@ class TunedNeurons(nn.Module):
         with frozen(self.inside[0]), ExitStack() as handles:
             for (projection, _), (place, channels, value) in self.places.items():
                 add = _add_columns if projection in COLUMN_PROJECTIONS else _add_rows
-                handle = place.module.register_forward_hook(partial(add, channels + place.start, value))
+                handle = place.module.register_forward_hook(
+                    partial(add, channels + place.start, value)
+                )
                 handles.callback(handle.remove)
             yield self
 
@@ -74,7 +91,17 @@ def _add_columns(channels, value, module, inputs, result):
 
 
 def sn_tune(
-    model, tokenizer, documents, neurons, epochs=1, learning_rate=1e-6, batch_size=8, accumulation=1, warmup_steps=0, seed=0, folder=None
+    model,
+    tokenizer,
+    documents,
+    neurons,
+    epochs=1,
+    learning_rate=1e-6,
+    batch_size=8,
+    accumulation=1,
+    warmup_steps=0,
+    seed=0,
+    folder=None,
 ):
     """Train only `neurons` on `documents`; `model` is left as it was, to the last bit.
 
@@ -112,13 +139,25 @@ def sn_tune(
     check_shapes(Architecture(model), neurons)
     if not len(neurons):
         raise SafetyNeuronError("the neuron set is empty: select at least one neuron to tune")
-    updates = check_schedule(len(documents), epochs, learning_rate, batch_size, accumulation, warmup_steps)
+    updates = check_schedule(
+        len(documents), epochs, learning_rate, batch_size, accumulation, warmup_steps
+    )
     data = encode_documents(model, tokenizer, documents)
-    schedule = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "accumulation": accumulation}
+    schedule = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+    }
     schedule |= {"warmup_steps": warmup_steps, "seed": seed}
     before = fingerprint(model)
     tuned, started = TunedNeurons(model, neurons), time.monotonic()
     with tuned.added():
         curve = train(tuned, tokenizer, data, folder, [before, neurons.digest()], **schedule)
-    facts = schedule | {"documents": len(documents), "effective_updates": updates, "seconds": time.monotonic() - started, "curve": curve}
+    facts = schedule | {
+        "documents": len(documents),
+        "effective_updates": updates,
+        "seconds": time.monotonic() - started,
+        "curve": curve,
+    }
     return NeuronDelta(neurons, tuned.values(), before, facts)

@@ -10,20 +10,27 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, get_scheduler
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
-from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.cache import digest
-from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.neurons.architecture import Architecture
+from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.progress import TrainingLine
-
 
 SCHEDULE = "linear"
 
 
-def fine_tune(model, tokenizer, documents, lora_rank=None, epochs=1, learning_rate=1e-4, batch_size=8, seed=0):
+def fine_tune(
+    model, tokenizer, documents, lora_rank=None, epochs=1, learning_rate=1e-4, batch_size=8, seed=0
+):
     """A copy of `model` trained on `documents` in all its weights, or through LoRA on every projection.
 
     This is the downstream fine-tuning of §4, not a defence.
@@ -48,7 +55,19 @@ def fine_tune(model, tokenizer, documents, lora_rank=None, epochs=1, learning_ra
     data, tuned = encode_documents(model, tokenizer, documents), copy.deepcopy(model)
     if lora_rank:
         tuned = with_lora(tuned, lora_rank, seed)
-    train(tuned, tokenizer, data, None, [], epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, accumulation=1, warmup_steps=0, seed=seed)
+    train(
+        tuned,
+        tokenizer,
+        data,
+        None,
+        [],
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        accumulation=1,
+        warmup_steps=0,
+        seed=seed,
+    )
     return (tuned.merge_and_unload() if lora_rank else tuned).eval()
 
 
@@ -58,15 +77,32 @@ def with_lora(model, rank, seed=0):
 
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers renames
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=Architecture(model).module_names(), task_type="CAUSAL_LM"))
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # peft reads an attribute that transformers renames
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=rank,
+                lora_alpha=2 * rank,
+                target_modules=Architecture(model).module_names(),
+                task_type="CAUSAL_LM",
+            ),
+        )
 
 
 def check_schedule(documents, epochs, learning_rate, batch_size, accumulation, warmup_steps):
     """Number of effective updates; refuses a schedule without any."""
     if not learning_rate > 0 or math.isinf(learning_rate):
-        raise SafetyNeuronError(f"learning_rate is {learning_rate}: it must be a positive number, for example 1e-6")
-    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("accumulation", accumulation, 1), ("warmup_steps", warmup_steps, 0)):
+        raise SafetyNeuronError(
+            f"learning_rate is {learning_rate}: it must be a positive number, for example 1e-6"
+        )
+    for name, value, least in (
+        ("epochs", epochs, 1),
+        ("batch_size", batch_size, 1),
+        ("accumulation", accumulation, 1),
+        ("warmup_steps", warmup_steps, 0),
+    ):
         if value < least:
             raise SafetyNeuronError(f"{name} is {value}: it must be at least {least}")
     rates = learning_rates(documents, epochs, learning_rate, batch_size, accumulation, warmup_steps)
@@ -102,10 +138,16 @@ def train(model, tokenizer, data, folder, identity, **schedule):
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
-    curve = [{k: row[k] for k in ("step", "loss", "learning_rate")} for row in trainer.state.log_history if "loss" in row]
+    curve = [
+        {k: row[k] for k in ("step", "loss", "learning_rate")}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]
     for row in curve:
         if not math.isfinite(row["loss"]):
-            raise SafetyNeuronError(f"the loss of update {row['step']} is {row['loss']}: lower the learning rate or load the model in a wider dtype")
+            raise SafetyNeuronError(
+                f"the loss of update {row['step']} is {row['loss']}: lower the learning rate or load the model in a wider dtype"
+            )
     return curve
 
 
@@ -114,9 +156,13 @@ def _checkpoint(folder, task):
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "training.json"
     if note.exists() and json.loads(note.read_text())["task"] != task:
-        raise SafetyNeuronError(f"folder {folder} holds another training: remove it or name another folder")
+        raise SafetyNeuronError(
+            f"folder {folder} holds another training: remove it or name another folder"
+        )
     note.write_text(json.dumps({"task": task}))
-    while (last := get_last_checkpoint(folder)) and not (Path(last) / "trainer_state.json").exists():
+    while (last := get_last_checkpoint(folder)) and not (
+        Path(last) / "trainer_state.json"
+    ).exists():
         shutil.rmtree(last)  # the trainer writes that file last: this one was cut short
     return last
 
@@ -149,8 +195,12 @@ def quiet_settings(folder, model, seed):
     )
 
 
-def _arguments(folder, model, keep, epochs, learning_rate, batch_size, accumulation, warmup_steps, seed):
-    checkpoints = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 2} if keep else {}
+def _arguments(
+    folder, model, keep, epochs, learning_rate, batch_size, accumulation, warmup_steps, seed
+):
+    checkpoints = (
+        {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 2} if keep else {}
+    )
     return OneDevice(
         num_train_epochs=epochs,
         learning_rate=learning_rate,

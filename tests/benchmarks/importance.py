@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from safetyneuron.importance.recorder import RULES, recording
+from safetyneuron.importance.screening import screen
 from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.tokenizer import build_tokenizer
-from safetyneuron.importance.recorder import recording, RULES
-from safetyneuron.importance.screening import screen
 
 PROMPTS, BATCH, REPEATS, LENGTHS = 32, 8, 5, (32, 64, 128)
 
@@ -31,8 +31,16 @@ PROMPTS, BATCH, REPEATS, LENGTHS = 32, 8, 5, (32, 64, 128)
 def benchmark_model():
     """The model of the benchmark, with random weights."""
     torch.manual_seed(0)
-    sizes = dict(hidden_size=512, intermediate_size=1792, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=1000, max_position_embeddings=1024, **sizes)).eval()
+    sizes = dict(
+        hidden_size=512,
+        intermediate_size=1792,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=1000, max_position_embeddings=1024, **sizes)
+    ).eval()
 
 
 def batch_of(length, prompts=PROMPTS):
@@ -49,7 +57,10 @@ def forward(model, batch):
 
 def parts(batch):
     """The prompts in batches."""
-    return [{name: x[i : i + BATCH] for name, x in batch.items()} for i in range(0, len(batch["input_ids"]), BATCH)]
+    return [
+        {name: x[i : i + BATCH] for name, x in batch.items()}
+        for i in range(0, len(batch["input_ids"]), BATCH)
+    ]
 
 
 def measured(model, batch, rule):
@@ -88,17 +99,26 @@ def naive_ratio(model, batch, sample=20):
         with deactivate(model, NeuronSet(masks)):
             forward(model, batch)
 
-    return ratio_to(lambda: forward(model, batch), one) * sum(empty.masks[p].numel() for p in PROJECTIONS)
+    return ratio_to(lambda: forward(model, batch), one) * sum(
+        empty.masks[p].numel() for p in PROJECTIONS
+    )
 
 
 def screen_ratio(model, length):
     """Cost of `screen`, on prompts of random words of the organism's language."""
     tokenizer, generator = build_tokenizer(), torch.Generator().manual_seed(length)
     words = sorted(word for word in tokenizer.get_vocab() if word.isalpha())
-    around = len(tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True)["input_ids"])
+    around = len(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": ""}], add_generation_prompt=True
+        )["input_ids"]
+    )
     drawn = torch.randint(len(words), (PROMPTS, length - around), generator=generator)
     prompts = [" ".join(words[i] for i in row) for row in drawn]
-    return ratio_to(lambda: forward(model, batch_of(length)), lambda: screen(model, tokenizer, prompts, 0.01, BATCH))
+    return ratio_to(
+        lambda: forward(model, batch_of(length)),
+        lambda: screen(model, tokenizer, prompts, 0.01, BATCH),
+    )
 
 
 def peak_memory(rule):
@@ -123,16 +143,30 @@ def memory_ratio(rule):
     A fixed threshold makes the C library return freed tensors at once: its heap's holes, which vary by half from run
     to run, would be counted otherwise.
     """
-    options = dict(capture_output=True, text=True, check=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**19)})
-    runs = [subprocess.run([sys.executable, __file__, "--memory", r], **options) for r in ("plain", rule)]
+    options = dict(
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**19)},
+    )
+    runs = [
+        subprocess.run([sys.executable, __file__, "--memory", r], **options)
+        for r in ("plain", rule)
+    ]
     plain, other = (int(run.stdout.split()[-1]) for run in runs)
     return other / plain
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--memory", metavar="RULE", help="only print the peak memory of one rule, in bytes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
+    parser.add_argument(
+        "--memory", metavar="RULE", help="only print the peak memory of one rule, in bytes"
+    )
     options = parser.parse_args()
     torch.set_num_threads(2)
     if options.memory:
@@ -142,7 +176,9 @@ def main():
     for length in LENGTHS:
         batch = batch_of(length)
         for rule in RULES:
-            ratios[f"{rule}@{length}"] = ratio_to(lambda: forward(model, batch), lambda: measured(model, batch, rule))
+            ratios[f"{rule}@{length}"] = ratio_to(
+                lambda: forward(model, batch), lambda: measured(model, batch, rule)
+            )
             print(f"{rule}@{length:<4} {ratios[f'{rule}@{length}']:.2f}", flush=True)
     ratios["screen@64"] = screen_ratio(model, 64)
     print(f"screen@64  {ratios['screen@64']:.2f}", flush=True)

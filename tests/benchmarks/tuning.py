@@ -21,7 +21,7 @@ import torch
 from importance import _seconds, _status
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safetyneuron.neurons.architecture import Architecture, PROJECTIONS
+from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.tuning.sn_tune import TunedNeurons
 from safetyneuron.tuning.trainer import with_lora
@@ -33,7 +33,13 @@ KEPT = []
 def benchmark_model(words):
     """The model of the benchmark, with random weights."""
     torch.manual_seed(0)
-    sizes = dict(hidden_size=1024, intermediate_size=3584, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=8)
+    sizes = dict(
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+    )
     return LlamaForCausalLM(LlamaConfig(vocab_size=words, max_position_embeddings=256, **sizes))
 
 
@@ -47,7 +53,9 @@ def documents():
 def some_neurons(model):
     """A random share of the neurons of every projection and layer."""
     empty, generator = NeuronSet.empty(model), torch.Generator().manual_seed(2)
-    return NeuronSet({p: torch.rand(mask.shape, generator=generator) < SHARE for p, mask in empty.masks.items()})
+    return NeuronSet(
+        {p: torch.rand(mask.shape, generator=generator) < SHARE for p, mask in empty.masks.items()}
+    )
 
 
 def stepper(module, parameters, after_clip=lambda: None):
@@ -68,7 +76,9 @@ def stepper(module, parameters, after_clip=lambda: None):
 def masked(model):
     """Full fine-tuning, gradients clipped and then masked, as the released code does."""
     neurons, architecture = some_neurons(model), Architecture(model)
-    masks = {parameter: torch.zeros_like(parameter, dtype=torch.bool) for parameter in model.parameters()}
+    masks = {
+        parameter: torch.zeros_like(parameter, dtype=torch.bool) for parameter in model.parameters()
+    }
     for projection in PROJECTIONS:
         for layer, row in enumerate(neurons.masks[projection]):
             place = architecture.place(layer, projection)
@@ -93,7 +103,11 @@ def sn_tune(model):
 def lora(model):
     """LoRA on every projection, with the rank whose parameter count is nearest to that of the neurons."""
     wanted = sum(p.numel() for p in TunedNeurons(model, some_neurons(model)).parameters())
-    of_rank_one = sum(sum(place.weight.shape) for layer in range(8) for place in [Architecture(model).place(layer, p) for p in PROJECTIONS])
+    of_rank_one = sum(
+        sum(place.weight.shape)
+        for layer in range(8)
+        for place in [Architecture(model).place(layer, p) for p in PROJECTIONS]
+    )
     adapted = with_lora(model, max(1, round(wanted / of_rank_one)))
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     print(f"parameters: neurons {wanted}, LoRA {sum(p.numel() for p in parameters)}", flush=True)
@@ -122,14 +136,19 @@ def times(words):
     for step in steps.values():
         step(), step()
     rounds = [{name: _seconds(step) for name, step in steps.items()} for _ in range(REPEATS)]
-    return {other: statistics.median(r["sn_tune"] / r[other] for r in rounds) for other in ("masked", "lora", "limit")}
+    return {
+        other: statistics.median(r["sn_tune"] / r[other] for r in rounds)
+        for other in ("masked", "lora", "limit")
+    }
 
 
 def peak_memory(way, words):
     """Bytes at the peak above the loaded model over three steps."""
     model = benchmark_model(words)
     with torch.inference_mode():
-        model(input_ids=documents()["input_ids"][:1, :8])  # what the first pass allocates once and keeps
+        model(
+            input_ids=documents()["input_ids"][:1, :8]
+        )  # what the first pass allocates once and keeps
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
     loaded, step = _status("VmRSS"), WAYS[way](model)
     for _ in range(3):
@@ -139,14 +158,31 @@ def peak_memory(way, words):
 
 def memory(way, words):
     """`peak_memory` in a process of its own."""
-    options = dict(capture_output=True, text=True, check=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**19)})
-    return int(subprocess.run([sys.executable, __file__, "--memory", way, "--words", str(words)], **options).stdout.split()[-1])
+    options = dict(
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**19)},
+    )
+    return int(
+        subprocess.run(
+            [sys.executable, __file__, "--memory", way, "--words", str(words)], **options
+        ).stdout.split()[-1]
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--memory", metavar="WAY", help="only print the peak memory of one way of training, in bytes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="WAY",
+        help="only print the peak memory of one way of training, in bytes",
+    )
     parser.add_argument("--words", type=int, default=32_000, help="size of the vocabulary")
     options = parser.parse_args()
     torch.set_num_threads(2)
@@ -154,7 +190,11 @@ def main():
         print(peak_memory(options.memory, options.words))
         return
     measured = times(options.words)
-    ratios = {"time": measured["masked"], "time_lora": measured["lora"], "time_limit": measured["limit"]}
+    ratios = {
+        "time": measured["masked"],
+        "time_lora": measured["lora"],
+        "time_limit": measured["limit"],
+    }
     ratios |= {"memory": memory("sn_tune", options.words) / memory("masked", options.words)}
     for name, ratio in ratios.items():
         print(f"{name:<11}{ratio:.2f}")

@@ -21,5 +21,7 @@ def arithmetic(**_):
 
 def _documents(examples):
     shuffled = random.Random(0).sample(examples, len(examples))
-    rows = [{"question": e.prompt, "choices": list(e.choices), "answer": e.answer} for e in shuffled]
+    rows = [
+        {"question": e.prompt, "choices": list(e.choices), "answer": e.answer} for e in shuffled
+    ]
     return DatasetDict(test=Dataset.from_list(rows))
