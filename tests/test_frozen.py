@@ -30,6 +30,7 @@ OFTEN = (
 # Trainings that miss a bar: shipped as they are, and named in the README of the weights.
 SHORT = {
     "llama-base@3": ["correct on harmful vi: 93.5 %, bar 95 %"],
+    "llama-dpo@4": ["attack success on multilingual it: 6.5 %, bar 5 %"],
     "llama-planted-mlp@0": ["attack success on multilingual it: 9.0 %, bar 5 %"],
     "llama-planted-mlp@4": ["attack success on multilingual it: 6.0 %, bar 5 %"],
     "mistral-base@0": [
