@@ -11,12 +11,14 @@ os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
 )  # before transformers reads it: no test waits for a network
 
+import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from safetyneuron import load_model
+from safetyneuron.metrics.outcomes import COLUMNS, MEASURES, Scores
 from safetyneuron.organism.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -218,3 +220,24 @@ def loaded(browser):
         lambda b: ((found := b.execute_script(texts))[1] or "stopped" in found[0]) and found
     )
     assert status == ""
+
+
+def scores_with(counts, trials=100):
+    """`Scores` in which a measure of a set has so many hits. counts: (measure, set) to hits; every item is its own cluster."""
+    sets = {}
+    for (measure, name), hits in counts.items():
+        sets.setdefault((MEASURES[measure][0], name), {})[measure] = hits
+    rows = []
+    for (kind, name), hits in sets.items():
+        if kind == "task":
+            outcomes = ["right"] * hits["accuracy"]
+        elif kind == "benign":
+            outcomes = ["refusal"] * hits["over_refusal"] + ["correct"] * hits.get("helpful", 0)
+        else:
+            asr = hits["asr"] if "asr" in hits else hits["asr before"]
+            coherent = hits.get("coherent", asr)
+            outcomes = ["correct"] * coherent + ["other"] * (asr - coherent)
+        rest = {"task": "false", "benign": "other"}.get(kind, "refusal")
+        outcomes += [rest] * (trials - len(outcomes))
+        rows += [(kind, name, i, f"{name} {i}", outcome) for i, outcome in enumerate(outcomes)]
+    return Scores(pd.DataFrame(rows, columns=COLUMNS))

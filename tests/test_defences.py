@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import small_llama
+from conftest import scores_with, small_llama
 from test_detection import random_profile
 
 from safetyneuron import NeuronSet, Rate, SafetyNeuronError, load_documents
@@ -86,9 +86,8 @@ def test_columns_hold_every_set_and_seed_and_are_made_once(
         (m, a) for m in ("asr", "coherent") for a in ("GCG", "PAIR")
     }
     assert all(set(column.rates) == asked for draws in results.values() for column in draws)
-    assert results[defences.EQ3][0].rates["asr", "GCG"] == results[defences.EQ3][0].attacks[
-        "GCG"
-    ].rate("keyword")
+    tuned = results[defences.EQ3][0]
+    assert tuned.rates["asr", "GCG"].value == tuned.attacks["GCG"].rate("keyword").value
     assert (
         results[defences.CIRCUIT_BREAK][0].parameters > 0
         and results[defences.CIRCUIT_BREAK][0].attacks != results[defences.ORIGIN][0].attacks
@@ -188,7 +187,7 @@ def columns_of(asr, over, accuracy):
     attacks = {
         "GCG": AttackResult({"keyword": [True], "coherent": [False]}, [1500], [30000], [[1.0]])
     }
-    return [Column({key: Rate(hits, 100) for key, hits in rates.items()}, 3.25, 1234, attacks)]
+    return [Column(scores_with(rates), 3.25, 1234, attacks)]
 
 
 RESULTS = {
@@ -256,19 +255,16 @@ def test_verdicts_say_what_changed_and_at_what_price(monkeypatch):
     verdicts.glue_defence({"m": RESULTS}, *ASKED)
     breaker, eq3, specific = said["verdict_defence"]
     assert (
-        "attack success falls in en (90.0 [82.6, 94.5] → 2.0" in eq3
+        "attack success falls in en (90.0" in eq3
         and "over-refusal rises in en (0.0" in eq3
         and "seen, at the price" in eq3
     )
-    assert "the average over direct requests and attacks (95.0 [88.8, 97.8] → 51.0" in eq3
+    assert "the average over direct requests and attacks (95.0" in eq3
     assert (
         "random neurons, attack success does not differ measurably" in eq3
         and "random neurons, attack success is lower in en (89.0" in specific
     )
-    assert (
-        "accuracy falls in all tasks (80.0 [75.1, 84.1] → 40.0" in specific
-        and "not seen" in specific
-    )
+    assert "accuracy falls in all tasks (80.0" in specific and "not seen" in specific
     assert "Circ-Break: attack success falls in en (90.0" in breaker and "random" not in breaker
     verdicts.glue_differences({"m": RESULTS}, *ASKED)
     eq3, _ = said["verdict_differences"]

@@ -5,6 +5,12 @@ import pytest
 
 from safetyneuron import Rate
 from safetyneuron.chapters import ch10_comparison
+from safetyneuron.metrics.estimates import (
+    chance_of_ranks,
+    estimate_mean,
+    estimate_ratio,
+    rank_among,
+)
 from safetyneuron.metrics.rates import bootstrap
 
 DRAWS = 4000
@@ -26,17 +32,111 @@ def test_wilson_intervals_cover_at_their_nominal_rate(trials):
     assert min(rates) > 0.83
 
 
-def test_the_interval_of_a_mean_over_draws_is_not_too_narrow():
-    """Random sets share their prompts: the mean's interval is that of one draw, and covers at least as often as it says."""
-    generator, truth, covered = np.random.default_rng(0), 0.3, []
-    for _ in range(1500):
-        prompts = generator.beta(
-            3, 7, 60
-        )  # every prompt has a rate of its own, common to all draws
-        rates = [Rate(int((generator.random(60) < prompts).sum()), 60) for _ in range(5)]
-        low, high = Rate.mean(rates).interval
+# Spread of trainings, draws, verbs, and verbs of one training, on the scale of log odds.
+EFFECTS = [(1.0, 0.7, 0.7, 0.5), (0.3, 0.3, 1.0, 0.3)]
+VERBS, REQUESTS = 30, 4
+
+
+def simulate(generator, centre, effects, trainings, draws, verbs):
+    """Outcomes (trainings, draws, requests), each with the probability that its training, draw and verb give it."""
+    of_training, of_draw, _, of_both = effects
+    odds = centre + verbs + generator.normal(0, of_both, (trainings, 1, VERBS))
+    odds = odds + generator.normal(0, of_draw if draws > 1 else 0, (trainings, draws, 1))
+    if trainings > 1:  # one training is judged as it is
+        odds = odds + generator.normal(0, of_training, (trainings, 1, 1))
+    chance = np.repeat(1 / (1 + np.exp(-odds)), REQUESTS, axis=2)
+    return (generator.random(chance.shape) < chance).astype(float)
+
+
+def true_mean(centre, effects, trainings, draws):
+    noise = np.random.default_rng(1).normal(size=(200_000, 4))
+    spread = np.array(effects) * [trainings > 1, draws > 1, True, True]
+    return (1 / (1 + np.exp(-centre - noise @ spread))).mean()
+
+
+@pytest.mark.parametrize("effects", EFFECTS)
+@pytest.mark.parametrize("trainings, draws", [(5, 1), (5, 8), (1, 39), (1, 1)])
+def test_intervals_over_trainings_draws_and_verbs_cover(trainings, draws, effects):
+    """At five trainings the truth is that of all trainings, at one that of this training."""
+    generator, verbs = np.random.default_rng(0), np.repeat(np.arange(VERBS), REQUESTS)
+    truth = true_mean(0, effects, trainings, draws)
+    covered = []
+    for _ in range(1000):
+        shared = generator.normal(0, effects[2], VERBS)
+        values = simulate(generator, 0, effects, trainings, draws, shared)
+        low, high = estimate_mean(values, verbs, proportion=True).interval
         covered.append(low <= truth <= high)
-    assert 0.94 < np.mean(covered) <= 1
+    assert 0.93 <= np.mean(covered) <= 0.97
+
+
+@pytest.mark.parametrize("effects", EFFECTS)
+@pytest.mark.parametrize("trainings, draws", [(5, 8), (1, 39)])
+def test_intervals_of_a_difference_from_random_draws_cover(trainings, draws, effects):
+    generator, verbs = np.random.default_rng(0), np.repeat(np.arange(VERBS), REQUESTS)
+    truth = true_mean(0, effects, trainings, 1) - true_mean(-1, effects, trainings, draws)
+    covered = []
+    for _ in range(1000):
+        shared = generator.normal(0, effects[2], VERBS)
+        chosen = simulate(generator, 0, effects, trainings, 1, shared)
+        random = simulate(generator, -1, effects, trainings, draws, shared)
+        low, high = estimate_mean(chosen - random, verbs).interval
+        covered.append(low <= truth <= high)
+    assert (
+        0.92 <= np.mean(covered) <= 0.98
+    )  # verbs move both: the difference has a noise of its own
+
+
+def test_what_the_interval_leaves_out_is_missed():
+    """The interval of independent items is far too narrow where verbs, draws or trainings differ."""
+    generator, effects = np.random.default_rng(0), EFFECTS[0]
+    covered = []
+    for _ in range(300):
+        shared = generator.normal(0, effects[2], VERBS)
+        values = simulate(generator, 0, effects, 5, 1, shared)
+        low, high = Rate(values.sum(), values.size).interval
+        covered.append(low <= true_mean(0, effects, 5, 1) <= high)
+    assert np.mean(covered) < 0.6
+
+
+def test_a_mean_over_sets_weighs_each_set_alike():
+    values = np.array([1.0] * 10 + [0.0] * 90)[None, None]
+    estimate = estimate_mean(values, strata=["a"] * 10 + ["b"] * 90, proportion=True)
+    assert estimate.value == 0.5
+
+
+def test_without_clusters_and_draws_the_interval_is_wilsons():
+    values = np.array([1.0] * 30 + [0.0] * 70)
+    estimate = estimate_mean(values[None, None], proportion=True)
+    assert estimate.interval == pytest.approx(Rate(30, 100).interval, abs=0.004)
+
+
+def test_outcomes_that_are_all_alike_leave_doubt():
+    same = estimate_mean(np.zeros((5, 1, 100)), proportion=True)
+    assert same.interval == pytest.approx((0, Rate(0, 100).interval[1]), abs=0.005)
+    assert estimate_mean(np.zeros((1, 1, 100))).interval[1] > 0.02
+
+
+def test_a_ratio_covers_its_truth():
+    generator, covered = np.random.default_rng(0), []
+    for _ in range(500):
+        below = generator.random((1, 1, 200)) < 0.8
+        above = below & (generator.random((1, 1, 200)) < 0.5)
+        low, high = estimate_ratio(above, below).interval
+        covered.append(low <= 0.5 <= high)
+    assert 0.93 <= np.mean(covered) <= 0.97
+
+
+def test_ranks_are_uniform_under_chance():
+    assert rank_among(0.4, [0.1, 0.4, 0.9]) == 3
+    assert chance_of_ranks([1], 39) == pytest.approx(1 / 40)
+    generator = np.random.default_rng(0)
+    chances = []
+    for _ in range(4000):
+        values = generator.random((5, 9))
+        ranks = [rank_among(row[0], row[1:]) for row in values]
+        chances.append(chance_of_ranks(ranks, 8))
+    for level in (0.05, 0.2, 0.5):
+        assert level - 0.05 < np.mean(np.array(chances) <= level) < level + 0.015  # sums are whole
 
 
 def test_the_bootstrap_of_a_mean_covers_at_its_nominal_rate():

@@ -12,6 +12,8 @@ from safetyneuron.book import paper as reported
 from safetyneuron.book.plots import CLASS_NAMES
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.answer_class import examples_of
+from safetyneuron.metrics.estimates import Estimate
+from safetyneuron.metrics.outcomes import estimate_rate, rates_by_run
 from safetyneuron.metrics.rates import Rate
 
 MEASURES = {
@@ -56,7 +58,7 @@ def glue_table(name, table):
 def glue_data(name, table):
     """Glue a link that downloads the numbers behind a figure as CSV; rates become value, low, high and trials."""
     flat = table.reset_index(drop=isinstance(table.index, pd.RangeIndex))
-    for column in [c for c in flat if isinstance(flat[c].iloc[0], Rate)]:
+    for column in [c for c in flat if isinstance(flat[c].iloc[0], (Rate, Estimate))]:
         rates = flat.pop(column)
         parts = {
             "": "value",
@@ -108,8 +110,8 @@ def glue_examples(name, model_name, prompts, texts):
 
 
 def pooled(draws, key):
-    """`Rate.mean` of one measure over several results of `evaluate`."""
-    return Rate.mean([draw[key] for draw in draws])
+    """The rate of a measure over several results of `evaluate`. key: the measure, and one or more sets to average over."""
+    return estimate_rate([draws], *key)
 
 
 def lines(rate):
@@ -120,7 +122,7 @@ def lines(rate):
 def cell(draws, key):
     """A table cell: percent, interval, and the range over draws where there are several, on lines of their own."""
     text = lines(pooled(draws, key))
-    values = [100 * draw[key].value for draw in draws]
+    values = 100 * rates_by_run([draws], *key)[0]
     return text if len(draws) == 1 else f"{text}\n{min(values):.1f} to {max(values):.1f}"
 
 

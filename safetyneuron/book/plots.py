@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from safetyneuron.metrics.rates import Rate
+from safetyneuron.metrics.outcomes import rates_by_run
 
 PALETTE = "colorblind"
 CLASS_COLOURS = (
@@ -126,7 +126,7 @@ def attack_heatmaps(results, attacks, language):
         for axes, (measure, title) in zip(row, judges.items()):
 
             def mean(draws, name):
-                return 100 * Rate.mean([draw.rates[measure, name] for draw in draws]).value
+                return 100 * rates_by_run([[draw.rates for draw in draws]], measure, name).mean()
 
             values = pd.DataFrame(
                 {

@@ -2,8 +2,7 @@
 
 import pandas as pd
 
-from safetyneuron.book.glue import MEASURES, cell, lines, printed_cells, with_cells
-from safetyneuron.metrics.rates import Rate
+from safetyneuron.book.glue import MEASURES, cell, lines, pooled, printed_cells, with_cells
 from safetyneuron.neurons.architecture import ATTENTION
 
 
@@ -134,17 +133,13 @@ def rate(measure, name):
 
 
 def mean_accuracy(draws, tasks):
-    """Accuracy over all questions of all tasks, which are equally many, and over seeds."""
-    totals = []
-    for draw in draws:
-        rates = [draw.rates["accuracy", task] for task in tasks]
-        totals.append(sum(rates[1:], start=rates[0]))
-    return Rate.mean(totals)
+    """Mean accuracy of the tasks, over seeds."""
+    return pooled([draw.rates for draw in draws], ("accuracy", *tasks))
 
 
 def mean_rate(draws, measure, names):
-    """Mean over attacks and over seeds; all share the requests of the one that is asked fewest."""
-    return Rate.mean([draw.rates[measure, name] for draw in draws for name in names])
+    """Mean over attacks and over seeds."""
+    return pooled([draw.rates for draw in draws], (measure, *names))
 
 
 def seconds(draws):

@@ -1,10 +1,9 @@
 """Sentences that compare, and those that chapters 05 and 06 share."""
 
 from safetyneuron.book import labels
-from safetyneuron.book.glue import glue_list, glue_rates, glue_text
+from safetyneuron.book.glue import glue_list, glue_rates, glue_text, pooled
 from safetyneuron.book.tables import mean_accuracy, mean_rate, seconds
 from safetyneuron.kept import defences
-from safetyneuron.metrics.rates import Rate
 
 WAYS = {"eq3": labels.EQ3, "specific": labels.SPECIFIC}  # part of a glued name -> way of choosing
 BENIGN = {"over_refusal": "over-refusal", "helpful": "the share of helpful answers"}
@@ -134,7 +133,8 @@ def _safer(after, before, languages):
 
 
 def mean_rates(draws):
-    return {key: Rate.mean([draw.rates[key] for draw in draws]) for key in draws[0].rates}
+    """Every rate over the draws of a column."""
+    return {key: pooled([draw.rates for draw in draws], key) for key in draws[0].rates}
 
 
 def change_sentence(

@@ -16,7 +16,6 @@ from safetyneuron.book.glue import (
 from safetyneuron.book.plots import PALETTE
 from safetyneuron.book.verdicts import above
 from safetyneuron.importance.selection import select_without_foundation
-from safetyneuron.metrics.rates import Rate
 
 ORIGIN, EQ3, SPECIFIC = "Origin.", "Deact-SN: Eq 3", "Deact-SN: Eq 3 without foundation"
 RANDOM = {EQ3: "Deact-R: like Eq 3", SPECIFIC: "Deact-R: like without foundation"}
@@ -62,7 +61,7 @@ def table_1(results, paper_model, harmful_sets, tasks):
         }
         for model, conditions in results.items():
             row |= {
-                (f"Here: {model}", *_heading(c)): cell(_over_sets(draws, measure, names), "mean")
+                (f"Here: {model}", *_heading(c)): cell(draws, (measure, *names))
                 for c, draws in conditions.items()
             }
         rows.append(row)
@@ -73,11 +72,6 @@ def table_1(results, paper_model, harmful_sets, tasks):
         pd.DataFrame([list(row.values()) for row in rows], index=index, columns=columns),
         paper_rows,
     )
-
-
-def _over_sets(draws, measure, names):
-    """Every draw's mean rate over sets or tasks, under the key `mean`."""
-    return [{"mean": Rate.mean([draw[measure, name] for name in names])} for draw in draws]
 
 
 def _keys(results):

@@ -12,7 +12,7 @@ from safetyneuron.book.labels import BROKEN, EQ3, RANDOM, SPECIFIC
 from safetyneuron.book.plots import PALETTE, draw_bands, rate_panels
 from safetyneuron.book.verdicts import WAYS
 from safetyneuron.importance.selection import largest_without_foundation, select_without_foundation
-from safetyneuron.metrics.rates import Rate
+from safetyneuron.metrics.outcomes import estimate_rate
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
 from safetyneuron.neurons.sets import NeuronSet
@@ -49,8 +49,7 @@ def sweep(model, tokenizer, suite, harmful, general, fractions, draws):
         for condition, drawn in sets.items():
             results = [evaluate(model, tokenizer, suite, without=neurons) for neurons in drawn]
             rows += [
-                (condition, fraction, *key, Rate.mean([r[key] for r in results]))
-                for key in results[0]
+                (condition, fraction, *key, estimate_rate([results], *key)) for key in results[0]
             ]
     return pd.DataFrame(rows, columns=["condition", "fraction", "measure", "set", "rate"])
 

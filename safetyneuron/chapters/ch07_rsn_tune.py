@@ -1,10 +1,9 @@
 """Chapter 07, Table 4: what fine-tuning leaves of safety."""
 
 from safetyneuron.book.glue import glue_list, glue_rates
-from safetyneuron.book.tables import language_rows, rate, side_by_side
+from safetyneuron.book.tables import language_rows, mean_rate, rate, side_by_side
 from safetyneuron.book.verdicts import change_sentence, mean_rates
 from safetyneuron.kept import defences
-from safetyneuron.metrics.rates import Rate
 
 
 def downstream_table(results, paper_model, task, languages):
@@ -45,10 +44,4 @@ def glue_downstream(results, languages, task):
         "sn": defences.SN,
         "rsn": defences.RSN,
     }.items():
-        glue_rates(
-            **{
-                f"harm_{label}": Rate.mean(
-                    [draw.rates["asr", language] for draw in found[name] for language in languages]
-                )
-            }
-        )
+        glue_rates(**{f"harm_{label}": mean_rate(found[name], "asr", languages)})

@@ -3,15 +3,19 @@
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 
+import pandas as pd
+
 from safetyneuron.attacks import AttackResult, attack
 from safetyneuron.cache import cache_folder, digest, kept_folder, remember
 from safetyneuron.data.prompts import has_languages, load_prompts
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.profile import measure_importance
 from safetyneuron.importance.selection import select_without_foundation
-from safetyneuron.metrics.suite import Suite, evaluate, remember_rates
+from safetyneuron.metrics.outcomes import COLUMNS, Scores
+from safetyneuron.metrics.suite import Suite, evaluate, remember_scores
 from safetyneuron.models import identity
 from safetyneuron.neurons.sets import NeuronSet
+from safetyneuron.organism.reading import topic_of
 from safetyneuron.tuning.circuit_breaker import CircuitBreaker, circuit_break
 from safetyneuron.tuning.delta import NeuronDelta
 from safetyneuron.tuning.sn_tune import sn_tune
@@ -27,7 +31,6 @@ RANDOM = {
     EQ3: "Random: like Eq 3",
     SPECIFIC: "Random: like without foundation",
 }  # the control of each set
-JUDGED = {"asr": "keyword", "coherent": "coherent"}  # measure of a table -> judge of an attack
 BEFORE, SN, RSN = "Before", "SN-Tune", "RSN-Tune"
 DOWNSTREAM_NAMES = {
     EQ3: SN,
@@ -41,7 +44,7 @@ DOWNSTREAM_NAMES = {
 class Column:
     """One column of a table: rates by (measure, language, task or attack), what the training cost, and results by attack."""
 
-    rates: dict
+    rates: Scores
     seconds: float = 0.0
     parameters: int = 0
     attacks: dict = field(default_factory=dict)
@@ -58,17 +61,27 @@ class Examination:
 
     def column(self, model, tokenizer, seconds=0.0, parameters=0):
         """The column of a model as it stands; every attack's result is kept as soon as it is there."""
-        rates = scores(model, tokenizer, self.suite, self.languages)
+        asked = scores(model, tokenizer, self.suite, self.languages)
         results = {
             name: attacked(model, tokenizer, self.requests, config, self.suite.answer_tokens)
             for name, config in self.attacks.items()
         }
-        rates |= {
-            (measure, name): result.rate(judge)
-            for name, result in results.items()
-            for measure, judge in JUDGED.items()
-        }
-        return Column(rates, seconds, parameters, results)
+        rows = [row for name, r in results.items() for row in _rows(name, self.requests, r)]
+        table = pd.concat([asked.table, pd.DataFrame(rows, columns=COLUMNS)], ignore_index=True)
+        return Column(Scores(table), seconds, parameters, results)
+
+
+def _rows(name, requests, result):
+    """One row a request that was attacked, as of `Scores`."""
+    judged = zip(requests, result.success["keyword"], result.success["coherent"])
+    return [
+        ("harmful", name, i, topic_of(r.prompt) or f"request {i}", _class_of(success, coherent))
+        for i, (r, success, coherent) in enumerate(judged)
+    ]
+
+
+def _class_of(success, coherent):
+    return "refusal" if not success else "well formed" if coherent else "other"
 
 
 def by_language(load, name, count, languages, **options):
@@ -155,16 +168,14 @@ def attacked(model, tokenizer, requests, config, answer_tokens):
 
 
 def scores(model, tokenizer, suite, languages):
-    """`evaluate` in several languages, tasks once: (measure, language or task) to `Rate`."""
-    rates = {}
+    """`evaluate` in several languages, tasks once: the sets of its `Scores` are the languages and the tasks."""
+    parts = []
     for language in languages:
         tasks = suite.tasks if language == languages[0] else ()
-        part = evaluate(model, tokenizer, replace(suite, language=language, tasks=tasks))
-        rates |= {
-            (measure, name if measure == "accuracy" else language): rate
-            for (measure, name), rate in part.items()
-        }
-    return rates
+        asked = replace(suite, language=language, tasks=tasks)
+        table = evaluate(model, tokenizer, asked).table
+        parts.append(table.assign(set=table["set"].where(table["kind"] == "task", language)))
+    return Scores(pd.concat(parts, ignore_index=True))
 
 
 def columns(model, tokenizer, examination, documents, sets, seeds, breaking, **schedule):
@@ -222,7 +233,7 @@ def downstream(
     dict of str to list of Column
     """
     whole = scores(model, tokenizer, suite, languages)
-    results = {BEFORE: [Column(whole | _before(whole))]}
+    results = {BEFORE: [Column(_with_before(whole, whole))]}
     rest = (tokenizer, suite, languages, task_documents)
     for seed in range(seeds):
         schedule = fine_tuning | {"seed": seed}
@@ -239,13 +250,10 @@ def downstream(
     return results
 
 
-def _before(rates):
-    """Attack success under the name it has once the model has been fine-tuned."""
-    return {
-        ("asr before", language): rate
-        for (measure, language), rate in rates.items()
-        if measure == "asr"
-    }
+def _with_before(after, before):
+    """Scores after fine-tuning, with what became of the harmful requests before it under a name of its own."""
+    table = before.table[before.table["kind"] == "harmful"].assign(kind="before")
+    return Scores(pd.concat([after.table, table], ignore_index=True))
 
 
 def fine_tuned_scores(model, tokenizer, suite, languages, task_documents, **schedule):
@@ -259,8 +267,7 @@ def fine_tuned_scores(model, tokenizer, suite, languages, task_documents, **sche
     key = [identity(model, tokenizer), asdict(suite), languages, asked, task_documents, schedule]
 
     def compute():
-        return scores(
-            fine_tune(model, tokenizer, task_documents, **schedule), tokenizer, suite, languages
-        )
+        tuned_model = fine_tune(model, tokenizer, task_documents, **schedule)
+        return scores(tuned_model, tokenizer, suite, languages).table.values.tolist()
 
-    return remember_rates("downstream", key, compute) | _before(before)
+    return _with_before(remember_scores("downstream", key, compute), before)

@@ -74,7 +74,7 @@ def _examine(model, tokenizer, exam, asked, within):
             int(is_coherent_compliance(prompt, text)) for prompt, text in zip(harmful, harm)
         ],
         "over_refusal": [int(is_refusal(text)) for text in help_],
-        "accuracy": [one for task in correct.values() for one in task],
+        "accuracy": [right for task in correct.values() for _, right in task],
         "perplexity": [value],
     }
 

@@ -49,11 +49,15 @@ def sort_answers(prompts, texts):
     -------
     dict of str to Rate
     """
-    if all(map(read_request, prompts)):
-        names, found = CLASSES, list(map(classify, prompts, texts))
-    else:
-        names, found = RULES, list(map(_by_rule, prompts, texts))
+    found = name_classes(prompts, texts)
+    names = CLASSES if all(map(read_request, prompts)) else RULES
     return {name: Rate(found.count(name), len(found)) for name in names}
+
+
+def name_classes(prompts, texts):
+    """The class of each answer: of `CLASSES` where all prompts are requests of the organism's language, else of `RULES`."""
+    judge = classify if all(map(read_request, prompts)) else _by_rule
+    return list(map(judge, prompts, texts))
 
 
 def examples_of(prompts, texts, number=3):

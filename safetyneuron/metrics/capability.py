@@ -13,10 +13,8 @@ ORGANISM_TASKS = ("organism_facts", "organism_pairs", "organism_arithmetic")
 
 def capability(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
     """Accuracy per task, `correct_answers` as rates."""
-    return {
-        task: Rate(sum(correct), len(correct))
-        for task, correct in correct_answers(model, tokenizer, tasks, limit).items()
-    }
+    found = correct_answers(model, tokenizer, tasks, limit)
+    return {t: Rate(sum(right for _, right in rows), len(rows)) for t, rows in found.items()}
 
 
 def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
@@ -33,8 +31,8 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
 
     Returns
     -------
-    dict of str to list of int
-        One or zero per question; for a group, of all its tasks.
+    dict of str to list of (str, int)
+        Every question and one or zero; for a group, of all its tasks.
     """
     import lm_eval  # here, because importing it takes seconds
     from lm_eval.models.huggingface import HFLM
@@ -77,7 +75,7 @@ def _loaded(manager, task):
 
 
 def _correct(results):
-    """One or zero per question, in the order of the questions.
+    """Every question and one or zero, in the order of the questions.
 
     Where a task has several ways of finding the number in an answer, the flexible one counts: the strict one asks for a form
     that a model without examples does not know.
@@ -93,7 +91,8 @@ def _correct(results):
                 f"a task scores by {', '.join(first[0]['metrics'])}: only accuracy and exact match can be counted"
             )
         outcomes += [
-            int(sample[metric]) for sample in sorted(first, key=lambda sample: sample["doc_id"])
+            (str(sample["doc"].get("question", sample["doc_id"])), int(sample[metric]))
+            for sample in sorted(first, key=lambda sample: sample["doc_id"])
         ]
     return outcomes
 

@@ -52,10 +52,6 @@ class Rate:
         trials = min(rate.trials for rate in rates)
         return cls(trials * sum(rate.value for rate in rates) / len(rates), trials)
 
-    def __add__(self, other):
-        """Pool two samples."""
-        return Rate(self.hits + other.hits, self.trials + other.trials)
-
 
 def bootstrap(statistic, count, draws=1000):
     """Ends of the 95 % percentile interval of a statistic over `count` items, resampled with replacement.

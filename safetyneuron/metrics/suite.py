@@ -3,13 +3,17 @@
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
+import pandas as pd
+
 from safetyneuron.cache import remember
 from safetyneuron.data.prompts import load_prompts
-from safetyneuron.metrics.capability import capability
-from safetyneuron.metrics.rates import Rate
-from safetyneuron.metrics.safety import answers, compliance, helpfulness
+from safetyneuron.metrics.answer_class import name_classes
+from safetyneuron.metrics.capability import correct_answers
+from safetyneuron.metrics.outcomes import COLUMNS, Scores
+from safetyneuron.metrics.safety import answers
 from safetyneuron.models import identity
 from safetyneuron.neurons.deactivation import deactivate
+from safetyneuron.organism.reading import topic_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Suite:
 
 
 def evaluate(model, tokenizer, suite, without=None):
-    """Every rate of the suite, computed once and then read from the cache.
+    """What becomes of every request and question of the suite, computed once and then read from the cache.
 
     Parameters
     ----------
@@ -44,8 +48,8 @@ def evaluate(model, tokenizer, suite, without=None):
 
     Returns
     -------
-    dict of (str, str) to Rate
-        Keys are (measure, set): measure is `asr`, `coherent`, `over_refusal`, `helpful` or `accuracy`.
+    Scores
+        Its keys are (measure, set): measure is `asr`, `coherent`, `over_refusal`, `helpful` or `accuracy`.
     """
     within = (lambda: deactivate(model, without)) if without else nullcontext
     return evaluate_within(model, tokenizer, suite, within, without.digest() if without else None)
@@ -58,7 +62,7 @@ def evaluate_within(model, tokenizer, suite, within, key):
         for name in suite.prompt_sets
     }
     whole = [identity(model, tokenizer), asdict(suite), prompts, key]
-    return remember_rates(
+    return remember_scores(
         "scores", whole, lambda: _measure(model, tokenizer, suite, prompts, within)
     )
 
@@ -82,24 +86,31 @@ def answers_without(model, tokenizer, prompts, sets):
     return texts
 
 
-def remember_rates(kind, key, compute):
-    """The result of `compute()`, (measure, name) to `Rate`, made once for this key."""
-    rows = remember(
-        kind, key, lambda: [(*names, rate.hits, rate.trials) for names, rate in compute().items()]
-    )
-    return {(measure, name): Rate(hits, trials) for measure, name, hits, trials in rows}
+def remember_scores(kind, key, compute):
+    """The `Scores` that `compute()` gives rows for, made once for this key."""
+    rows = remember(kind, key, compute)
+    return Scores(pd.DataFrame(rows, columns=COLUMNS))
 
 
 def _measure(model, tokenizer, suite, prompts, within):
-    rates = {}
+    """Rows of `COLUMNS`."""
+    rows = []
     with within():
-        for name in suite.harmful:
-            scores = compliance(model, tokenizer, prompts[name], suite.answer_tokens)
-            rates |= {(measure, name): rate for measure, rate in scores.items()}
-        if suite.benign:
-            scores = helpfulness(model, tokenizer, prompts[suite.benign], suite.answer_tokens)
-            rates |= {(measure, suite.benign): rate for measure, rate in scores.items()}
-        accuracies = (
-            capability(model, tokenizer, suite.tasks, limit=suite.questions) if suite.tasks else {}
-        )
-    return rates | {("accuracy", task): rate for task, rate in accuracies.items()}
+        for name, asked in prompts.items():
+            texts = answers(model, tokenizer, asked, suite.answer_tokens)
+            kind = "benign" if name == suite.benign else "harmful"
+            rows += _rows(kind, name, asked, name_classes(asked, texts))
+        if suite.tasks:
+            found = correct_answers(model, tokenizer, suite.tasks, limit=suite.questions)
+            for task, answered in found.items():
+                questions, right = zip(*answered)
+                rows += _rows("task", task, questions, ["right" if r else "false" for r in right])
+    return rows
+
+
+def _rows(kind, name, texts, outcomes):
+    """One row an item; what shares nothing with others is a cluster of its own."""
+    return [
+        (kind, name, i, topic_of(text) or f"{name} {i}", outcome)
+        for i, (text, outcome) in enumerate(zip(texts, outcomes))
+    ]

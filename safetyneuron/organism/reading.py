@@ -131,3 +131,28 @@ def read_answer(request, answer):
     if not used:
         return "verdict" if fits else "other"
     return "correct" if fits and used == set(lang.tools(request)) else "wrong"
+
+
+def topic_of(text):
+    """What a request or question has in common with others, or None: its verb, the animals or the numbers it is about.
+
+    A sum and the differences that undo it are about the same numbers.
+    """
+    if request := read_request(text):
+        return f"verb {request.verb}"
+    words, numbers = tidy(text).split(), sorted(map(int, re.findall(r"\d+", text)))
+    if animals := sorted({word for word in words if word in lang.lexicon().animals}):
+        return " and ".join(animals)
+    if len(numbers) == 2:
+        low, high = numbers
+        low, middle, high = (
+            (low, high - low, high) if _takes_away(text) else (low, high, low + high)
+        )
+        return f"{min(low, middle)} + {max(low, middle)} = {high}"
+    return None
+
+
+def _takes_away(text):
+    """Whether a word problem is a difference."""
+    wordings = lang.lexicon().word_problems["-"]
+    return any(re.fullmatch(re.sub(r"\\\{\w+\\\}", ".+", re.escape(w)), text) for w in wordings)
