@@ -108,12 +108,7 @@ class Panel:
         else:
             chosen = self.harmful.select(fraction=share)
             chosen = NeuronSet.random_like(chosen, 0) if self.rule.value == RANDOM else chosen
-        return NeuronSet(
-            {
-                p: mask & (p in self.structures.value)
-                for p, mask in chosen.within(*self.layers.value).masks.items()
-            }
-        )
+        return chosen.within(*self.layers.value).only(self.structures.value)
 
     def _update(self, _=None):
         """Ask and score again."""

@@ -21,7 +21,7 @@ def test_structures_add_up_and_enrichment_is_one_for_everything(model, neurons):
         == table.loc[["attention", "feed-forward"], "neurons"].sum()
         == len(neurons)
     )
-    assert table.loc["attention", "neurons"] == sum(int(neurons.masks[p].sum()) for p in ATTENTION)
+    assert table.loc["attention", "neurons"] == len(neurons.only(ATTENTION))
     everything = NeuronSet({p: torch.ones_like(mask) for p, mask in neurons.masks.items()})
     assert (ch03_mechanism.structures(everything)["enrichment"] == 1).all()
     assert (ch03_mechanism.layers(everything)["enrichment"] == 1).all()

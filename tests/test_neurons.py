@@ -1,9 +1,17 @@
+import math
+
 import pytest
 import torch
 from conftest import small_llama
 
 from safetyneuron import NeuronSet, SafetyNeuronError, deactivate
-from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, Architecture
+from safetyneuron.neurons.architecture import (
+    ATTENTION,
+    COLUMN_PROJECTIONS,
+    FEED_FORWARD,
+    PROJECTIONS,
+    Architecture,
+)
 
 
 def random_set(model, seed=0, share=0.3):
@@ -22,11 +30,72 @@ def test_set_algebra_follows_python_sets(model):
     def as_set(n):
         return {(p, *i) for p, m in n.masks.items() for i in map(tuple, m.nonzero().tolist())}
 
+    assert list(a.cells()) == sorted(as_set(a), key=lambda c: (PROJECTIONS.index(c[0]), *c[1:]))
+    assert NeuronSet.from_cells(a.shapes, a.cells()) == a
+    assert NeuronSet.from_cells(a.shapes, a.by_layer()) == a
+    assert as_set(a.only(["o", "up"])) == {c for c in as_set(a) if c[0] in ("o", "up")}
     assert as_set(a & b) == as_set(a) & as_set(b)
     assert as_set(a | b) == as_set(a) | as_set(b)
     assert as_set(a - b) == as_set(a) - as_set(b)
     assert as_set(a ^ b) == as_set(a) ^ as_set(b)
     assert len(a) == len(as_set(a)) and a == a and a != b
+
+
+def silenced(model, neurons):
+    """What a set switches off, seen in the numbers alone: channels of each place with nothing in one of their weights."""
+    architecture, off = Architecture(model), set()
+    own_values = architecture.heads == architecture.groups
+    with deactivate(model, neurons):
+        for projection in PROJECTIONS:
+            kind = "ffn" if projection in FEED_FORWARD else projection
+            kind = "vo" if own_values and projection in ("v", "o") else kind
+            for layer in range(2):
+                zero = (architecture.place(layer, projection).weight == 0).all(1)
+                off |= {(kind, layer, channel) for channel in zero.nonzero().flatten().tolist()}
+    return off
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_units_are_the_channels_that_fall_silent_together(groups):
+    model = small_llama(groups=groups)
+    chosen = random_set(model)
+    units = chosen.units()
+    expected = silenced(model, chosen)
+    found = {
+        (kind, *place) for kind, mask in units.kinds.items() for place in mask.nonzero().tolist()
+    }
+    assert found == expected and len(units) == len(expected)
+    whole = units.neurons()
+    assert whole & chosen == chosen and len(whole) > len(chosen)
+    assert silenced(model, whole) == expected and len(whole.units()) == len(units)
+    assert sum(units.counts().values()) == len(units)
+    everything = random_set(model, share=1)
+    assert len(everything.units()) == units.total
+
+
+def test_zeroing_a_part_of_a_unit_does_what_zeroing_all_of_it_does():
+    model, ids = small_llama(groups=4).double(), torch.arange(5, 12)[None]
+    shapes = NeuronSet.empty(model).shapes
+    for projection in ("gate", "up", "down", "v", "o"):
+        part = NeuronSet.from_cells(shapes, [(projection, 1, 3), (projection, 0, 5)])
+        logits = []
+        for neurons in (part, part.units().neurons()):
+            with deactivate(model, neurons):
+                logits.append(model(ids).logits)
+        torch.testing.assert_close(*logits)
+        assert not torch.allclose(logits[0], model(ids).logits)
+
+
+def test_shares_are_of_neurons_or_of_units():
+    shapes = NeuronSet.empty(small_llama(groups=4)).shapes
+    cells = [("q", 0, 1), ("v", 0, 2), ("o", 0, 2), ("gate", 1, 3), ("up", 1, 3), ("down", 1, 3)]
+    chosen = NeuronSet.from_cells(shapes, cells)
+    assert chosen.share_in(ATTENTION) == 1 / 2
+    assert chosen.share_in(ATTENTION, units=True) == 2 / 3
+    assert chosen.share_in("down", units=True) == 1 / 3
+    assert math.isnan((chosen - chosen).share_in(ATTENTION))
+    with pytest.raises(SafetyNeuronError, match="no projection is called norm"):
+        chosen.only(["q", "norm"])
 
 
 def test_random_like_matches_layer_and_projection_and_differs_by_seed(model):

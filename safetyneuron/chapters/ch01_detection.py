@@ -9,8 +9,7 @@ from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
 
 def attention_share(neurons):
     """Share of the set that lies in attention, as text."""
-    counts = neurons.counts()
-    return f"{sum(counts[p] for p in ATTENTION) / len(neurons):.0%}"
+    return f"{neurons.share_in(ATTENTION):.0%}"
 
 
 def survival_curve(profile):

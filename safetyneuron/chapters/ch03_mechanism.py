@@ -3,7 +3,6 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-import torch
 
 from safetyneuron.book import labels
 from safetyneuron.book import paper as reported
@@ -85,14 +84,11 @@ def structures(neurons):
     }
     rows = {}
     for name, projections in members.items():
-        inside, rows_there = (
-            sum(f(neurons.masks[p]) for p in projections)
-            for f in (lambda m: int(m.sum()), torch.Tensor.numel)
-        )
-        share = inside / rows_there
+        inside = len(neurons.only(projections))
+        share = inside / sum(neurons.masks[p].numel() for p in projections)
         rows[name] = {
             "neurons": inside,
-            "share of the set": inside / len(neurons),
+            "share of the set": neurons.share_in(projections),
             "share of its rows": share,
             "enrichment": share / neurons.share,
         }

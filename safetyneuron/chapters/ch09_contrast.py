@@ -110,16 +110,10 @@ def alone(recipient, donor, tokenizer, suite, neurons):
         Columns layer (from 1), channel, rate.
     """
     (name,), rows = suite.harmful, []
-    for layer, channel in neurons.masks["down"].nonzero().tolist():
-        mask = torch.zeros_like(neurons.masks["down"])
-        mask[layer, channel] = True
-        rates = patched_rates(
-            recipient,
-            donor,
-            tokenizer,
-            replace(suite, benign=None, tasks=()),
-            NeuronSet(neurons.masks | {"down": mask}),
-        )
+    for cell in neurons.cells():
+        one, (_, layer, channel) = NeuronSet.from_cells(neurons.shapes, [cell]), cell
+        asked = replace(suite, benign=None, tasks=())
+        rates = patched_rates(recipient, donor, tokenizer, asked, one)
         rows.append((layer + 1, channel, rates["asr", name]))
     table = pd.DataFrame(rows, columns=["layer", "channel", "rate"])
     return table.sort_values(
@@ -129,9 +123,7 @@ def alone(recipient, donor, tokenizer, suite, neurons):
 
 def without(neurons, layer, channel):
     """The set without one neuron; layer from 1."""
-    mask = neurons.masks["down"].clone()
-    mask[layer - 1, channel] = False
-    return NeuronSet(neurons.masks | {"down": mask})
+    return neurons - NeuronSet.from_cells(neurons.shapes, [("down", layer - 1, channel)])
 
 
 def restored(before, after, patched):

@@ -166,9 +166,7 @@ def claims(detectors, others, found, budget):
             for m, label in (("asr", "keyword rule"), ("coherent", "well-formed answers"))
         }
         columns[name] |= {
-            "most lie in attention": _judged(
-                Rate(sum(neurons.counts()[p] for p in ATTENTION), len(neurons)), 0.5
-            ),
+            "most lie in attention": _judged(Rate(len(neurons.only(ATTENTION)), len(neurons)), 0.5),
             "most lie in the first half of the layers": _judged(
                 Rate(_in_first_half(neurons), len(neurons)), 0.5
             ),
@@ -204,7 +202,7 @@ def _judged(rate, threshold, below=False):
 
 
 def _in_first_half(neurons):
-    return sum(int(neurons.masks[p][: neurons.masks[p].shape[0] // 2].sum()) for p in PROJECTIONS)
+    return len(neurons.within(1, len(neurons.masks["q"]) // 2))
 
 
 def places(detectors, budget):
@@ -213,9 +211,8 @@ def places(detectors, budget):
     for name in [n for n in detectors if kind(n) == n]:
         neurons, d = detectors[name].select(budget), detectors[name]
         if neurons is not None:
-            attention = sum(neurons.counts()[p] for p in ATTENTION) / len(neurons)
             rows[name] = {
-                "in attention": attention,
+                "in attention": neurons.share_in(ATTENTION),
                 "in the first half": _in_first_half(neurons) / len(neurons),
                 "seconds": d.seconds,
                 "passes": d.passes,

@@ -128,14 +128,11 @@ def per_layer_kept(profile, fraction):
 def first_of_set_kept(profile, fraction):
     """Share of the highest neurons kept when half of a set twice as large is taken in the order of a Python set."""
     chosen, wider = profile.select(fraction=fraction), profile.select(fraction=2 * fraction)
-    masks = {p: torch.zeros_like(mask) for p, mask in wider.masks.items()}
-    for projection, mask in wider.masks.items():
-        for layer, row in enumerate(mask):
-            indices = set(row.nonzero().flatten().tolist())
-            masks[projection][
-                layer, list(islice(indices, int(chosen.masks[projection][layer].sum())))
-            ] = True
-    return len(chosen & NeuronSet(masks)) / len(chosen)
+    cells = []
+    for projection, layer, channels in wider.by_layer():
+        count = int(chosen.masks[projection][layer].sum())
+        cells.append((projection, layer, list(islice(set(channels.tolist()), count))))
+    return len(chosen & NeuronSet.from_cells(wider.shapes, cells)) / len(chosen)
 
 
 def gradient_norms(model, tokenizer, documents, neurons):

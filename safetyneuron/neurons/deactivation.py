@@ -56,14 +56,9 @@ def _replaced(model, neurons, source):
     saved = []
     try:
         with torch.no_grad():
-            for projection, mask in neurons.masks.items():
-                for layer in mask.any(1).nonzero().flatten().tolist():
-                    _write(
-                        architecture.place(layer, projection),
-                        source(layer, projection),
-                        mask[layer].nonzero().flatten(),
-                        saved,
-                    )
+            for projection, layer, channels in neurons.by_layer():
+                place = architecture.place(layer, projection)
+                _write(place, source(layer, projection), channels, saved)
         yield model
     finally:
         with torch.no_grad():

@@ -1,5 +1,7 @@
-"""Sets of neurons: one boolean mask (layers, channels) per projection."""
+"""Sets of neurons: one boolean mask (layers, channels) per projection; and the functional units that they make up."""
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from operator import and_, or_, xor
 
 import torch
@@ -12,11 +14,24 @@ from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
 
 VERSION = "1"  # of neuron files
 
+# Kind of unit -> the projections whose rows and columns of one channel cannot be switched off apart.
+UNIT_KINDS = {
+    "q": ("q",),
+    "k": ("k",),
+    "v": ("v",),
+    "o": ("o",),
+    "vo": ("v", "o"),
+    "ffn": ("gate", "up", "down"),
+}
+
 
 class NeuronSet:
     """A set of neurons of one model shape.
 
-    Combine sets with ``&``, ``|``, ``-`` and ``^``; ``len`` counts neurons.
+    Combine sets with ``&``, ``|``, ``-`` and ``^``; ``len`` counts neurons, ``len(neurons.units())`` functional units.
+
+    >>> attention = neurons.within(1, 4).only(ATTENTION)
+    >>> neurons.share_in(ATTENTION), neurons.share_in(ATTENTION, units=True)
 
     Parameters
     ----------
@@ -47,6 +62,17 @@ class NeuronSet:
                 for p, width in architecture.widths.items()
             }
         )
+
+    @classmethod
+    def from_cells(cls, shapes: dict, cells: Iterable) -> "NeuronSet":
+        """The set of given cells: (projection, layer from 0, channel or tensor of channels).
+
+        shapes: (layers, channels) per projection, as `shapes` of another set of the model.
+        """
+        masks = {p: torch.zeros(shapes[p], dtype=torch.bool) for p in PROJECTIONS}
+        for projection, layer, channel in cells:
+            masks[projection][layer, channel] = True
+        return cls(masks)
 
     @classmethod
     def random_like(cls, neurons, seed):
@@ -110,12 +136,62 @@ class NeuronSet:
         """Neurons in the set per projection."""
         return {p: int(mask.sum()) for p, mask in self.masks.items()}
 
-    def within(self, first, last):
+    def within(self, first: int, last: int) -> "NeuronSet":
         """The neurons of layers `first` to `last`, counted from 1, both included."""
         kept = {p: torch.zeros_like(mask) for p, mask in self.masks.items()}
         for projection, mask in self.masks.items():
             kept[projection][first - 1 : last] = mask[first - 1 : last]
         return NeuronSet(kept)
+
+    def only(self, projections: Iterable[str]) -> "NeuronSet":
+        """The neurons of some projections.
+
+        Raises
+        ------
+        SafetyNeuronError
+            If a name is none of `q k v o gate up down`.
+        """
+        names = {projections} if isinstance(projections, str) else set(projections)
+        if unknown := names - set(PROJECTIONS):
+            raise SafetyNeuronError(
+                f"no projection is called {', '.join(sorted(unknown))}: use some of {' '.join(PROJECTIONS)}"
+            )
+        return NeuronSet({p: mask & (p in names) for p, mask in self.masks.items()})
+
+    def by_layer(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """The set as (projection, layer from 0, channels), wherever a layer has any."""
+        for projection, mask in self.masks.items():
+            for layer in mask.any(1).nonzero().flatten().tolist():
+                yield projection, layer, mask[layer].nonzero().flatten()
+
+    def cells(self) -> Iterator[tuple[str, int, int]]:
+        """The set neuron by neuron: (projection, layer from 0, channel)."""
+        for projection, layer, channels in self.by_layer():
+            for channel in channels.tolist():
+                yield projection, layer, channel
+
+    def units(self) -> "Units":
+        """The functional units that the set switches off, whole or in part.
+
+        A unit is in it when any of its rows or columns is in the set: to zero one of gate row, up row and down column
+        silences the channel as all three do. v rows and o columns are one unit a channel where every head has its own
+        values (as many v rows as o columns), else each is one.
+        """
+        own_values = self.shapes["v"] == self.shapes["o"]
+        kinds = ("q", "k", "vo", "ffn") if own_values else ("q", "k", "v", "o", "ffn")
+        return Units(
+            {kind: torch.stack([self.masks[p] for p in UNIT_KINDS[kind]]).any(0) for kind in kinds}
+        )
+
+    def share_in(self, projections: Iterable[str], units: bool = False) -> float:
+        """Share of the set in some projections, 0 to 1: of its neurons, or of its functional units; NaN for the empty set.
+
+        A unit counts where the set has a row or column of it in these projections.
+        """
+        inside, whole = self.only(projections), self
+        if units:
+            inside, whole = inside.units(), whole.units()
+        return len(inside) / len(whole) if len(whole) else float("nan")
 
     def parameter_share(self, model):
         """Share of all parameters of `model` that the set's rows and columns hold, 0 to 1."""
@@ -152,3 +228,41 @@ class NeuronSet:
                 f"{path} is no neuron file of version {VERSION} (it says {version}): write it again with NeuronSet.save"
             )
         return cls(masks)
+
+
+@dataclass(frozen=True)
+class Units:
+    """Functional units of a model: what cannot be switched off in part. ``len`` counts them.
+
+    Attributes
+    ----------
+    kinds : dict of str to torch.Tensor
+        Boolean (layers, channels) per kind: `q`, `k`, `ffn` (gate row, up row and down column of a channel), and `vo`
+        (v row and o column of a channel) where every head has its own values, else `v` and `o`.
+    """
+
+    kinds: dict[str, torch.Tensor]
+
+    def __len__(self):
+        return sum(self.counts().values())
+
+    def __repr__(self):
+        return f"Units({len(self)} of {self.total} functional units, {self.share:.2%})"
+
+    @property
+    def total(self) -> int:
+        """Units of the model, in here or not."""
+        return sum(mask.numel() for mask in self.kinds.values())
+
+    @property
+    def share(self) -> float:
+        """Share of the model's units that are in here, 0 to 1."""
+        return len(self) / self.total
+
+    def counts(self) -> dict[str, int]:
+        """Units per kind."""
+        return {kind: int(mask.sum()) for kind, mask in self.kinds.items()}
+
+    def neurons(self) -> NeuronSet:
+        """All rows and columns of these units."""
+        return NeuronSet({p: mask for kind, mask in self.kinds.items() for p in UNIT_KINDS[kind]})

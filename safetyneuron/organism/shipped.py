@@ -185,12 +185,11 @@ def write_rows(path, planted, decoys, model):
         )
     architecture, tensors = Architecture(model), {}
     for group, neurons in zip(GROUPS, (planted, decoys)):
-        for projection, mask in neurons.masks.items() if neurons is not None else ():
-            for layer in mask.any(1).nonzero().flatten().tolist():
-                channels, prefix = mask[layer].nonzero().flatten(), f"{group}.{projection}.{layer}"
-                weight = architecture.place(layer, projection).weight.detach().cpu()
-                tensors[f"{prefix}.channels"] = channels.to(torch.int16)
-                tensors[f"{prefix}.rows"] = weight[channels].half()
+        for projection, layer, channels in neurons.by_layer() if neurons is not None else ():
+            prefix = f"{group}.{projection}.{layer}"
+            weight = architecture.place(layer, projection).weight.detach().cpu()
+            tensors[f"{prefix}.channels"] = channels.to(torch.int16)
+            tensors[f"{prefix}.rows"] = weight[channels].half()
     _write(path, tensors)
 
 
@@ -417,10 +416,8 @@ def _put_rows(model, tensors, *groups):
 def _neurons(name, group):
     stored = _find(name)
     tensors = _rows(stored, group)
-    masks = NeuronSet.empty(_changed(stored, build_tokenizer())).masks
-    for projection, layer, channels, _ in _channels(tensors, group):
-        masks[projection][layer, channels] = True
-    return NeuronSet(masks)
+    shapes = NeuronSet.empty(_changed(stored, build_tokenizer())).shapes
+    return NeuronSet.from_cells(shapes, (cells[:3] for cells in _channels(tensors, group)))
 
 
 def _answer_key(stored):

@@ -153,19 +153,15 @@ class NeuronDelta:
         try:
             with safe_open(path, "pt") as stored:
                 facts = json.loads(stored.metadata()["delta"])
-                masks = {
-                    p: torch.zeros(*shape, dtype=torch.bool) for p, shape in facts["shapes"].items()
-                }
-                values = {}
+                cells, values = [], {}
                 for projection, layer in [
                     name.split(".")[:2] for name in stored.keys() if name.endswith(".change")
                 ]:
-                    masks[projection][
-                        int(layer), stored.get_tensor(f"{projection}.{layer}.channels").long()
-                    ] = True
-                    values[projection, int(layer)] = stored.get_tensor(
-                        f"{projection}.{layer}.change"
-                    )
+                    name = f"{projection}.{layer}"
+                    channels = stored.get_tensor(f"{name}.channels").long()
+                    cells.append((projection, int(layer), channels))
+                    values[projection, int(layer)] = stored.get_tensor(f"{name}.change")
+                neurons = NeuronSet.from_cells(facts["shapes"], cells)
         except (
             OSError,
             SafetensorError,
@@ -178,7 +174,7 @@ class NeuronDelta:
             raise SafetyNeuronError(
                 f"{path} is not a readable neuron delta ({error}): write it again with NeuronDelta.save"
             ) from None
-        return cls(NeuronSet(masks), values, facts["model"], facts["facts"])
+        return cls(neurons, values, facts["model"], facts["facts"])
 
 
 def _sum(original, value):

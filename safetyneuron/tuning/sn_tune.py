@@ -29,14 +29,8 @@ class TunedNeurons(nn.Module):
             self.hf_device_map = model.hf_device_map
         self.places = {}
         architecture = Architecture(model)
-        for projection, mask in neurons.masks.items():
-            for layer in mask.any(1).nonzero().flatten().tolist():
-                self._add(
-                    architecture.place(layer, projection),
-                    projection,
-                    layer,
-                    mask[layer].nonzero().flatten(),
-                )
+        for projection, layer, channels in neurons.by_layer():
+            self._add(architecture.place(layer, projection), projection, layer, channels)
 
     def _add(self, place, projection, layer, channels):
         weight = place.weight
