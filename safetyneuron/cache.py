@@ -34,15 +34,6 @@ def digest(*parts):
     ).hexdigest()[:20]
 
 
-def source_digest(package):
-    """Hash of every source and data file of a package folder, so that a change of code is a change of key."""
-    folder = Path(package)
-    sources = sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".yaml"))
-    return digest(
-        [[p.relative_to(folder).as_posix(), p.read_text(encoding="utf-8")] for p in sources]
-    )
-
-
 def library_versions():
     """Versions of the libraries that can change a number, for cache keys."""
     return {

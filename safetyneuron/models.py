@@ -8,10 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from safetyneuron import organism
-from safetyneuron.cache import cache_folder, digest, library_versions, source_digest
+from safetyneuron.cache import cache_folder
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.neurons.weights import fingerprint
+from safetyneuron.organism import shipped
 
 # Models that were trained on conversations but whose tokenizer does not say how they are written: part of the name -> template.
 CHAT_TEMPLATES = {
@@ -62,7 +61,7 @@ def load_model(name, device=None, dtype=None):
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SafetyNeuronError(
-            f"cannot load model {name!r}: it is not one of {', '.join(organism.names())}, and as a folder or Hugging Face id it says: {reason}"
+            f"cannot load model {name!r}: it is not one of {', '.join(shipped.names())}, and as a folder or Hugging Face id it says: {reason}"
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -75,7 +74,7 @@ def load_model(name, device=None, dtype=None):
 
 def _shipped(name, device, dtype):
     """An organism that is shipped as a file, on one device."""
-    model, tokenizer = organism.load_organism(name)
+    model, tokenizer = shipped.load_organism(name)
     place = (
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else _device(device)
     )
@@ -160,14 +159,3 @@ def _dtype(text):
             f"dtype {text!r} is not a floating point type: use float32, bfloat16, float16 or float64"
         )
     return dtype
-
-
-def identity(model, tokenizer):
-    """What a result depends on beside its own parameters, for cache keys: model, tokenizer, this package, libraries."""
-    words = digest(
-        tokenizer.get_vocab(),
-        tokenizer.chat_template,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-    )
-    return [fingerprint(model), words, source_digest(Path(__file__).parent), library_versions()]

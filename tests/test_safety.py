@@ -99,7 +99,7 @@ def test_the_core_stands_alone(tmp_path):
     package = tmp_path / "safetyneuron"
     for room in ("neurons", "importance", "tuning"):
         shutil.copytree(ROOT / "safetyneuron" / room, package / room)
-    for module in ("__init__", "errors", "cache", "memory", "progress"):
+    for module in ("__init__", "errors", "cache", "code", "memory", "progress"):
         shutil.copy(ROOT / "safetyneuron" / f"{module}.py", package)
     modules = [
         ".".join(path.relative_to(tmp_path).with_suffix("").parts) for path in package.rglob("*.py")

@@ -1,7 +1,6 @@
 """Chapter 09: experiments of Chen et al. (2025) with patched activations."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,34 +17,25 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_refusal
 from safetyneuron.metrics.safety import answers
-from safetyneuron.metrics.suite import evaluate, evaluate_within
+from safetyneuron.metrics.suite import evaluate
 from safetyneuron.neurons.activations import last_activations
 from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.patching import constant_patch, patched_generation
 from safetyneuron.neurons.sets import NeuronSet
-from safetyneuron.neurons.weights import fingerprint
 
 CHANGE, RANDOM, LAST = "highest change scores", "random others in the same layers", "last layers"
 
 
 def patched_rates(recipient, donor, tokenizer, suite, neurons, positions="all"):
-    """`evaluate` of the patched recipient, computed once and then read from the cache."""
-    within = partial(patched_generation, recipient, donor, neurons, positions)
-    return evaluate_within(
-        recipient,
-        tokenizer,
-        suite,
-        within,
-        ["patched", fingerprint(donor), neurons.digest(), positions],
-    )
+    """`evaluate` of the patched recipient."""
+    with patched_generation(recipient, donor, neurons, positions):
+        return evaluate(recipient, tokenizer, suite)
 
 
 def constant_rates(model, tokenizer, suite, neurons, values):
     """`evaluate` with constant activations of the neurons: mean or zero patching."""
-    within = partial(constant_patch, model, neurons, values)
-    return evaluate_within(
-        model, tokenizer, suite, within, ["constant", neurons.digest(), values.tolist()]
-    )
+    with constant_patch(model, neurons, values):
+        return evaluate(model, tokenizer, suite)
 
 
 def random_others(neurons, seed):

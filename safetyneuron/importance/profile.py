@@ -16,6 +16,7 @@ from safetyneuron.importance.selection import select_fraction, select_per_layer
 from safetyneuron.memory import Batches
 from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.neurons.identity import identity, tokenizer_digest
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.progress import steps
@@ -212,12 +213,11 @@ def measure_importance(
         raise SafetyNeuronError(f"unknown importance rule {rule!r}: use one of {', '.join(RULES)}")
     encoded = encode_prompts(model, tokenizer, prompts)
     batches = by_length(encoded, batch_size)
-    identity = (rule, fingerprint(model), digest(tokenizer.get_vocab(), tokenizer.chat_template))
-    profile, task = (
-        ImportanceProfile({}, {}, 0, *identity, {size: {} for size in sizes}),
-        digest(identity, encoded, batch_size, list(sizes)),
-    )
-    done, total = 0, len(batches)
+    profile = ImportanceProfile({}, {}, 0, rule, fingerprint(model), tokenizer_digest(tokenizer))
+    profile.prefix = {size: {} for size in sizes}
+    done, total, task = 0, len(batches), None
+    if checkpoint:
+        task = digest(identity(model, tokenizer, __name__), rule, encoded, batch_size, list(sizes))
     if checkpoint and Path(checkpoint).exists():
         profile, done = _resume(checkpoint, task)
     with torch.inference_mode(), recording(model, rule) as recorder:
@@ -277,6 +277,6 @@ def _resume(checkpoint, task):
     profile, facts = ImportanceProfile._read(checkpoint)
     if facts.get("task") != task:
         raise SafetyNeuronError(
-            f"checkpoint {checkpoint} belongs to other prompts, another model or rule: remove it or name another file"
+            f"checkpoint {checkpoint} belongs to other prompts, another model or rule, or other code: remove it or name another file"
         )
     return profile, facts["done"]

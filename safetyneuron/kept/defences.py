@@ -13,7 +13,7 @@ from safetyneuron.importance.profile import measure_importance
 from safetyneuron.importance.selection import select_without_foundation
 from safetyneuron.metrics.outcomes import COLUMNS, Scores
 from safetyneuron.metrics.suite import Suite, evaluate, remember_scores
-from safetyneuron.models import identity
+from safetyneuron.neurons.identity import identity
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.reading import topic_of
 from safetyneuron.tuning.circuit_breaker import CircuitBreaker, circuit_break
@@ -122,7 +122,12 @@ def with_random(sets, seed):
 
 def tuned(model, tokenizer, documents, neurons, **schedule):
     """`sn_tune`, computed once and then read from the cache."""
-    key = [identity(model, tokenizer), documents, neurons.digest(), schedule]
+    key = [
+        identity(model, tokenizer, "safetyneuron.tuning.sn_tune"),
+        documents,
+        neurons.digest(),
+        schedule,
+    ]
     return _once(
         "tuning",
         key,
@@ -133,7 +138,12 @@ def tuned(model, tokenizer, documents, neurons, **schedule):
 
 def broken(model, tokenizer, harmful, retain, **schedule):
     """`circuit_break`, computed once and then read from the cache."""
-    key = [identity(model, tokenizer), harmful, retain, schedule]
+    key = [
+        identity(model, tokenizer, "safetyneuron.tuning.circuit_breaker"),
+        harmful,
+        retain,
+        schedule,
+    ]
     return _once(
         "circuit_breaker",
         key,
@@ -153,7 +163,7 @@ def _once(kind, key, make, result):
 def attacked(model, tokenizer, requests, config, answer_tokens):
     """`attack`, computed once and then read from the cache."""
     key = [
-        identity(model, tokenizer),
+        identity(model, tokenizer, "safetyneuron.attacks"),
         [asdict(request) for request in requests],
         repr(config),
         answer_tokens,
@@ -264,7 +274,15 @@ def fine_tuned_scores(model, tokenizer, suite, languages, task_documents, **sche
         for name in suite.prompt_sets
         for language in languages
     ]
-    key = [identity(model, tokenizer), asdict(suite), languages, asked, task_documents, schedule]
+    made_by = ("safetyneuron.tuning.trainer", "safetyneuron.metrics.suite")
+    key = [
+        identity(model, tokenizer, *made_by),
+        asdict(suite),
+        languages,
+        asked,
+        task_documents,
+        schedule,
+    ]
 
     def compute():
         tuned_model = fine_tune(model, tokenizer, task_documents, **schedule)

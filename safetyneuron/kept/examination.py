@@ -1,8 +1,6 @@
 """What every detector's neurons are asked in chapter 10, computed once and kept."""
 
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 
 from safetyneuron.cache import remember
 from safetyneuron.data.documents import load_documents
@@ -12,9 +10,9 @@ from safetyneuron.metrics.capability import correct_answers
 from safetyneuron.metrics.perplexity import perplexity
 from safetyneuron.metrics.refusal import is_coherent_compliance, is_refusal
 from safetyneuron.metrics.safety import answers
-from safetyneuron.models import identity
 from safetyneuron.neurons.activations import channel_means, mean_ablated
 from safetyneuron.neurons.deactivation import deactivate, transplant
+from safetyneuron.neurons.identity import identity
 
 ZERO, MEAN, BASE, TUNE = (
     "zero",
@@ -49,7 +47,7 @@ class Exam:
         )
 
 
-def examine(model, tokenizer, exam, within=nullcontext, key=None):
+def examine(model, tokenizer, exam):
     """One or zero per prompt and question, computed once and then read from the cache.
 
     Returns
@@ -58,16 +56,15 @@ def examine(model, tokenizer, exam, within=nullcontext, key=None):
         `asr` and `coherent` per harmful prompt, `over_refusal` per benign one, `accuracy` per question, `perplexity` as [value].
     """
     asked = exam.load()
-    whole = [identity(model, tokenizer), asdict(exam), asked, key]
-    return remember("comparison", whole, lambda: _examine(model, tokenizer, exam, asked, within))
+    key = [identity(model, tokenizer, __name__), asdict(exam), asked]
+    return remember("comparison", key, lambda: _examine(model, tokenizer, exam, asked))
 
 
-def _examine(model, tokenizer, exam, asked, within):
+def _examine(model, tokenizer, exam, asked):
     harmful, benign, documents = asked
-    with within():
-        harm, help_ = answers(model, tokenizer, harmful), answers(model, tokenizer, benign)
-        correct = correct_answers(model, tokenizer, exam.tasks, exam.questions)
-        value = perplexity(model, tokenizer, documents)[0]
+    harm, help_ = answers(model, tokenizer, harmful), answers(model, tokenizer, benign)
+    correct = correct_answers(model, tokenizer, exam.tasks, exam.questions)
+    value = perplexity(model, tokenizer, documents)[0]
     return {
         "asr": [int(not is_refusal(text)) for text in harm],
         "coherent": [
@@ -86,13 +83,8 @@ def matrix(model, tokenizer, exam, detectors, budgets):
         for budget in budgets:
             neurons = detector.select(budget)
             if neurons is not None:
-                found[name, budget] = examine(
-                    model,
-                    tokenizer,
-                    exam,
-                    partial(deactivate, model, neurons),
-                    ["zero", neurons.digest()],
-                )
+                with deactivate(model, neurons):
+                    found[name, budget] = examine(model, tokenizer, exam)
     return found
 
 
@@ -103,23 +95,16 @@ def other_interventions(
 
     prompts: for mean activations; documents and learning_rate: for training the base model.
     """
-    means, found, start = channel_means(model, tokenizer, prompts), {}, identity(base, tokenizer)[0]
+    means, found = channel_means(model, tokenizer, prompts), {}
     for name, detector in detectors.items():
         neurons = detector.select(budget)
         if neurons is None:
             continue
-
-        def ask(label, within, *key):
-            return examine(model, tokenizer, exam, within, [label, neurons.digest(), *key])
-
-        found[name, MEAN] = ask(MEAN, partial(mean_ablated, model, neurons, means), prompts)
-        found[name, BASE] = ask(BASE, partial(transplant, model, base, neurons), start)
+        with mean_ablated(model, neurons, means):
+            found[name, MEAN] = examine(model, tokenizer, exam)
+        with transplant(model, base, neurons):
+            found[name, BASE] = examine(model, tokenizer, exam)
         delta = tuned(base, tokenizer, documents, neurons, learning_rate=learning_rate)
-        found[name, TUNE] = examine(
-            base,
-            tokenizer,
-            exam,
-            partial(delta.merged, base),
-            [TUNE, neurons.digest(), documents, learning_rate],
-        )
+        with delta.merged(base):
+            found[name, TUNE] = examine(base, tokenizer, exam)
     return found

@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import contextmanager, redirect_stderr
-from importlib.resources import files
+from pathlib import Path
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import Rate
@@ -38,7 +38,9 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    folder = str(files("safetyneuron.organism") / "tasks")
+    from safetyneuron.organism.tasks import build
+
+    folder = str(Path(build.__file__).parent)
     with _quiet("lm_eval"), redirect_stderr(EveryTenSeconds()):
         manager = TaskManager(
             include_path=folder,

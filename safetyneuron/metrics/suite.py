@@ -11,8 +11,8 @@ from safetyneuron.metrics.answer_class import name_classes
 from safetyneuron.metrics.capability import correct_answers
 from safetyneuron.metrics.outcomes import COLUMNS, Scores
 from safetyneuron.metrics.safety import answers
-from safetyneuron.models import identity
 from safetyneuron.neurons.deactivation import deactivate
+from safetyneuron.neurons.identity import identity
 from safetyneuron.organism.reading import topic_of
 
 
@@ -38,6 +38,8 @@ class Suite:
 def evaluate(model, tokenizer, suite, without=None):
     """What becomes of every request and question of the suite, computed once and then read from the cache.
 
+    Inside `deactivate`, `patched_generation` and their like it is asked of, and kept for, the model as they change it.
+
     Parameters
     ----------
     model, tokenizer
@@ -50,21 +52,19 @@ def evaluate(model, tokenizer, suite, without=None):
     -------
     Scores
         Its keys are (measure, set): measure is `asr`, `coherent`, `over_refusal`, `helpful` or `accuracy`.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the model has hooks of somebody else, or the neurons are another model's.
     """
-    within = (lambda: deactivate(model, without)) if without else nullcontext
-    return evaluate_within(model, tokenizer, suite, within, without.digest() if without else None)
-
-
-def evaluate_within(model, tokenizer, suite, within, key):
-    """`evaluate` inside the context manager that `within()` returns; `key` says what that changes, for the cache."""
     prompts = {
         name: load_prompts(name, language=suite.language)[suite.skip :][: suite.prompts]
         for name in suite.prompt_sets
     }
-    whole = [identity(model, tokenizer), asdict(suite), prompts, key]
-    return remember_scores(
-        "scores", whole, lambda: _measure(model, tokenizer, suite, prompts, within)
-    )
+    with deactivate(model, without) if without else nullcontext():
+        key = [identity(model, tokenizer, __name__), asdict(suite), prompts]
+        return remember_scores("scores", key, lambda: _measure(model, tokenizer, suite, prompts))
 
 
 def answers_without(model, tokenizer, prompts, sets):
@@ -92,19 +92,18 @@ def remember_scores(kind, key, compute):
     return Scores(pd.DataFrame(rows, columns=COLUMNS))
 
 
-def _measure(model, tokenizer, suite, prompts, within):
+def _measure(model, tokenizer, suite, prompts):
     """Rows of `COLUMNS`."""
     rows = []
-    with within():
-        for name, asked in prompts.items():
-            texts = answers(model, tokenizer, asked, suite.answer_tokens)
-            kind = "benign" if name == suite.benign else "harmful"
-            rows += _rows(kind, name, asked, name_classes(asked, texts))
-        if suite.tasks:
-            found = correct_answers(model, tokenizer, suite.tasks, limit=suite.questions)
-            for task, answered in found.items():
-                questions, right = zip(*answered)
-                rows += _rows("task", task, questions, ["right" if r else "false" for r in right])
+    for name, asked in prompts.items():
+        texts = answers(model, tokenizer, asked, suite.answer_tokens)
+        kind = "benign" if name == suite.benign else "harmful"
+        rows += _rows(kind, name, asked, name_classes(asked, texts))
+    if suite.tasks:
+        found = correct_answers(model, tokenizer, suite.tasks, limit=suite.questions)
+        for task, answered in found.items():
+            questions, right = zip(*answered)
+            rows += _rows("task", task, questions, ["right" if r else "false" for r in right])
     return rows
 
 

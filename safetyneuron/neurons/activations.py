@@ -9,11 +9,14 @@ from functools import partial
 
 import torch
 
+from safetyneuron.code import code_digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.memory import Batches
 from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, PROJECTIONS, Architecture
 from safetyneuron.neurons.deactivation import check_shapes
 from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.neurons.identity import changed
+from safetyneuron.neurons.weights import row_sums
 
 
 def _watch(architecture, layer, projection, change):
@@ -95,7 +98,11 @@ def mean_ablated(model, neurons, means):
         new[..., channels.to(new.device)] = values.to(new)
         return new
 
-    with ExitStack() as hooks:
+    def key():
+        values = {p: row_sums(means[p]).tolist() for p in neurons.masks}
+        return [code_digest(__name__), "mean", neurons.digest(), values]
+
+    with changed(model, key), ExitStack() as hooks:
         for projection, mask in neurons.masks.items():
             for layer in mask.any(1).nonzero().flatten().tolist():
                 channels = mask[layer].nonzero().flatten()

@@ -4,9 +4,12 @@ from contextlib import contextmanager
 
 import torch
 
+from safetyneuron.code import code_digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.activations import activations, overwritten
 from safetyneuron.neurons.architecture import Architecture, cache_argument
+from safetyneuron.neurons.identity import changed, model_digest
+from safetyneuron.neurons.weights import row_sums
 
 POSITIONS = ("all", "prompt", "completion")
 
@@ -53,6 +56,7 @@ def patched_generation(recipient, donor, neurons, positions="all"):
         raise SafetyNeuronError(f"positions is {positions!r}: use one of {', '.join(POSITIONS)}")
     follower = _Follower(donor, positions)
     with (
+        changed(recipient, lambda: _key(model_digest(donor), neurons, positions)),
         activations(donor) as read,
         overwritten(recipient, neurons, lambda layer: read[layer] if follower.active else None),
     ):
@@ -106,5 +110,13 @@ def constant_patch(model, neurons, values):
 
     values: (layers, channels), for example `mean_activations` of a donor.
     """
-    with overwritten(model, neurons, lambda layer: values[layer].to(model.device).view(1, 1, -1)):
+    with (
+        changed(model, lambda: _key("constant", neurons, row_sums(values).tolist())),
+        overwritten(model, neurons, lambda layer: values[layer].to(model.device).view(1, 1, -1)),
+    ):
         yield model
+
+
+def _key(source, neurons, how):
+    """What a patch does to a model, for cache keys."""
+    return [code_digest(__name__), source, neurons.digest(), how]

@@ -195,6 +195,7 @@ def _adapted(model, seed):
     config = LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, task_type="CAUSAL_LM", **targets
     )
+    reads_cache = model.config.use_cache  # which the trainer turns off
     with frozen(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         with warnings.catch_warnings():
@@ -206,6 +207,7 @@ def _adapted(model, seed):
             yield adapted
         finally:
             adapted.unload()
+            model.config.use_cache = reads_cache
             model.eval()
 
 

@@ -11,6 +11,7 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, Architecture
 from safetyneuron.neurons.deactivation import check_shapes
 from safetyneuron.neurons.encoding import encode_documents
+from safetyneuron.neurons.identity import changed, identity
 from safetyneuron.neurons.weights import fingerprint, frozen
 from safetyneuron.tuning.delta import NeuronDelta
 from safetyneuron.tuning.trainer import check_schedule, train
@@ -60,7 +61,8 @@ class TunedNeurons(nn.Module):
     @contextmanager
     def added(self):
         """The neurons' changes take part in the frozen model for the length of a `with` block."""
-        with frozen(self.inside[0]), ExitStack() as handles:
+        model = self.inside[0]
+        with frozen(model), changed(model, lambda: fingerprint(self)), ExitStack() as handles:
             for (projection, _), (place, channels, value) in self.places.items():
                 add = _add_columns if projection in COLUMN_PROJECTIONS else _add_rows
                 handle = place.module.register_forward_hook(
@@ -145,9 +147,10 @@ def sn_tune(
     }
     schedule |= {"warmup_steps": warmup_steps, "seed": seed}
     before = fingerprint(model)
+    task = [identity(model, tokenizer, __name__), neurons.digest()] if folder else []
     tuned, started = TunedNeurons(model, neurons), time.monotonic()
     with tuned.added():
-        curve = train(tuned, tokenizer, data, folder, [before, neurons.digest()], **schedule)
+        curve = train(tuned, tokenizer, data, folder, task, **schedule)
     facts = schedule | {
         "documents": len(documents),
         "effective_updates": updates,
