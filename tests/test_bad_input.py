@@ -177,12 +177,7 @@ CASES = {
             model(),
             TOKENIZER,
             [{"prompt": "a", "completion": "b " * 60}],
-            NeuronSet.random_like(
-                NeuronSet(
-                    {p: torch.ones_like(m) for p, m in NeuronSet.empty(model()).masks.items()}
-                ),
-                0,
-            ),
+            NeuronSet({p: torch.ones_like(m) for p, m in NeuronSet.empty(model()).masks.items()}),
         ),
         "tokens but the model reads",
     ),

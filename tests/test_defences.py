@@ -31,7 +31,7 @@ def model():
 @pytest.fixture
 def sets(model):
     return {
-        name: random_profile(model, seed).select(fraction=0.2)
+        name: random_profile(model, seed).select(fraction=0.05)
         for seed, name in enumerate((defences.EQ3, defences.SPECIFIC))
     }
 

@@ -91,8 +91,8 @@ def test_downloaded_data_are_the_numbers(monkeypatch):
     assert read["rate low"][1] == pytest.approx(Rate(8, 100).interval[0])
 
 
-def test_places_of_several_models_keep_their_numbers(neurons):
-    other = NeuronSet.random_like(neurons, 1)
+def test_places_of_several_models_keep_their_numbers(model, neurons):
+    other = random_profile(model, 4).select(fraction=0.2)
     sets = {
         "a": {labels.EQ3: neurons, labels.SPECIFIC: other},
         "b": {labels.EQ3: other, labels.SPECIFIC: neurons},

@@ -98,12 +98,44 @@ def test_shares_are_of_neurons_or_of_units():
         chosen.only(["q", "norm"])
 
 
-def test_random_like_matches_layer_and_projection_and_differs_by_seed(model):
-    chosen = random_set(model)
-    drawn = [NeuronSet.random_like(chosen, seed) for seed in (0, 1)]
-    for p, mask in chosen.masks.items():
-        assert torch.equal(drawn[0].masks[p].sum(1), mask.sum(1))
-    assert drawn[0] != drawn[1] and drawn[0] == NeuronSet.random_like(chosen, 0)
+@pytest.mark.parametrize("groups", [2, 4])
+def test_random_sets_match_in_units_and_rows_and_lie_outside(groups):
+    model = small_llama(groups=groups)
+    chosen = random_set(model, share=0.1)
+    assert chosen.units().leave_room
+    drawn = NeuronSet.random_draws(chosen, 5)
+    for neurons in drawn:
+        assert not len(neurons.units().neurons() & chosen.units().neurons())
+        for kind, mask in chosen.units().kinds.items():
+            assert torch.equal(neurons.units().kinds[kind].sum(1), mask.sum(1))
+        for p, mask in chosen.masks.items():
+            assert torch.equal(neurons.masks[p].sum(1), mask.sum(1))
+    assert drawn[0] != drawn[1] and drawn[1] == NeuronSet.random_like(chosen, 1)
+
+
+def test_a_drawn_unit_has_the_rows_of_the_unit_that_it_stands_for():
+    shapes = NeuronSet.empty(small_llama(groups=4)).shapes
+    gate = NeuronSet.from_cells(shapes, [("gate", 0, 5)])
+    parts = NeuronSet.from_cells(shapes, [("gate", 1, 5), ("down", 1, 5), ("o", 1, 3)])
+    seen = set()
+    for seed in range(400):
+        assert NeuronSet.random_like(gate, seed).counts() == gate.counts()
+        (o, (_, layer, first), (_, _, second)) = sorted(
+            NeuronSet.random_like(parts, seed).cells(), key=lambda cell: cell[0] != "o"
+        )
+        assert o[:2] == ("o", 1) and (layer, first) == (1, second)
+        seen.add(first)
+    assert seen == set(range(shapes["gate"][1])) - {5}  # every channel outside can be drawn
+
+
+def test_where_too_few_units_are_left_no_random_set_is_drawn(model):
+    shapes = NeuronSet.empty(model).shapes
+    width = shapes["up"][1]
+    half = NeuronSet.from_cells(shapes, [("up", 1, torch.arange(width // 2))])
+    more = NeuronSet.from_cells(shapes, [("down", 1, width - 1)]) | half
+    assert len(NeuronSet.random_draws(half, 2)) == 2 and NeuronSet.random_draws(more, 2) == []
+    with pytest.raises(SafetyNeuronError, match="layer 2 has 15 units of ffn in the set and 13"):
+        NeuronSet.random_like(more, 0)
 
 
 def test_parameter_share_counts_rows_and_columns(model):

@@ -213,9 +213,7 @@ def test_a_split_model_measures_deactivates_and_tunes_like_a_whole_one(half_away
 
 def test_weights_on_disk_are_refused_because_a_change_would_be_lost(tmp_path, tokenizer):
     model = small_llama(groups=2, max_position_embeddings=128)
-    neurons = NeuronSet.random_like(
-        NeuronSet({p: torch.ones_like(m) for p, m in NeuronSet.empty(model).masks.items()}), 0
-    )
+    neurons = NeuronSet({p: torch.ones_like(m) for p, m in NeuronSet.empty(model).masks.items()})
     disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
     with pytest.raises(SafetyNeuronError, match="offloaded to disk"), deactivate(model, neurons):
         pass

@@ -52,9 +52,8 @@ def test_the_curve_holds_both_models_and_every_condition(models, tokenizer, scor
         ch09_contrast.RANDOM,
         ch09_contrast.LAST,
     }
-    assert len(table) == 4 * (2 + 2 * (1 + 2 + 1)) and len(ch09_contrast.over_draws(table)) == 4 * (
-        2 + 2 * 3
-    )
+    assert len(table) == 4 * (2 + (1 + 2 + 1) + (1 + 1))
+    assert len(ch09_contrast.over_draws(table)) == 4 * (2 + 3 + 2)
     whole = table[(table["fraction"] == 1) & (table["measure"] == "asr")]["rate"]
     assert len(set(whole)) == 1  # all neurons are all neurons, however they were chosen
 
@@ -71,16 +70,9 @@ def test_controls_are_as_large_and_random_ones_lie_in_the_same_layers(scores):
     assert not any(len(neurons & chosen) for neurons in found[ch09_contrast.RANDOM])
 
 
-def test_others_are_taken_first_and_the_set_itself_only_where_they_do_not_suffice(scores):
-    chosen = scores.select(0.75)
-    drawn = ch09_contrast.random_others(chosen, 0)
-    outside = 28 - chosen.masks["down"].sum(1)
-    assert (
-        (drawn.masks["down"] & ~chosen.masks["down"])
-        .sum(1)
-        .equal(outside.minimum(chosen.masks["down"].sum(1)))
-    )
-    assert ch09_contrast.random_others(scores.select(1), 0) == scores.select(1)
+def test_no_random_others_are_drawn_where_too_few_are_left(scores):
+    found = ch09_contrast.conditions(scores, 0.75, 2)
+    assert [len(sets) for sets in found.values()] == [1, 0, 1]
 
 
 def test_neurons_alone_are_ordered_by_what_they_do(models, tokenizer, scores):

@@ -132,7 +132,7 @@ def neuron_sets(harmful, general):
         chosen = {
             EQ3: harmful.select(fraction=share),
             SPECIFIC: specific,
-            RANDOM: specific and NeuronSet.random_like(specific, 0),
+            RANDOM: next(iter(NeuronSet.random_draws(specific, 1)), None) if specific else None,
         }
         for rule, neurons in chosen.items():
             sets[rule].append(

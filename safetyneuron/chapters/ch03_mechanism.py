@@ -32,8 +32,8 @@ def sweep(model, tokenizer, suite, harmful, general, fractions, draws):
     Returns
     -------
     pandas.DataFrame
-        Columns condition, fraction, measure, set, rate; fraction 0 is the whole model. The second set and its random
-        match end at the share where foundation neurons leave too few.
+        Columns condition, fraction, measure, set, rate; fraction 0 is the whole model. The second set ends at the share
+        where foundation neurons leave too few, its random match also where too few units lie outside it.
     """
     rows = [("whole", 0.0, *key, rate) for key, rate in evaluate(model, tokenizer, suite).items()]
     largest = largest_without_foundation(harmful, general)
@@ -43,9 +43,11 @@ def sweep(model, tokenizer, suite, harmful, general, fractions, draws):
             specific = select_without_foundation(harmful, general, fraction)
             sets |= {
                 SPECIFIC: [specific],
-                RANDOM: [NeuronSet.random_like(specific, seed) for seed in range(draws)],
+                RANDOM: NeuronSet.random_draws(specific, draws),
             }
         for condition, drawn in sets.items():
+            if not drawn:
+                continue
             results = [evaluate(model, tokenizer, suite, without=neurons) for neurons in drawn]
             rows += [
                 (condition, fraction, *key, estimate_rate([results], *key)) for key in results[0]

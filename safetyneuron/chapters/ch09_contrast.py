@@ -38,24 +38,12 @@ def constant_rates(model, tokenizer, suite, neurons, values):
         return evaluate(model, tokenizer, suite)
 
 
-def random_others(neurons, seed):
-    """As many random neurons in every layer, from those outside the set as long as there are enough."""
-    generator, mask = torch.Generator().manual_seed(seed), torch.zeros_like(neurons.masks["down"])
-    for layer, chosen in enumerate(neurons.masks["down"]):
-        others, own = (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
-        order = torch.cat(
-            [part[torch.randperm(len(part), generator=generator)] for part in (others, own)]
-        )
-        mask[layer, order[: len(own)]] = True
-    return NeuronSet(neurons.masks | {"down": mask})
-
-
 def conditions(scores, fraction, draws):
-    """The neurons with the highest change scores, `draws` times as many random others in every layer, and as many from the last layers."""
+    """The neurons with the highest change scores, `draws` times as many random others in every layer (none where too few are left), and as many from the last layers."""
     chosen = scores.select(fraction)
     return {
         CHANGE: [chosen],
-        RANDOM: [random_others(chosen, seed) for seed in range(draws)],
+        RANDOM: NeuronSet.random_draws(chosen, draws),
         LAST: [scores.last_layers(len(chosen))],
     }
 
@@ -141,9 +129,9 @@ def transfer(recipient, donor, tokenizer, suite, neurons, sets, draws):
     Raises
     ------
     SafetyNeuronError
-        If a file is to be asked in several languages.
+        If a file is to be asked in several languages, or too few neurons lie outside the set.
     """
-    rows, others = {}, [random_others(neurons, seed) for seed in range(draws)]
+    rows, others = {}, [NeuronSet.random_like(neurons, seed) for seed in range(draws)]
     for name, language in sets:
         if not has_languages(name) and sum(other == name for other, _ in sets) > 1:
             raise SafetyNeuronError(f"{name} has no languages to choose from: give one language")

@@ -158,7 +158,7 @@ def _plain_passes(model, tokenizer, prompts, batch_size=16):
 
 
 class _Matched(Detector):
-    """Random neurons in the layers and projections of another detector's set, drawn anew at every budget."""
+    """Random units beside another detector's set, as many per layer and kind, drawn anew at every budget."""
 
     def __init__(self, pattern, seed):
         super().__init__(random_scores(pattern.scores, seed))
@@ -166,7 +166,9 @@ class _Matched(Detector):
 
     def select(self, fraction):
         chosen = self.pattern.select(fraction)
-        return chosen and NeuronSet.random_like(chosen, self.seed)
+        if chosen is None or not chosen.units().leave_room:
+            return None
+        return NeuronSet.random_like(chosen, self.seed)
 
 
 def random_scores(scores, seed):

@@ -114,7 +114,7 @@ def safety_sets(model, tokenizer, harmful_set, general_set, n_detect, languages,
 
 
 def with_random(sets, seed):
-    """The sets, and random neurons that match each layer by layer and projection by projection."""
+    """The sets, and random neurons outside each that match it unit by unit in every layer; SafetyNeuronError where too few are left."""
     return sets | {
         RANDOM[name]: NeuronSet.random_like(neurons, seed) for name, neurons in sets.items()
     }

@@ -75,15 +75,35 @@ class NeuronSet:
         return cls(masks)
 
     @classmethod
-    def random_like(cls, neurons, seed):
-        """Equally many random neurons, matched per layer and projection (the paper's Deact-R)."""
-        generator = torch.Generator().manual_seed(seed)
-        masks = {p: torch.zeros_like(mask) for p, mask in neurons.masks.items()}
-        for projection, mask in neurons.masks.items():
-            for layer, count in enumerate(mask.sum(1).tolist()):
-                chosen = torch.randperm(mask.shape[1], generator=generator)[:count]
-                masks[projection][layer, chosen] = True
-        return cls(masks)
+    def random_like(cls, neurons: "NeuronSet", seed: int) -> "NeuronSet":
+        """Random neurons outside the units of a set, matched to it in units per layer and kind (the paper's Deact-R).
+
+        Every drawn unit stands for one of the set and has the same of its rows and columns, so that the sizes match too.
+
+        Raises
+        ------
+        SafetyNeuronError
+            If a layer has fewer units of a kind outside the set than in it (`Units.leave_room` tells beforehand).
+        """
+        generator, cells = torch.Generator().manual_seed(seed), []
+        for kind, mask in neurons.units().kinds.items():
+            for layer, inside in enumerate(mask):
+                own, free = (side.nonzero().flatten() for side in (inside, ~inside))
+                if len(own) > len(free):
+                    raise SafetyNeuronError(
+                        f"layer {layer + 1} has {len(own)} units of {kind} in the set and {len(free)} outside, too few for"
+                        " a random set beside it: choose a smaller set"
+                    )
+                drawn = free[torch.randperm(len(free), generator=generator)[: len(own)]]
+                for p in UNIT_KINDS[kind]:
+                    cells.append((p, layer, drawn[neurons.masks[p][layer, own]]))
+        return cls.from_cells(neurons.shapes, cells)
+
+    @classmethod
+    def random_draws(cls, neurons: "NeuronSet", count: int) -> "list[NeuronSet]":
+        """`count` sets by `random_like`; none where some layer leaves too few units outside the set."""
+        room = neurons.units().leave_room
+        return [cls.random_like(neurons, seed) for seed in range(count if room else 0)]
 
     def _combine(self, other, operation):
         if self.shapes != other.shapes:
@@ -262,6 +282,11 @@ class Units:
     def counts(self) -> dict[str, int]:
         """Units per kind."""
         return {kind: int(mask.sum()) for kind, mask in self.kinds.items()}
+
+    @property
+    def leave_room(self) -> bool:
+        """Whether every layer has as many units of each kind outside as in here, so that a random set can be drawn there."""
+        return all(bool((mask.sum(1) <= (~mask).sum(1)).all()) for mask in self.kinds.values())
 
     def neurons(self) -> NeuronSet:
         """All rows and columns of these units."""
