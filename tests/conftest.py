@@ -105,8 +105,8 @@ def site(tmp_path_factory):
     return shared / "repository" / "_build"
 
 
-def build_site(copy):
-    """Build the smoke edition in a copy of the repository."""
+def copy_repository(copy, *left_out):
+    """What a build reads, in a folder of its own; names like `left_out` stay behind."""
     for name in (
         "book",
         "notebooks",
@@ -118,9 +118,15 @@ def build_site(copy):
     ):
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, copy / name, dirs_exist_ok=True)
+            ignore = shutil.ignore_patterns("__pycache__", *left_out)
+            shutil.copytree(source, copy / name, dirs_exist_ok=True, ignore=ignore)
         else:
             shutil.copy(source, copy / name)
+
+
+def build_site(copy):
+    """Build the smoke edition in a copy of the repository."""
+    copy_repository(copy)
     snakemake = Path(sys.executable).with_name("snakemake")
     command = [
         snakemake,

@@ -3,9 +3,6 @@
 import json
 import re
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -29,32 +26,6 @@ def test_executed_notebooks_lie_at_the_path_of_their_source(site):
     for source in NOTEBOOKS:
         executed = nbformat.read(site / "stage" / "smoke" / "notebooks" / source.name, 4)
         assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
-
-
-@pytest.mark.book
-def test_a_changed_parameter_runs_its_own_chapter_again_and_no_other(site, tmp_path):
-    edition = yaml.safe_load(
-        (ROOT / "workflow" / "editions" / "smoke.yaml").read_text(encoding="utf-8")
-    )
-    edition["notebooks"]["01_detection"]["n_detect"] += 1
-    (tmp_path / "edition.yaml").write_text(yaml.safe_dump(edition))
-    command = [
-        Path(sys.executable).with_name("snakemake"),
-        "-s",
-        "workflow/Snakefile",
-        "--configfile",
-        tmp_path / "edition.yaml",
-        "--cores",
-        "1",
-        "--dry-run",
-    ]
-    plan = subprocess.run(
-        command, cwd=site.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ).stdout
-    assert set(re.findall(r"output: (_build/\S+)", plan)) == {
-        "_build/stage/smoke/notebooks/01_detection.ipynb",
-        "_build/html/index.html",
-    }
 
 
 @pytest.mark.book
