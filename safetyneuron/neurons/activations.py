@@ -19,7 +19,7 @@ from safetyneuron.neurons.identity import changed
 from safetyneuron.neurons.weights import row_sums
 
 
-def _watch(architecture, layer, projection, change):
+def watch(architecture, layer, projection, change):
     """Hook `change(activations)` of one projection in one layer: what rows put out, what columns read. It may return None."""
     place = architecture.place(layer, projection)
     if projection in COLUMN_PROJECTIONS:
@@ -61,9 +61,7 @@ def channel_means(model, tokenizer, prompts, batch_size=64):
         for layer in range(len(architecture.layers)):
             for projection in PROJECTIONS:
                 hooks.callback(
-                    _watch(
-                        architecture, layer, projection, partial(add, (projection, layer))
-                    ).remove
+                    watch(architecture, layer, projection, partial(add, (projection, layer))).remove
                 )
         for _, tokens in Batches(batch_size)(encoded, run):
             count += tokens
@@ -107,7 +105,7 @@ def mean_ablated(model, neurons, means):
             for layer in mask.any(1).nonzero().flatten().tolist():
                 channels = mask[layer].nonzero().flatten()
                 hooks.callback(
-                    _watch(
+                    watch(
                         architecture,
                         layer,
                         projection,
