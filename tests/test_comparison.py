@@ -174,7 +174,54 @@ def test_the_difference_of_two_rankings_has_the_size_asked_for_and_ends():
     chosen = select_difference(first, second, 0.05)
     assert len(chosen) == len(select_fraction(first, 0.05))
     assert detect.Detector(first, first).select(0.05) is None
-    assert detect.Detector(first).select(0.05) == select_fraction(first, 0.05)
+
+
+def by_hand(scores, groups):
+    """Units of a small model with their score, highest first: (score, rows and columns)."""
+    kinds = [("q",), ("k",), ("gate", "up", "down")]
+    kinds += [("v", "o")] if groups == 4 else [("v",), ("o",)]
+    units = [
+        (max(float(scores[p][layer, c]) for p in kind), {(p, layer, c) for p in kind})
+        for kind in kinds
+        for layer in range(2)
+        for c in range(scores[kind[0]].shape[1])
+    ]
+    return sorted(units, key=lambda unit: -unit[0])
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_budgets_are_shares_of_functional_units_which_come_whole(groups):
+    shapes = NeuronSet.empty(small_llama(groups=groups)).shapes
+    generator = torch.Generator().manual_seed(0)
+    first, second = (
+        {p: torch.rand(s, generator=generator) for p, s in shapes.items()} for _ in range(2)
+    )
+    ranked, other = (by_hand(scores, groups) for scores in (first, second))
+    budget = round(0.1 * len(ranked))
+    chosen = detect.Detector(first).select(0.1)
+    assert set(chosen.cells()) == set().union(*(cells for _, cells in ranked[:budget]))
+    assert len(chosen.units()) == budget
+    for size in range(1, len(ranked)):
+        mine, theirs = ([cells for _, cells in units[:size]] for units in (ranked, other))
+        left = [cells for cells in mine if cells not in theirs]
+        if len(left) == budget:
+            break
+    assert set(detect.Detector(first, second).select(0.1).cells()) == set().union(*left)
+
+
+def test_random_detectors_draw_units_uniformly_and_matched_ones_beside_the_pattern():
+    shapes = NeuronSet.empty(small_llama(groups=4)).shapes
+    pattern = detect.Detector(
+        detect.random_scores({p: torch.zeros(s) for p, s in shapes.items()}, 99)
+    )
+    found = detect.random_detectors(pattern, 300)
+    uniform = [d.select(0.1).units() for n, d in found.items() if n.startswith(f"{detect.RANDOM} ")]
+    for kind in ("q", "vo", "ffn"):  # no kind comes more often because it has more rows
+        share = torch.stack([units.kinds[kind].float().mean() for units in uniform]).mean()
+        assert float(share) == pytest.approx(0.1, abs=0.01)
+    chosen, drawn = pattern.select(0.1), found[f"{detect.MATCHED} 7"].select(0.1)
+    assert drawn.counts() == chosen.counts() and not len(drawn & chosen)
+    assert found[f"{detect.MATCHED} 7"].select(0.7) is None
 
 
 def test_the_trade_off_is_the_area_under_the_front():
@@ -253,12 +300,13 @@ def test_every_detector_fills_every_budget_and_claims_name_them(chat, base):
         8,
     )
     found = detect.detect(model, base[0], tokenizer, data, rules=("first_order", "exact"), draws=2)
+    total = NeuronSet.empty(model).units().total
     assert len(found) == 2 * 3 + 4 + 2 * 2
     for name, detector in found.items():
-        sizes = [detector.select(share) and len(detector.select(share)) for share in (0.001, 0.01)]
-        assert sizes == [8, 83], name
-    down = found[detect.CHANGE].select(0.01)
-    assert down.counts()["down"] == 83 and all(
+        sizes = [len(detector.select(share).units()) for share in (0.001, 0.01)]
+        assert sizes == [round(share * total) for share in (0.001, 0.01)], name
+    changed = found[detect.CHANGE].select(0.01).units()
+    assert changed.counts()["ffn"] == len(changed) and all(
         d.passes > 0 for n, d in found.items() if not n.startswith("random")
     )
     matched = found[f"{detect.MATCHED} 0"].select(0.01)

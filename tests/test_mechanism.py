@@ -22,6 +22,10 @@ def test_structures_add_up_and_enrichment_is_one_for_everything(model, neurons):
         == len(neurons)
     )
     assert table.loc["attention", "neurons"] == len(neurons.only(ATTENTION))
+    assert table.loc["attention", "share of its units"] == neurons.share_in(ATTENTION, units=True)
+    assert (
+        table.loc["gate", "share of its units"] <= table.loc["feed-forward", "share of its units"]
+    )
     everything = NeuronSet({p: torch.ones_like(mask) for p, mask in neurons.masks.items()})
     assert (ch03_mechanism.structures(everything)["enrichment"] == 1).all()
     assert (ch03_mechanism.layers(everything)["enrichment"] == 1).all()

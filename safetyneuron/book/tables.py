@@ -1,9 +1,11 @@
 """Tables that several chapters show: paper and measurement side by side."""
 
 import pandas as pd
+import torch
 
 from safetyneuron.book.glue import MEASURES, cell, lines, pooled, printed_cells, with_cells
 from safetyneuron.neurons.architecture import ATTENTION
+from safetyneuron.neurons.sets import NeuronSet
 
 
 def sizes_table(sets, model):
@@ -19,9 +21,15 @@ def sizes_table(sets, model):
     return pd.DataFrame(rows).T.rename_axis("set")
 
 
-def attention_share_of_rows(neurons):
-    """Share of all the model's neurons that lie in attention, as text."""
-    return f"{sum(neurons.masks[p].numel() for p in ATTENTION) / neurons.total:.0%}"
+def attention_share(neurons):
+    """Share of a set that lies in attention, of its neurons and of its functional units, as text."""
+    rows, units = (neurons.share_in(ATTENTION, units=each) for each in (False, True))
+    return f"{rows:.0%} of the neurons ({units:.0%} of the functional units)"
+
+
+def attention_share_by_chance(neurons):
+    """The same of all neurons of the model that a set belongs to."""
+    return attention_share(NeuronSet({p: torch.ones_like(m) for p, m in neurons.masks.items()}))
 
 
 PAPER_TASKS = ("MMLU", "ARC-c", "GSM8K")

@@ -4,12 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
-
-
-def attention_share(neurons):
-    """Share of the set that lies in attention, as text."""
-    return f"{neurons.share_in(ATTENTION):.0%}"
+from safetyneuron.neurons.architecture import PROJECTIONS
 
 
 def survival_curve(profile):

@@ -78,7 +78,8 @@ def structures(neurons):
     -------
     pandas.DataFrame
         Index structure; columns neurons, share of the set, share of the structure's rows, enrichment over chance
-        (1 where the structure holds as much of the set as of the model's neurons).
+        (1 where the structure holds as much of the set as of the model's neurons), and share of the set's functional
+        units that have a row or column there.
     """
     members = {p: [p] for p in PROJECTIONS} | {
         "attention": ATTENTION,
@@ -93,6 +94,7 @@ def structures(neurons):
             "share of the set": neurons.share_in(projections),
             "share of its rows": share,
             "enrichment": share / neurons.share,
+            "share of its units": neurons.share_in(projections, units=True),
         }
     return pd.DataFrame(rows).T.rename_axis("structure").astype({"neurons": int})
 
@@ -181,6 +183,7 @@ def places_table(places):
         "share of the set": "{:.0%}",
         "share of its rows": "{:.1%}",
         "enrichment": "{:.1f}",
+        "share of its units": "{:.0%}",
     }
     text = pd.DataFrame(
         {column: places[column].map(form.format) for column, form in formats.items()}
@@ -306,10 +309,14 @@ def glue_places(by_structure, by_layer):
     ):
         attention = by_structure.loc[model, name, "attention"]
         half = counts.iloc[: len(counts) // 2].sum() / counts.sum()
-        seen = "seen" if attention["share of the set"] > 0.5 else "not seen"
+        rows, units = (
+            "seen" if attention[share] > 0.5 else "not seen"
+            for share in ("share of the set", "share of its units")
+        )
         parts.append(
-            f"{model}, {name}: attention holds {attention['share of the set']:.0%} of the set, {attention['enrichment']:.1f} times what chance gives, so a"
-            f" majority in attention is {seen}; the first half of the layers holds {half:.0%}"
+            f"{model}, {name}: attention holds {attention['share of the set']:.0%} of the set's rows and columns, {attention['enrichment']:.1f} times what"
+            f" chance gives, and {attention['share of its units']:.0%} of its functional units, so a majority in attention is {rows} in rows and {units} in"
+            f" units; the first half of the layers holds {half:.0%}"
         )
     glue_list("verdict_places", [f"{part}." for part in parts])
     first = by_structure.index.get_level_values("model")[0]
@@ -317,7 +324,7 @@ def glue_places(by_structure, by_layer):
         attention = by_structure.loc[first, name, "attention"]
         glue_text(
             **{
-                f"attention_{label}": f"{attention['share of the set']:.0%}, {attention['enrichment']:.1f} times chance"
+                f"attention_{label}": f"{attention['share of the set']:.0%}, {attention['enrichment']:.1f} times chance ({attention['share of its units']:.0%} of the units)"
             }
         )
 

@@ -9,8 +9,9 @@ from safetyneuron.book.glue import glue_text, lines
 from safetyneuron.book.labels import BROKEN
 from safetyneuron.book.paper import OVERLAP_BELOW
 from safetyneuron.detectors.detect import MATCHED, RANDOM
+from safetyneuron.importance.selection import unit_scores
 from safetyneuron.metrics.rates import Rate
-from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
+from safetyneuron.neurons.architecture import ATTENTION
 
 MEASURES = ("asr", "coherent", "over_refusal", "accuracy", "perplexity")
 
@@ -124,15 +125,23 @@ def _resampled(whole, points, measure, generator, draws):
 
 
 def agreement(detectors, budget):
-    """Overlap of the sets (shared neurons over those of either) and rank correlation of the scores, for every two detectors."""
+    """Overlap of the sets (shared functional units over those of either) and rank correlation of the units' scores, for every two detectors."""
     names = [name for name in detectors if kind(name) == name]
     sets = {name: detectors[name].select(budget) for name in names}
     names = [name for name in names if sets[name] is not None]
     overlap = pd.DataFrame(
-        {a: {b: len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for b in names} for a in names}
+        {
+            a: {
+                b: len((sets[a] & sets[b]).units()) / len((sets[a] | sets[b]).units())
+                for b in names
+            }
+            for a in names
+        }
     )
     flat = {
-        name: np.concatenate([detectors[name].scores[p].flatten().numpy() for p in PROJECTIONS])
+        name: np.concatenate(
+            [score.flatten().numpy() for score in unit_scores(detectors[name].scores).values()]
+        )
         for name in names
     }
     return overlap, pd.DataFrame(flat).corr("spearman")  # equal scores share their rank
@@ -166,9 +175,14 @@ def claims(detectors, others, found, budget):
             for m, label in (("asr", "keyword rule"), ("coherent", "well-formed answers"))
         }
         columns[name] |= {
-            "most lie in attention": _judged(Rate(len(neurons.only(ATTENTION)), len(neurons)), 0.5),
+            "most lie in attention (units)": _judged(
+                Rate(len(neurons.only(ATTENTION).units()), len(neurons.units())), 0.5
+            ),
+            "most lie in attention (rows)": _judged(
+                Rate(len(neurons.only(ATTENTION)), len(neurons)), 0.5
+            ),
             "most lie in the first half of the layers": _judged(
-                Rate(_in_first_half(neurons), len(neurons)), 0.5
+                Rate(len(_in_first_half(neurons)), len(neurons.units())), 0.5
             ),
             f"two languages share less than {OVERLAP_BELOW} %": _shared(neurons, foreign),
         }
@@ -178,7 +192,8 @@ def claims(detectors, others, found, budget):
 def _shared(neurons, foreign):
     if foreign is None:
         return "undecided\nno set in another language"
-    return _judged(Rate(len(neurons & foreign), len(neurons)), OVERLAP_BELOW / 100, below=True)
+    shared = Rate(len((neurons & foreign).units()), len(neurons.units()))
+    return _judged(shared, OVERLAP_BELOW / 100, below=True)
 
 
 def _most(small, measure):
@@ -202,18 +217,20 @@ def _judged(rate, threshold, below=False):
 
 
 def _in_first_half(neurons):
-    return len(neurons.within(1, len(neurons.masks["q"]) // 2))
+    """Functional units in the first half of the layers."""
+    return neurons.within(1, len(neurons.masks["q"]) // 2).units()
 
 
 def places(detectors, budget):
-    """Per detector: neurons of its set, share in attention, share in the first half of the layers, seconds and forward passes of detection."""
+    """Per detector: its set's share in attention in functional units and in rows, share of its units in the first half of the layers, seconds and forward passes of detection."""
     rows = {}
     for name in [n for n in detectors if kind(n) == n]:
         neurons, d = detectors[name].select(budget), detectors[name]
         if neurons is not None:
             rows[name] = {
-                "in attention": neurons.share_in(ATTENTION),
-                "in the first half": _in_first_half(neurons) / len(neurons),
+                "in attention (units)": neurons.share_in(ATTENTION, units=True),
+                "in attention (rows)": neurons.share_in(ATTENTION),
+                "in the first half": len(_in_first_half(neurons)) / len(neurons.units()),
                 "seconds": d.seconds,
                 "passes": d.passes,
             }
@@ -252,7 +269,7 @@ def detector_matrix(table, titles):
             ax=axes,
             **limits,
         )
-        axes.set(title=title, xlabel="% of the neurons", ylabel="")
+        axes.set(title=title, xlabel="% of the units", ylabel="")
         axes.grid(False)  # it would show where a cell is empty
         axes.title.set_fontsize(10)
         axes.tick_params(labelsize=8)
@@ -265,7 +282,7 @@ def agreement_heatmaps(overlap, correlation):
     size = 0.42 * len(overlap) + 2.5
     figure, panels = plt.subplots(1, 2, figsize=(1.75 * size, size), sharey=True)
     for axes, values, form, title, limits in (
-        (panels[0], 100 * overlap, ".0f", "shared neurons (%)", (0, 100)),
+        (panels[0], 100 * overlap, ".0f", "shared units (%)", (0, 100)),
         (panels[1], correlation.round(1) + 0.0, ".1f", "rank correlation", (-1, 1)),
     ):
         sns.heatmap(
@@ -292,7 +309,8 @@ def areas_table(areas, places):
         lambda row: f"{row['area']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", axis=1
     ).to_frame("trade-off")
     formats = {
-        "in attention": "{:.0%}",
+        "in attention (units)": "{:.0%}",
+        "in attention (rows)": "{:.0%}",
         "in the first half": "{:.0%}",
         "seconds": "{:.1f}",
         "passes": "{:.1f}",
@@ -321,7 +339,7 @@ def interventions_table(table, titles):
 
 def glue_comparison(areas, judged):
     """Glue for which detectors each claim is seen, and the trade-offs of Eq 3, of the best and of random neurons. areas, judged: of `comparison`."""
-    names = ("seen_break", "seen_coherent", "seen_attention", "seen_layers", "seen_languages")
+    names = ("break", "coherent", "attention", "attention_rows", "layers", "languages")
     for name, (_, row) in zip(names, judged.iterrows(), strict=True):
         seen = [
             detector
@@ -330,7 +348,7 @@ def glue_comparison(areas, judged):
         ]
         glue_text(
             **{
-                name: f"{len(seen)} of {sum(not d.startswith('random') for d in row.index)} rules"
+                f"seen_{name}": f"{len(seen)} of {sum(not d.startswith('random') for d in row.index)} rules"
                 + (f" ({', '.join(seen)})" if 0 < len(seen) <= 3 else "")
             }
         )

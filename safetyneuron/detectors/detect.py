@@ -13,11 +13,11 @@ from safetyneuron.detectors.direction import alignment_with, refusal_directions
 from safetyneuron.detectors.saliency import snip, wanda
 from safetyneuron.importance.profile import measure_importance
 from safetyneuron.importance.recorder import RULES
-from safetyneuron.importance.selection import largest_difference, select_difference, select_fraction
+from safetyneuron.importance.selection import select_units
 from safetyneuron.memory import Batches
 from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.encoding import encode_prompts, pad
-from safetyneuron.neurons.sets import NeuronSet
+from safetyneuron.neurons.sets import NeuronSet, unit_kinds
 
 VARIANTS = ("Eq 3", "without foundation", "harmful − benign")
 CHANGE, DIRECTION, RANDOM, MATCHED = (
@@ -37,7 +37,7 @@ class Detector:
     scores : dict of str to torch.Tensor
         (layers, channels) per projection; the highest are selected.
     others : dict of str to torch.Tensor, optional
-        Scores on other data, whose highest are left out (`select_difference`).
+        Scores on other data, whose highest are left out (`select_units`).
     seconds, passes : float
         What detection took, and the same in plain forward passes of as many prompts.
     """
@@ -48,14 +48,8 @@ class Detector:
     passes: float = 0.0
 
     def select(self, fraction):
-        """The set at a budget; None where too few neurons are left after the difference."""
-        if self.others is None:
-            return select_fraction(self.scores, fraction)
-        return (
-            select_difference(self.scores, self.others, fraction)
-            if fraction <= largest_difference(self.scores, self.others)
-            else None
-        )
+        """The set at a budget, a share of all functional units; None where too few are left after the difference."""
+        return select_units(self.scores, fraction, self.others)
 
 
 @dataclass(frozen=True)
@@ -172,13 +166,16 @@ class _Matched(Detector):
 
 
 def random_scores(scores, seed):
-    """Uniform scores in the shape of others."""
-    generator = torch.Generator().manual_seed(seed)
-    return {p: torch.rand(scores[p].shape, generator=generator) for p in PROJECTIONS}
+    """Uniform scores of functional units, the same for all rows and columns of one, in the shape of others."""
+    generator, drawn = torch.Generator().manual_seed(seed), {}
+    for projections in unit_kinds({p: score.shape for p, score in scores.items()}).values():
+        values = torch.rand(scores[projections[0]].shape, generator=generator)
+        drawn |= dict.fromkeys(projections, values)
+    return {p: drawn[p] for p in PROJECTIONS}
 
 
 def random_detectors(pattern, draws):
-    """Uniformly random neurons, and random ones matched to a detector's sets."""
+    """Uniformly random functional units, and random ones matched to a detector's sets."""
     uniform = {
         f"{RANDOM} {seed}": Detector(random_scores(pattern.scores, seed)) for seed in range(draws)
     }

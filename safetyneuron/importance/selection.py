@@ -4,7 +4,7 @@ import torch
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import PROJECTIONS
-from safetyneuron.neurons.sets import NeuronSet
+from safetyneuron.neurons.sets import NeuronSet, Units, unit_kinds
 
 
 def select_fraction(scores, fraction):
@@ -12,15 +12,64 @@ def select_fraction(scores, fraction):
 
     scores: dict of (layers, channels) per projection. At least one neuron is selected.
     """
+    return NeuronSet(mark_highest({p: scores[p] for p in PROJECTIONS}, fraction))
+
+
+def select_units(scores, fraction, others=None):
+    """All rows and columns of the `fraction` of functional units with the highest scores, less what `others` selects alike.
+
+    A unit's score is the highest of its rows and columns. Ties go to the earlier kind, layer, channel.
+
+    Parameters
+    ----------
+    scores, others : dict of str to torch.Tensor
+        (layers, channels) per projection. With `others`, both take the smallest share of units at which what `scores`
+        selects and `others` does not is `fraction` of all units.
+    fraction : float
+        Size of the result, as a share of all units of the model, in (0, 1].
+
+    Returns
+    -------
+    NeuronSet or None
+        None where too few units differ.
+    """
+    scores = unit_scores(scores)
+    if others is None:
+        return Units(mark_highest(scores, fraction)).neurons()
+    others = unit_scores(others)
+    if fraction > largest_difference(scores, others):
+        return None
+    return Units(mark_difference(scores, others, fraction)).neurons()
+
+
+def unit_scores(scores):
+    """The highest score of every functional unit's rows and columns: (layers, channels) per kind."""
+    kinds = unit_kinds({p: score.shape for p, score in scores.items()})
+    return {kind: torch.stack([scores[p] for p in kinds[kind]]).amax(0) for kind in kinds}
+
+
+def mark_highest(scores, fraction):
+    """Boolean masks of the `fraction` of all places with the highest scores, at least one; ties go to the earlier place.
+
+    scores: dict of (layers, channels) per projection or kind of unit.
+    """
     if not 0 < fraction <= 1:
         raise SafetyNeuronError(
             f"fraction is {fraction}: it must be in (0, 1], for example 0.01 for one percent"
         )
-    flat = torch.cat([scores[p].flatten() for p in PROJECTIONS])
+    flat = _flat(scores)
     chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen[flat.argsort(descending=True, stable=True)[: max(1, round(fraction * len(flat)))]] = True
-    parts = chosen.split([scores[p].numel() for p in PROJECTIONS])
-    return NeuronSet({p: part.view(scores[p].shape) for p, part in zip(PROJECTIONS, parts)})
+    chosen[flat.argsort(descending=True, stable=True)[: _budget(flat, fraction)]] = True
+    parts = chosen.split([score.numel() for score in scores.values()])
+    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts)}
+
+
+def _flat(scores):
+    return torch.cat([score.flatten() for score in scores.values()])
+
+
+def _budget(places, fraction):
+    return max(1, round(fraction * len(places)))
 
 
 def select_without_foundation(profile, general, fraction):
@@ -52,7 +101,7 @@ def largest_without_foundation(profile, general):
 
 
 def largest_difference(scores, others):
-    """The largest share that `select_difference` can fill."""
+    """The largest share that `select_difference` can fill; of units where the scores are those of units."""
     sizes = _difference_sizes(scores, others)
     return int(sizes.max()) / len(sizes)
 
@@ -67,13 +116,21 @@ def select_difference(scores, others, fraction):
     SafetyNeuronError
         If too few neurons differ.
     """
-    sizes, target = _difference_sizes(scores, others), len(select_fraction(scores, fraction))
+    first, second = ({p: each[p] for p in PROJECTIONS} for each in (scores, others))
+    return NeuronSet(mark_difference(first, second, fraction))
+
+
+def mark_difference(scores, others, fraction):
+    """`select_difference` as masks, of neurons or of units."""
+    sizes = _difference_sizes(scores, others)
+    target = _budget(sizes, fraction)
     if sizes.max() < target:
         raise SafetyNeuronError(
             f"only {int(sizes.max())} neurons differ between the two sets: choose a fraction below {sizes.max() / len(sizes):.3f}"
         )
     share = (int((sizes >= target).nonzero()[0]) + 1) / len(sizes)
-    return select_fraction(scores, share) - select_fraction(others, share)
+    first, second = mark_highest(scores, share), mark_highest(others, share)
+    return {name: mask & ~second[name] for name, mask in first.items()}
 
 
 def _difference_sizes(scores, others):
@@ -84,10 +141,8 @@ def _difference_sizes(scores, others):
 
 
 def ranks(scores):
-    """Rank of every neuron, 0 for the highest score, flat in the order of `PROJECTIONS`."""
-    order = torch.cat([scores[p].flatten() for p in PROJECTIONS]).argsort(
-        descending=True, stable=True
-    )
+    """Rank of every neuron or unit, 0 for the highest score, flat in the order of the scores."""
+    order = _flat(scores).argsort(descending=True, stable=True)
     return torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
 
 

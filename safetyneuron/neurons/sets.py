@@ -25,6 +25,13 @@ UNIT_KINDS = {
 }
 
 
+def unit_kinds(shapes: dict) -> dict[str, tuple[str, ...]]:
+    """Kinds of functional units of a model, and their projections. shapes: of `NeuronSet`."""
+    own_values = tuple(shapes["v"]) == tuple(shapes["o"])  # every head has its own
+    left_out = {"v", "o"} if own_values else {"vo"}
+    return {kind: projections for kind, projections in UNIT_KINDS.items() if kind not in left_out}
+
+
 class NeuronSet:
     """A set of neurons of one model shape.
 
@@ -197,10 +204,11 @@ class NeuronSet:
         silences the channel as all three do. v rows and o columns are one unit a channel where every head has its own
         values (as many v rows as o columns), else each is one.
         """
-        own_values = self.shapes["v"] == self.shapes["o"]
-        kinds = ("q", "k", "vo", "ffn") if own_values else ("q", "k", "v", "o", "ffn")
         return Units(
-            {kind: torch.stack([self.masks[p] for p in UNIT_KINDS[kind]]).any(0) for kind in kinds}
+            {
+                kind: torch.stack([self.masks[p] for p in projections]).any(0)
+                for kind, projections in unit_kinds(self.shapes).items()
+            }
         )
 
     def share_in(self, projections: Iterable[str], units: bool = False) -> float:
