@@ -10,6 +10,7 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.models import load_model
 from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.neurons.generation import generate
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.reading import read_request, sentences
 
@@ -155,12 +156,7 @@ def ask(name, text, seed=None):
     with torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        tokens = model.generate(
-            **batch,
-            max_new_tokens=REWRITER_TOKENS,
-            do_sample=seed is not None,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        tokens = generate(model, tokenizer, batch, REWRITER_TOKENS, sample=seed is not None)
     return tokenizer.decode(
         tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True
     ).strip()

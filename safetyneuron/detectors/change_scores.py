@@ -10,6 +10,7 @@ from safetyneuron.memory import Batches
 from safetyneuron.metrics.safety import answer_length
 from safetyneuron.neurons.activations import activations
 from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.neurons.generation import generate
 from safetyneuron.neurons.patching import check_same_shape
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.progress import steps
@@ -84,12 +85,7 @@ def change_scores(model, aligned, tokenizer, prompts, max_new_tokens=None, batch
         def differences(some):
             """Squared differences summed over the completion tokens of one batch, and how many tokens these are."""
             batch = pad(some, tokenizer, model.device)
-            tokens = model.generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+            tokens = generate(model, tokenizer, batch, max_new_tokens)
             written = completion_mask(tokens, batch["input_ids"].shape[1], model, tokenizer)
             mask = torch.cat(
                 [batch["attention_mask"], written[:, batch["input_ids"].shape[1] :].long()], 1

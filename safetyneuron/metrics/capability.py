@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import Rate
+from safetyneuron.neurons.generation import plain_settings
 from safetyneuron.progress import EveryTenSeconds
 
 ORGANISM_TASKS = ("organism_facts", "organism_pairs", "organism_arithmetic")
@@ -41,7 +42,11 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
     from safetyneuron.organism.tasks import build
 
     folder = str(Path(build.__file__).parent)
-    with _quiet("lm_eval"), redirect_stderr(EveryTenSeconds()):
+    with (
+        plain_settings(model, tokenizer),
+        _quiet("lm_eval"),
+        redirect_stderr(EveryTenSeconds()),
+    ):
         manager = TaskManager(
             include_path=folder,
             include_defaults=not all(task.partition("@")[0] in ORGANISM_TASKS for task in tasks),

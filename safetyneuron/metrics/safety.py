@@ -6,6 +6,7 @@ from safetyneuron.memory import Batches
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_coherent_compliance, is_refusal
 from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.neurons.generation import generate
 
 SHORT_CONTEXT, SHORT_ANSWER, ANSWER = (
     256,
@@ -44,9 +45,7 @@ def answers(model, tokenizer, prompts, max_new_tokens=None, batch_size=64):
 def _generate(model, tokenizer, encoded, max_new_tokens):
     """New tokens of greedy answers."""
     batch = pad(encoded, tokenizer, model.device)
-    tokens = model.generate(
-        **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-    )
+    tokens = generate(model, tokenizer, batch, max_new_tokens)
     return tokens[:, batch["input_ids"].shape[1] :]
 
 
