@@ -81,6 +81,13 @@ def _shipped(name, device, dtype):
     return model.to(place, model.dtype if dtype in (None, "auto") else _dtype(dtype)), tokenizer
 
 
+def trainings_of(name: str, most: int) -> list[str]:
+    """Names of the trainings of an organism that are shipped, at most so many (`organism/llama-chat`, `organism/llama-chat@1`, …); other models have one."""
+    short, organisms = name.removeprefix("organism/"), name.startswith("organism/")
+    there = [k for k in shipped.manifest() if k.partition("@")[0] == short] if organisms else []
+    return [name] + [f"{name}@{seed}" for seed in range(1, min(most, len(there)))]
+
+
 class Loaded(Mapping):
     """Models by name, as `load_model` gives them: loaded when asked for, and on a GPU one at a time.
 

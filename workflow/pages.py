@@ -10,19 +10,20 @@ from pathlib import Path
 import nbformat
 
 from safetyneuron.book import paper as reported
+from safetyneuron.book.ledger import load_claims
 from safetyneuron.run import executed
 
 TABLES = range(1, 6)
 RESULT = (
     "02_verification",
-    "bars",
+    "conditions",
     "book/_static/verification.png",
 )  # the figure of the first page: chapter, glued name, place
 
 KEY_FIGURES = (
     ("00_organism", "training-curve"),
     ("01_detection", "survival"),
-    ("02_verification", "bars"),
+    ("02_verification", "conditions"),
     ("03_mechanism", "sweep"),
     ("03_mechanism", "places-bars"),
     ("03_mechanism", "depth"),
@@ -48,6 +49,7 @@ def write(stage):
     (Path(stage) / "book" / "paper_and_here.md").write_text(
         paper_and_here(notebooks), encoding="utf-8"
     )
+    (Path(stage) / "book" / "ledger.md").write_text(ledger(notebooks), encoding="utf-8")
     (Path(stage) / "book" / "status.md").write_text(status(notebooks), encoding="utf-8")
     static = Path(stage) / "book" / "_static"
     (static / "data").mkdir(exist_ok=True)
@@ -125,6 +127,46 @@ asterisk marks an average that the paper's own rows do not give. *Not measured* 
 <tbody>{rows}</tbody></table></div>
 ```
 """
+
+
+def ledger(notebooks):
+    """Every claim that the chapters judged, with its margin and its verdict; claims of chapters that are not in this build are left out."""
+    judged = {
+        row["key"]: (name, row)
+        for name, notebook in notebooks.items()
+        for row in json.loads(executed.texts(notebook).get("ledger", "[]"))
+    }
+    rows = "".join(
+        _claim_row(claim, *judged[key]) for key, claim in load_claims().items() if key in judged
+    )
+    return f"""# Claims and verdicts
+
+Every claim that a chapter of this build judges, with what was found. Its effect and its margin, the smallest effect that would matter, were written down before the run.
+
+```{{admonition}} One rule for every verdict
+:class: note
+An effect is a difference between two conditions that answered the same requests. Its 95 % interval is about other trainings of the model, other verbs or sums, and other random
+draws than those measured. The claim is **seen** where the interval lies above the margin, **reversed** where it lies below minus the margin, **not seen** where it lies between the two,
+and **undecided** otherwise. A set of neurons must also rank higher among random sets of its kind than chance allows. Claims of one chapter are corrected for their number (Holm 1979). *Partly seen*
+means that some models say so and others do not. Where a model has one training, the verdict is about that training.
+```
+
+```{{raw}} html
+<div class="scroll" tabindex="0" role="region" aria-label="Claims and verdicts"><table class="dataframe" id="ledger">
+<thead><tr><th scope="col">Claim</th><th scope="col">Verdict</th><th scope="col">Number</th><th scope="col">Effect and margin</th><th scope="col">Ran on</th></tr></thead>
+<tbody>{rows}</tbody></table></div>
+```
+"""
+
+
+def _claim_row(claim, chapter, row):
+    """A claim with its source, the verdict, the number to remember, effect and margin, and on what it ran."""
+    verdict, margin = row["verdict"], claim["margin"]
+    badge = f'<span class="badge {verdict.replace(" ", "-")}">{verdict}</span>'
+    effect = f"{claim['effect']}; margin {margin:g}" if margin else claim["effect"]
+    cells = (badge, html.escape(row["number"]), html.escape(effect), html.escape(row["ran_on"]))
+    head = f'<a href="../notebooks/{chapter}.html">{html.escape(claim["claim"])}</a><br><small>{html.escape(claim["paper"])}</small>'
+    return f'<tr><th scope="row">{head}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>\n'
 
 
 def _cells(number):

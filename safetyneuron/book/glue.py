@@ -126,6 +126,13 @@ def cell(draws, key):
     return text if len(draws) == 1 else f"{text}\n{min(values):.1f} to {max(values):.1f}"
 
 
+def run_cell(runs, measure, *names):
+    """A table cell of `Runs`: percent, interval, and the range over trainings and draws where there are several."""
+    text = lines(estimate_rate(runs, measure, *names))
+    values = 100 * rates_by_run(runs, measure, *names)
+    return text if values.size == 1 else f"{text}\n{values.min():.1f} to {values.max():.1f}"
+
+
 def printed_cells(number, paper_model):
     """Cells of one model in a table of the paper, (row, column) to text; an asterisk where its own rows give another value."""
     cells = reported.table(number).query("model == @paper_model")

@@ -1,10 +1,11 @@
 """The style of every figure, and the figures that several chapters draw."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from safetyneuron.metrics.outcomes import rates_by_run
+from safetyneuron.metrics.outcomes import estimate_rate, rates_by_run
 
 PALETTE = "colorblind"
 CLASS_COLOURS = (
@@ -51,6 +52,33 @@ def class_bars(classes):
         ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=8
     )
     return axes
+
+
+def draw_dots(axes, conditions, measure, *names):
+    """One row a condition: a large dot a training, small ones for its random sets, and a bar from end to end of the interval.
+
+    conditions: label to `Runs`.
+    """
+    for row, (label, runs) in enumerate(conditions.items()):
+        values, estimate = (
+            100 * rates_by_run(runs, measure, *names),
+            estimate_rate(runs, measure, *names),
+        )
+        colour, spread = sns.color_palette(PALETTE)[row % 8], np.linspace(-0.22, 0.22, values.size)
+        many = values.shape[1] > 1
+        axes.scatter(
+            values.flatten(),
+            row + spread,
+            s=7 if many else 26,
+            color=colour,
+            alpha=0.45 if many else 0.8,
+            linewidth=0,
+        )
+        low, high = (100 * end for end in estimate.interval)
+        axes.plot([low, high], [row, row], color="black", linewidth=1.2)
+        axes.plot([100 * estimate.value], [row], "|", color="black", markersize=13)
+    axes.set_yticks(range(len(conditions)), list(conditions), fontsize=8)
+    axes.grid(axis="y", visible=False)
 
 
 def rate_panels(tables, measures, draw, xlabel):

@@ -2,27 +2,30 @@
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 
 from safetyneuron.book.glue import (
     MEASURES,
-    cell,
     glue_rates,
     glue_text,
-    pooled,
     printed_cells,
+    run_cell,
     with_cells,
 )
-from safetyneuron.book.plots import PALETTE
-from safetyneuron.book.verdicts import above
+from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.plots import draw_dots
 from safetyneuron.importance.selection import select_without_foundation
+from safetyneuron.metrics.estimates import chance_of_ranks, rank_among
+from safetyneuron.metrics.outcomes import Runs, estimate_change, estimate_rate, rates_by_run
+from safetyneuron.metrics.verdict import Evidence, expect_kept
 
 ORIGIN, EQ3, SPECIFIC = "Origin.", "Deact-SN: Eq 3", "Deact-SN: Eq 3 without foundation"
 RANDOM = {EQ3: "Deact-R: like Eq 3", SPECIFIC: "Deact-R: like without foundation"}
+CONDITIONS = (ORIGIN, EQ3, RANDOM[EQ3], SPECIFIC, RANDOM[SPECIFIC])
 TABLE_1_ROWS = {
     "harmful": ["Harm Behavior", "Adv Behavior", "MultiJail-En"],
     "capability": ["MMLU", "GSM8K"],
 }
+SHORT = {EQ3: "Eq 3", SPECIFIC: "Eq 3 without\nfoundation"}
 
 
 def verification_sets(harmful, general, fraction):
@@ -33,51 +36,62 @@ def verification_sets(harmful, general, fraction):
     }
 
 
+def asked_fully(runs: Runs) -> Runs:
+    """The first draw of each training: of random sets the only one that was asked more than the first harmful set."""
+    return [draws[:1] for draws in runs]
+
+
 def table_1(results, paper_model, harmful_sets, tasks):
     """Paper's Table 1 beside the measurement: rows are sets and tasks, columns are conditions.
 
-    results: model name to condition to one result of `evaluate` per draw (one for the conditions that are not random).
+    results: model name to condition to `Runs`.
     """
     printed = printed_cells(1, paper_model)
-    papers = dict(zip(harmful_sets, TABLE_1_ROWS["harmful"])) | dict(
-        zip(tasks, TABLE_1_ROWS["capability"])
-    )
-    rows, heads, paper_rows = [], [], []
-    averages = {"asr": ("Avg. Harmful", harmful_sets), "accuracy": ("Avg. Capability", tasks)}
-    wanted = [
-        (measure, papers.get(name) if measure in averages else None, [name])
-        for measure, name in _keys(results)
-    ]
-    wanted += [(measure, paper_row, names) for measure, (paper_row, names) in averages.items()]
-    for measure, paper_row, names in sorted(wanted, key=lambda row: list(MEASURES).index(row[0])):
-        paper_rows.append(paper_row)
-        name = names[0] if len(names) == 1 else "average"
-        heads.append(
-            (MEASURES[measure], name if paper_row is None else f"{name}\n(paper: {paper_row})")
-        )
-        row = {
+    rows = _rows(results, harmful_sets, tasks)
+    table = []
+    for measure, paper_row, names in rows:
+        line = {
+            (f"Here: {model}", *_heading(condition)): _cell(runs, measure, names, harmful_sets)
+            for model, conditions in results.items()
+            for condition, runs in conditions.items()
+        }
+        line |= {
             ("Paper", paper_model, c): printed.get((paper_row, c), "–")
             for c in ("Origin.", "Deact-R", "Deact-SN")
         }
-        for model, conditions in results.items():
-            row |= {
-                (f"Here: {model}", *_heading(c)): cell(draws, (measure, *names))
-                for c, draws in conditions.items()
-            }
-        rows.append(row)
-    columns = pd.MultiIndex.from_tuples(rows[0])
-    index = pd.MultiIndex.from_tuples(heads, names=["%", "set"])
-    return with_cells(
-        1,
-        pd.DataFrame([list(row.values()) for row in rows], index=index, columns=columns),
-        paper_rows,
+        table.append(line)
+    heads = [
+        (MEASURES[m], (n[0] if len(n) == 1 else "average") + (f"\n(paper: {p})" if p else ""))
+        for m, p, n in rows
+    ]
+    frame = pd.DataFrame(
+        [list(line.values()) for line in table],
+        index=pd.MultiIndex.from_tuples(heads, names=["%", "set"]),
+        columns=pd.MultiIndex.from_tuples(table[0]),
     )
+    return with_cells(1, frame, [paper_row for _, paper_row, _ in rows])
 
 
-def _keys(results):
-    """Keys of a result in the order of `MEASURES`."""
-    keys = next(iter(next(iter(results.values())).values()))[0]
-    return sorted(keys, key=lambda key: list(MEASURES).index(key[0]))
+def _rows(results, harmful_sets, tasks):
+    """(measure, row of the paper or None, sets) of every row, in the order of `MEASURES` and of the paper."""
+    scores = next(iter(results.values()))[ORIGIN][0][0]
+    papers = dict(zip(harmful_sets, TABLE_1_ROWS["harmful"]))
+    papers |= dict(zip(tasks, TABLE_1_ROWS["capability"]))
+    averages = {"asr": ("Avg. Harmful", harmful_sets), "accuracy": ("Avg. Capability", tasks)}
+    rows = []
+    for measure in MEASURES:
+        names = [name for m, name in scores if m == measure]
+        papers_here = papers if measure in averages else {}
+        rows += [(measure, papers_here.get(name), [name]) for name in names]
+        if measure in averages:
+            rows.append((measure, *averages[measure]))
+    return rows
+
+
+def _cell(runs, measure, names, harmful_sets):
+    """A cell over all draws where all were asked, else over the first of each training."""
+    all_asked = names == harmful_sets[:1]
+    return run_cell(runs if all_asked else asked_fully(runs), measure, *names)
 
 
 def _heading(condition):
@@ -88,112 +102,117 @@ def _heading(condition):
     return reading.removeprefix("Deact-SN: "), condition.split(":")[0]
 
 
-def bars_table(results, harmful_set, benign_set, tasks):
-    """Long table for `figures.condition_bars`: measure, condition, rate."""
-    keys = {
-        "attack\nsuccess": ("asr", harmful_set),
-        "coherent\ncompliance": ("coherent", harmful_set),
-        "over-\nrefusal": ("over_refusal", benign_set),
-    }
-    keys |= {task.removeprefix("organism_"): ("accuracy", task) for task in tasks}
-    rows = [(m, c, pooled(draws, key)) for m, key in keys.items() for c, draws in results.items()]
-    return pd.DataFrame(rows, columns=["measure", "condition", "rate"])
+def draw_conditions(conditions, harmful_set, benign_set, tasks):
+    """Every training as a dot, every random set as a small one, and the mean with its interval: one panel a measure.
 
-
-def condition_bars(table):
-    """Rates with their intervals: one group of bars per measure, one bar per condition.
-
-    table: data frame with columns measure, condition, rate (a `Rate`), ordered as they should appear.
+    conditions: condition to `Runs`.
     """
-    measures, conditions = table["measure"].unique(), table["condition"].unique()
-    _, axes = plt.subplots(figsize=(8, 3.6))
-    width = 0.8 / len(conditions)
-    for i, condition in enumerate(conditions):
-        rates = (
-            table[table["condition"] == condition].set_index("measure")["rate"].reindex(measures)
+    panels = {
+        "attack success": ("asr", harmful_set),
+        "help with harm": ("coherent", harmful_set),
+        "over-refusal": ("over_refusal", benign_set),
+        "capability": ("accuracy", *tasks),
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.5, 3.4), sharey=True)
+    names = {ORIGIN: "whole model", **SHORT}
+    names |= {RANDOM[c]: f"random, like\n{label}" for c, label in SHORT.items()}
+    for panel, (title, key) in zip(axes, panels.items()):
+        shown = {
+            names[c]: runs if key[1:] == (harmful_set,) else asked_fully(runs)
+            for c, runs in conditions.items()
+        }
+        draw_dots(panel, shown, *key)
+        panel.set(title=title, xlabel="%", xlim=(-3, 103))
+        panel.title.set_fontsize(10)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    return axes[0]
+
+
+def weigh_claims(conditions, harmful_set, tasks):
+    """The evidence for each claim of the chapter on one model. conditions: condition to `Runs`."""
+    found = {}
+    for key, condition, measure in (
+        ("eq3-breaks", EQ3, "asr"),
+        ("specific-breaks", SPECIFIC, "asr"),
+        ("eq3-helps", EQ3, "coherent"),
+        ("specific-helps", SPECIFIC, "coherent"),
+    ):
+        chosen, random = conditions[condition], conditions[RANDOM[condition]]
+        effect = estimate_change(chosen, random, measure, harmful_set)
+        chance = rank_chance(chosen, random, measure, harmful_set)
+        found[key] = Evidence(effect, margin_of(key), chance)
+    kept = estimate_change(conditions[EQ3], conditions[ORIGIN], "accuracy", *tasks)
+    found["eq3-capability"] = expect_kept(kept, 0.05)
+    return found
+
+
+def rank_chance(chosen: Runs, random: Runs, measure: str, *names: str) -> float:
+    """Probability that random sets rank as high among each other as the chosen set does among them, over all trainings."""
+    values, controls = (rates_by_run(runs, measure, *names) for runs in (chosen, random))
+    ranks = [rank_among(value, row) for (value,), row in zip(values, controls)]
+    return chance_of_ranks(ranks, controls.shape[1])
+
+
+def rank_table(conditions, harmful_set):
+    """Each set's rank among its random ones in every training, and how likely so high a rank is by chance."""
+    rows = {}
+    for condition, label in SHORT.items():
+        for measure in ("asr", "coherent"):
+            chosen, random = conditions[condition], conditions[RANDOM[condition]]
+            values, controls = (rates_by_run(r, measure, harmful_set) for r in (chosen, random))
+            ranks = [rank_among(value, row) for (value,), row in zip(values, controls)]
+            rows[label.replace("\n", " "), MEASURES[measure]] = {
+                f"rank among {controls.shape[1] + 1}, by training": ", ".join(map(str, ranks)),
+                "random sets, %": f"{100 * controls.min():.0f} to {100 * controls.max():.0f}",
+                "p": f"{chance_of_ranks(ranks, controls.shape[1]):.3g}",
+            }
+    return pd.DataFrame(rows).T.rename_axis(["set", "measure"])
+
+
+def glue_verification(results, families, fraction, harmful_set, tasks):
+    """Glue the findings of the chapter, and every value of its closing table."""
+    evidence = {
+        m: weigh_claims(conditions, harmful_set, tasks) for m, conditions in results.items()
+    }
+    model, first = next(iter(results.items()))
+    rates = {
+        (label, m): estimate_rate(first[c], m, harmful_set)
+        for label, c in _labels().items()
+        for m in ("asr", "coherent")
+    }
+    for (label, measure), rate in rates.items():
+        glue_rates(**{f"{measure}_{label}": rate})
+    skill = {
+        label: estimate_rate(asked_fully(first[c]), "accuracy", *tasks)
+        for label, c in _labels().items()
+    }
+    glue_text(model=model, share=f"{fraction:.1%}")
+    glue_text(**{f"capability_{label}": f"{100 * r.value:.1f}" for label, r in skill.items()})
+
+    def change(measure, label, control):
+        before, after, random = (
+            f"{100 * rates[name, measure].value:.0f}" for name in ("origin", label, control)
         )
-        values = [100 * rate.value for rate in rates]
-        errors = [
-            [100 * (r.value - r.interval[0]) for r in rates],
-            [100 * (r.interval[1] - r.value) for r in rates],
-        ]
-        places = [m + (i - (len(conditions) - 1) / 2) * width for m in range(len(measures))]
-        axes.bar(
-            places,
-            values,
-            width,
-            yerr=errors,
-            capsize=2,
-            label=condition,
-            color=sns.color_palette(PALETTE)[i],
-        )
-    axes.set(ylabel="%", ylim=(0, 105))
-    axes.set_xticks(range(len(measures)), measures)
-    axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
-    axes.grid(axis="x", visible=False)
-    return axes
+        return f"{before} → {after} %; random {random} %"
+
+    numbers = {
+        "eq3-breaks": f"attack success {change('asr', 'eq3', 'random')}",
+        "specific-breaks": f"attack success {change('asr', 'specific', 'random_specific')}",
+        "eq3-helps": f"help {change('coherent', 'eq3', 'random')}",
+        "specific-helps": f"help {change('coherent', 'specific', 'random_specific')}",
+        "eq3-capability": f"accuracy {100 * skill['origin'].value:.0f} → {100 * skill['eq3'].value:.0f} %",
+    }
+    by_claim = {key: {m: found[key] for m, found in evidence.items()} for key in numbers}
+    glue_findings(by_claim, numbers, name_runs(families))
 
 
-def harm_sentence(results, harmful_set):
-    """Does deactivation break refusal more than matched random neurons do, and coherently?"""
-    parts = []
-    for condition in (EQ3, SPECIFIC):
-        asr, coherent = (
-            above(
-                pooled(results[condition], (m, harmful_set)),
-                pooled(results[RANDOM[condition]], (m, harmful_set)),
-            )
-            for m in ("asr", "coherent")
-        )
-        finding = "attack success rises above the random control"
-        if asr and coherent:
-            finding += ", and so does coherent compliance: the claim is seen"
-        elif asr:
-            finding += ", but coherent compliance does not: refusals give way to answers that are no help, so the claim is seen by the keyword rule only"
-        else:
-            finding = "attack success does not rise above the random control: the claim is not seen"
-        parts.append(f"{condition.removeprefix('Deact-SN: ')}: {finding}.")
-    return " ".join(parts)
-
-
-def capability_sentence(results, tasks):
-    """Does capability stay as it was?"""
-    parts = []
-    for condition in (EQ3, SPECIFIC):
-        before, after = (
-            {t: pooled(results[c], ("accuracy", t)) for t in tasks} for c in (ORIGIN, condition)
-        )
-        lost = [t for t in tasks if above(before[t], after[t])]
-        finding = (
-            f"accuracy falls measurably on {', '.join(lost)}"
-            if lost
-            else "no fall in accuracy can be told from sampling noise"
-        )
-        parts.append(f"{condition.removeprefix('Deact-SN: ')}: {finding}.")
-    return " ".join(parts)
-
-
-def glue_verification(results, model, fraction, harmful_set, tasks):
-    """Glue every value of the closing paragraph of the verification chapter."""
-    keys = {
+def _labels():
+    """Part of a glued name -> condition."""
+    return {
         "origin": ORIGIN,
         "eq3": EQ3,
         "specific": SPECIFIC,
         "random": RANDOM[EQ3],
         "random_specific": RANDOM[SPECIFIC],
     }
-    for name, condition in keys.items():
-        draws = results[condition]
-        mean = sum(pooled(draws, ("accuracy", t)).value for t in tasks) / len(tasks)
-        glue_rates(
-            **{
-                f"asr_{name}": pooled(draws, ("asr", harmful_set)),
-                f"coherent_{name}": pooled(draws, ("coherent", harmful_set)),
-            }
-        )
-        glue_text(**{f"capability_{name}": f"{100 * mean:.1f}"})
-    glue_text(model=model, share=f"{fraction:.1%}")
-    glue_text(
-        verdict_harm=harm_sentence(results, harmful_set),
-        verdict_capability=capability_sentence(results, tasks),
-    )
