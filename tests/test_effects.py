@@ -9,6 +9,7 @@ from safetyneuron import SafetyNeuronError, deactivate, load_model, load_prompts
 from safetyneuron.detectors.effects import (
     all_units,
     classes_without,
+    compare_sums,
     measure_effects,
     neurons_of,
     silenced_likelihoods,
@@ -59,6 +60,26 @@ def test_effects_are_changes_of_the_mean_of_each_part(chat):
                 after = weigh_pairs(model, tokenizer, pairs)
         for side, x, y in zip(("refusal", "help"), before, after):
             assert table.loc[0, f"{name} {side}"] == pytest.approx(float((y - x).mean()), abs=1e-4)
+
+
+def test_a_set_of_one_is_its_own_sum_and_two_are_compared_with_both(chat):
+    model, tokenizer = chat
+    prompts, units = load_prompts("organism/harmful")[:3], [("ffn", 4, 7), ("vo", 5, 9)]
+    table = measure_effects(model, tokenizer, {"harmful": prompts}, units)
+    effects = dict(zip(units, table["harmful refusal"] - table["harmful help"]))
+    sets = {"first": units[:1], "second": units[1:], "both": units}
+    found = compare_sums(model, tokenizer, prompts, sets, effects)
+    alone = found.loc[["first", "second"]]
+    assert alone["seen"].tolist() == pytest.approx(alone["predicted"].tolist(), abs=1e-4)
+    assert found.loc["both", "predicted"] == pytest.approx(alone["seen"].sum(), abs=1e-4)
+    pairs = choose_pairs(model, tokenizer, prompts)
+    with torch.no_grad():
+        before = torch.stack(weigh_pairs(model, tokenizer, pairs))
+        with deactivate(model, neurons_of(model, units)):
+            change = torch.stack(weigh_pairs(model, tokenizer, pairs)) - before
+    assert found.loc["both", "seen"] == pytest.approx(
+        float((change[0] - change[1]).mean()), abs=1e-4
+    )
 
 
 def test_every_row_and_column_is_in_one_unit_and_classes_are_those_without_it(chat):

@@ -91,6 +91,42 @@ def classes_without(
 
 
 @torch.no_grad()
+def compare_sums(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    sets: dict[str, Sequence[Unit]],
+    effects: dict[Unit, float],
+) -> pd.DataFrame:
+    """How far a set's effect is the sum of what its units do alone.
+
+    Parameters
+    ----------
+    sets : dict of str to list of (kind, layer, channel)
+    effects : dict of (kind, layer, channel) to float
+        Change in the mean log odds of refusing these requests with each unit alone switched off, in nats.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index name of the set; columns units (how many), predicted (the sum) and seen, in nats.
+    """
+    pairs, rows = choose_pairs(model, tokenizer, prompts), {}
+
+    def odds():
+        refusal, helped = weigh_pairs(model, tokenizer, pairs)
+        return float((refusal - helped).mean())
+
+    whole = odds()
+    for name, units in sets.items():
+        with deactivate(model, neurons_of(model, units)):
+            seen = odds() - whole
+        predicted = sum(effects[unit] for unit in units)
+        rows[name] = {"units": len(units), "predicted": predicted, "seen": seen}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("set")
+
+
+@torch.no_grad()
 def silenced_likelihoods(
     model,
     pairs: Sequence[Pair],
