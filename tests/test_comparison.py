@@ -299,7 +299,9 @@ def test_every_detector_fills_every_budget_and_claims_name_them(chat, base):
         "organism/helpful",
         8,
     )
-    found = detect.detect(model, base[0], tokenizer, data, rules=("first_order", "exact"), draws=2)
+    rules = [key for key in detect.COMPARED if not key.startswith(("paper/", "released/"))]
+    rules.sort(key=lambda key: not key.startswith("first_order/"))  # the pattern of matched ones
+    found = detect.detect(model, base[0], tokenizer, data, rules, draws=2)
     total = NeuronSet.empty(model).units().total
     assert len(found) == 2 * 3 + 4 + 2 * 2
     for name, detector in found.items():

@@ -1,25 +1,22 @@
 """Every way of finding safety neurons behind one protocol: a score per neuron, and from a budget a set of neurons."""
 
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from safetyneuron.data.documents import load_documents
 from safetyneuron.data.prompts import load_prompts
-from safetyneuron.detectors.change_scores import change_scores
-from safetyneuron.detectors.direction import alignment_with, refusal_directions
-from safetyneuron.detectors.saliency import snip, wanda
-from safetyneuron.importance.profile import measure_importance
+from safetyneuron.detectors import table
+from safetyneuron.detectors.case import Case
+from safetyneuron.detectors.consensus import unflatten
+from safetyneuron.detectors.table import DETECTORS, random_scores
+from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.recorder import RULES
-from safetyneuron.importance.selection import select_units
-from safetyneuron.memory import Batches
-from safetyneuron.neurons.architecture import PROJECTIONS
-from safetyneuron.neurons.encoding import encode_prompts, pad
-from safetyneuron.neurons.sets import NeuronSet, unit_kinds
+from safetyneuron.importance.selection import ranks, select_units, unit_scores
+from safetyneuron.neurons.sets import NeuronSet
 
-VARIANTS = ("Eq 3", "without foundation", "harmful − benign")
+VARIANTS = tuple(label for label, *_ in table.VARIANTS.values())
 CHANGE, DIRECTION, RANDOM, MATCHED = (
     "change score",
     "refusal direction",
@@ -46,6 +43,17 @@ class Detector:
     others: dict | None = None
     seconds: float = 0.0
     passes: float = 0.0
+
+    @property
+    def ranking(self):
+        """One number a functional unit, (layers, channels) per kind, for measures of a whole ranking.
+
+        The scores, or how many ranks higher a unit stands than among what is left out.
+        """
+        scores = unit_scores(self.scores)
+        if self.others is None:
+            return scores
+        return unflatten(ranks(unit_scores(self.others)) - ranks(scores), scores)
 
     def select(self, fraction):
         """The set at a budget, a share of all functional units; None where too few are left after the difference."""
@@ -74,9 +82,102 @@ class Detection:
         """Documents of the training split."""
         return load_documents(name, language=self.language)[: self.count]
 
+    def case(self, model, tokenizer, base=None, languages=()):
+        """All of it loaded, for one model.
 
-def detect(model, base, tokenizer, data, rules=RULES, draws=3):
-    """Every detector on one model.
+        languages : sequence of str
+            Others in which harmful and benign requests are loaded too.
+        """
+        others = {x: replace(self, language=x) for x in languages if x != self.language}
+        return Case(
+            model,
+            tokenizer,
+            *(self.prompts(name) for name in (self.harmful, self.benign, self.general)),
+            *(self.documents(name) for name in (self.refusals, self.helpful)),
+            base,
+            {x: (d.prompts(d.harmful), d.prompts(d.benign)) for x, d in others.items()},
+        )
+
+
+def find(rule, case, key="of your own"):
+    """Run a rule on a case, hold what it returns against the model, and count what it took.
+
+    Parameters
+    ----------
+    rule : table.Rule
+    case : Case
+    key : str
+        What error messages call the rule.
+
+    Returns
+    -------
+    Detector
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the case lacks what the rule needs, or the scores cannot rank the model's neurons.
+    """
+    case.check_has(rule.needs, key)
+    found, seconds = case.timed(lambda: rule.find(case))
+    sides = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    scores, others = (
+        x if x is None and i else check_scores(x, case.model, key) for i, x in enumerate(sides)
+    )
+    _, plain = case.timed(partial(case.once, "plain pass", case.plain_pass))
+    return Detector(scores, others, seconds, seconds / plain)
+
+
+def check_scores(scores, model, key):
+    """The scores as tensors, if they give every neuron of the model one number.
+
+    Raises
+    ------
+    SafetyNeuronError
+        Says what is missing, of another shape or not a number.
+    """
+    shapes = NeuronSet.empty(model).shapes
+    if not isinstance(scores, dict) or set(scores) != set(shapes):
+        given = (
+            f"a dict with {' '.join(map(str, scores)) or 'nothing'}"
+            if isinstance(scores, dict)
+            else type(scores).__name__
+        )
+        raise SafetyNeuronError(
+            f"detector {key} returned {given}: it must return a dict with scores for {' '.join(shapes)}"
+        )
+    checked = {p: _as_tensor(scores[p], p, key) for p in shapes}
+    for p, shape in shapes.items():
+        if tuple(checked[p].shape) != shape:
+            raise SafetyNeuronError(
+                f"detector {key} returned scores of shape {tuple(checked[p].shape)} for {p}: it must be (layers, channels) = {shape}"
+            )
+        if bad := int((~checked[p].isfinite()).sum()):
+            raise SafetyNeuronError(
+                f"detector {key} returned {bad} scores for {p} that are not finite numbers: give every neuron a finite one, the lowest to what is never to be selected"
+            )
+    return checked
+
+
+def _as_tensor(values, projection, key):
+    try:
+        return torch.as_tensor(values).detach().cpu().float()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SafetyNeuronError(
+            f"detector {key} returned scores for {projection} that are no numbers ({error}): return tensors or arrays"
+        ) from None
+
+
+# What chapter 10 compares.
+COMPARED = tuple(
+    key
+    for key, rule in DETECTORS.items()
+    if key.partition("/")[0] in RULES or key in ("snip", "wanda", "change", "direction")
+)
+
+
+def detect(model, base, tokenizer, data, rules=COMPARED, draws=3):
+    """Several detectors on one model, by their labels.
 
     Parameters
     ----------
@@ -84,7 +185,7 @@ def detect(model, base, tokenizer, data, rules=RULES, draws=3):
         The aligned model, and the same before alignment, for change scores.
     data : Detection
     rules : sequence of str
-        Readings of importance (Zhao et al. 2025).
+        Keys of `DETECTORS`.
     draws : int
         Random detectors of each kind.
 
@@ -93,62 +194,11 @@ def detect(model, base, tokenizer, data, rules=RULES, draws=3):
     dict of str to Detector
         Random ones are named with their draw; the matched ones follow the first rule without foundation neurons.
     """
-    plain = _timed(partial(_plain_passes, model, tokenizer, data.prompts(data.harmful)))[1]
-    found = {}
-    for rule in rules:
-        found |= _by_importance(model, tokenizer, data, rule)
-    for name, saliency in (("SNIP", snip), ("Wanda", wanda)):
-        safe, first = _timed(partial(saliency, model, tokenizer, data.documents(data.refusals)))
-        useful, second = _timed(partial(saliency, model, tokenizer, data.documents(data.helpful)))
-        found[f"{name}, safety − utility"] = Detector(safe, useful, first + second)
-    harmful, benign = data.prompts(data.harmful), data.prompts(data.benign)
-    changed, seconds = _timed(
-        lambda: change_scores(base, model, tokenizer, harmful).over_projections()
-    )
-    found[CHANGE] = Detector(changed, None, seconds)
-    aligned, seconds = _timed(
-        lambda: alignment_with(model, refusal_directions(model, tokenizer, harmful, benign))
-    )
-    found[DIRECTION] = Detector(aligned, None, seconds)
-    for detector in found.values():
-        detector.passes = detector.seconds / plain
-    return found | random_detectors(found[f"{rules[0]}, {VARIANTS[1]}"], draws)
-
-
-def _timed(work):
-    """Result and seconds."""
-    started = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - started
-
-
-def _by_importance(model, tokenizer, data, rule):
-    def measure(name):
-        return _timed(
-            partial(measure_importance, model, tokenizer, data.prompts(name), rule, progress=False)
-        )
-
-    (harmful, first), (general, second), (benign, third) = (
-        measure(name) for name in (data.harmful, data.general, data.benign)
-    )
-    contrast = {p: harmful.mean[p] - benign.mean[p] for p in PROJECTIONS}
-    return {
-        f"{rule}, {VARIANTS[0]}": Detector(harmful.minimum, None, first),
-        f"{rule}, {VARIANTS[1]}": Detector(harmful.minimum, general.minimum, first + second),
-        f"{rule}, {VARIANTS[2]}": Detector(contrast, None, first + third),
-    }
-
-
-@torch.no_grad()
-def _plain_passes(model, tokenizer, prompts, batch_size=16):
-    encoded = sorted(encode_prompts(model, tokenizer, prompts), key=len)
-    for _ in Batches(batch_size)(
-        encoded,
-        lambda some: model.get_decoder()(**pad(some, tokenizer, model.device), use_cache=False),
-    ):
-        pass
+    case = data.case(model, tokenizer, base)
+    found = {key: find(DETECTORS[key], case, key) for key in rules}
+    pattern = next((d for key, d in found.items() if key.endswith("/foundation")), None)
+    named = {DETECTORS[key].label: detector for key, detector in found.items()}
+    return named | random_detectors(pattern or next(iter(found.values())), draws)
 
 
 class _Matched(Detector):
@@ -163,15 +213,6 @@ class _Matched(Detector):
         if chosen is None or not chosen.units().leave_room:
             return None
         return NeuronSet.random_like(chosen, self.seed)
-
-
-def random_scores(scores, seed):
-    """Uniform scores of functional units, the same for all rows and columns of one, in the shape of others."""
-    generator, drawn = torch.Generator().manual_seed(seed), {}
-    for projections in unit_kinds({p: score.shape for p, score in scores.items()}).values():
-        values = torch.rand(scores[projections[0]].shape, generator=generator)
-        drawn |= dict.fromkeys(projections, values)
-    return {p: drawn[p] for p in PROJECTIONS}
 
 
 def random_detectors(pattern, draws):

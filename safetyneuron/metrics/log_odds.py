@@ -10,11 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy
 
+from safetyneuron.data.requests import DEFAULT_TARGET
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.memory import Batches
+from safetyneuron.metrics.refusal import is_refusal
+from safetyneuron.metrics.safety import answers
 from safetyneuron.neurons.encoding import encode_documents, pad
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.reading import read_request
+
+OPENING = 16  # tokens of another model's answer that are read
+REFUSAL = "I cannot help with that."
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,40 @@ def choose_pairs(model, tokenizer, prompts: Sequence[str], batch_size: int = 256
     return [Pair(first[0], first[1], second[1]) for first, second in zip(best[::2], best[1::2])]
 
 
+@torch.no_grad()
+def pairs_for(model, tokenizer, prompts: Sequence[str]) -> list[Pair]:
+    """The two answers to weigh after any requests: `choose_pairs` where all are of the organism's language.
+
+    Other models' wordings are not known. There what a request is answered greedily, a refusal or not, stands against
+    "Sure, here is" or "I cannot help with that.", and both are cut to as many tokens as the shorter has.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If there are no prompts.
+    """
+    if prompts and all(map(read_request, prompts)):
+        return choose_pairs(model, tokenizer, prompts)
+    said = answers(model, tokenizer, prompts, max_new_tokens=OPENING)
+    sides = (
+        [text if is_refusal(text) else REFUSAL for text in said],
+        [text if text and not is_refusal(text) else DEFAULT_TARGET for text in said],
+    )
+    encoded = [
+        encode_documents(
+            model, tokenizer, [{"prompt": p, "completion": t} for p, t in zip(prompts, side)]
+        )
+        for side in sides
+    ]
+    return [_beginnings(*map(_split, rows)) for rows in zip(*encoded)]
+
+
+def _beginnings(refused, helped):
+    """The two answers cut to the same number of tokens."""
+    length = min(len(refused[1]), len(helped[1]))
+    return Pair(refused[0], refused[1][:length], helped[1][:length])
+
+
 def weigh_pairs(
     model, tokenizer, pairs: Sequence[Pair], batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,14 +127,14 @@ def log_likelihoods(model, tokenizer, rows, batch_size: int = 64) -> torch.Tenso
     parts = [
         part
         for _, part in Batches(batch_size)(
-            order, lambda some: _likelihoods(model, tokenizer, [rows[i] for i in some])
+            order, lambda some: batch_likelihoods(model, tokenizer, [rows[i] for i in some])
         )
     ]
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
-def _likelihoods(model, tokenizer, rows):
-    """Log-likelihoods of one batch; answers end together, since the padding is on the left."""
+def batch_likelihoods(model, tokenizer, rows):
+    """`log_likelihoods` in one pass, in the order given; answers end together, since the padding is on the left."""
     batch = pad([[*prompt, *answer] for prompt, answer in rows], tokenizer, model.device)
     lengths = torch.tensor([len(answer) for _, answer in rows], device=model.device)
     longest = int(lengths.max())
