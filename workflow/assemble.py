@@ -69,11 +69,17 @@ def build(stage):
     put(WORK / "_build" / "html", SITE)
 
 
+def git(*command):
+    """What git answers; nothing where it does not know."""
+    result = subprocess.run(["git", *command], capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
 def origin():
     """Address of the remote `origin` if it is on GitHub, else None."""
-    result = subprocess.run(["git", "remote", "get-url", "origin"], capture_output=True, text=True)
     found = re.fullmatch(
-        r"(?:https://|git@)github\.com[/:]([\w.-]+/[\w.-]+?)(?:\.git)?/?", result.stdout.strip()
+        r"(?:https://|git@)github\.com[/:]([\w.-]+/[\w.-]+?)(?:\.git)?/?",
+        git("remote", "get-url", "origin"),
     )
     return f"https://github.com/{found[1]}" if found else None
 
@@ -92,6 +98,9 @@ def add_launch_buttons(config, repository, hub):
         buttons["colab_url"] = "https://colab.research.google.com"
     if hub:
         buttons["jupyterhub_url"] = hub
+    if repository.startswith("https://github.com/"):
+        commit = git("rev-parse", "HEAD") or "main"
+        settings["sphinx"]["config"]["source_repository"] = f"{repository}/blob/{commit}"
     settings |= {
         "repository": {"url": repository, "branch": "main", "path_to_book": ""},
         "launch_buttons": buttons,

@@ -1,9 +1,13 @@
 """Chapter 01: how importance falls, and where the selected neurons lie."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.metrics.estimates import estimate_mean
+from safetyneuron.metrics.verdict import Evidence
 from safetyneuron.neurons.architecture import PROJECTIONS
 
 
@@ -37,3 +41,21 @@ def counts_heatmap(neurons):
     axes.set(xlabel="layer", ylabel="projection")
     axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
     return axes
+
+
+def overlaps_table(overlaps, fraction):
+    """Share of N_safe that is selected on ordinary requests too, a column a training. overlaps: name of the training to share."""
+    shares = {name.removeprefix("organism/"): f"{share:.0%}" for name, share in overlaps.items()}
+    return pd.DataFrame([shares], index=[f"shared, of {fraction:.1%} of the neurons"])
+
+
+def glue_overlap(overlaps):
+    """Glue the chapter's finding. overlaps: name of the training to share."""
+    effect = estimate_mean(0.5 - np.array(list(overlaps.values()))[:, None, None])
+    model, key = next(iter(overlaps)), "apart-from-foundation"
+    number = f"{min(overlaps.values()):.0%} to {max(overlaps.values()):.0%} are shared"
+    glue_findings(
+        {key: {model: Evidence(effect, margin_of(key))}},
+        {key: number},
+        name_runs({model: list(overlaps)}),
+    )

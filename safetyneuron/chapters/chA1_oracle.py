@@ -11,6 +11,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from safetyneuron.book.glue import glue_text
+from safetyneuron.book.ledger import glue_findings, margin_of
 from safetyneuron.importance.brute_force import brute_force
 from safetyneuron.importance.paper_and_released import (
     divided_by_four,
@@ -23,6 +24,8 @@ from safetyneuron.importance.paper_and_released import (
 )
 from safetyneuron.importance.recorder import RULES, Recorder, recording, widen
 from safetyneuron.importance.selection import select_per_layer
+from safetyneuron.metrics.estimates import estimate_mean
+from safetyneuron.metrics.verdict import Evidence
 from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.encoding import encode_documents, encode_prompts, pad
 from safetyneuron.neurons.sets import NeuronSet
@@ -172,7 +175,7 @@ def run_rule(model, batch, rule, kind=Recorder):
 def compare_rules(model, tokenizer, prompts):
     """Every rule beside brute force: a data frame with one row per prompt and neuron.
 
-    Columns: projection, `brute force` and the rules. Brute force runs a block once per neuron.
+    Columns: projection, prompt, `brute force` and the rules. Brute force runs a block once per neuron.
     """
     batch = one_batch(model, tokenizer, prompts)
     scores = {"brute force": brute_force(model, batch)} | {
@@ -184,7 +187,10 @@ def compare_rules(model, tokenizer, prompts):
             name: values[projection].flatten().double().cpu().numpy()
             for name, values in scores.items()
         }
-        tables.append(pd.DataFrame(columns).assign(projection=projection))
+        prompt = [
+            i for i, row in enumerate(scores["brute force"][projection]) for _ in row.flatten()
+        ]
+        tables.append(pd.DataFrame(columns).assign(projection=projection, prompt=prompt))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -196,9 +202,39 @@ def released_differences(model, tokenizer, prompts, table):
 
 def rank_agreement(table):
     """Spearman correlation of each rule with brute force, per projection; NaN where a rule does not score it."""
-    scored = {p: rows.drop(columns="projection") for p, rows in table.groupby("projection")}
+    numbers = table.drop(columns="prompt")
+    scored = {p: rows.drop(columns="projection") for p, rows in numbers.groupby("projection")}
     rows = {p: scored[p].corr("spearman")["brute force"].drop("brute force") for p in PROJECTIONS}
     return pd.DataFrame(rows).T.rename_axis("projection")
+
+
+def agreement_by_prompt(table, rule, projections):
+    """Lowest rank correlation of a rule with brute force over projections, for every prompt."""
+    chosen = table[table["projection"].isin(projections)]
+    each = chosen.groupby(["prompt", "projection"])[[rule, "brute force"]].corr("spearman")
+    return each.xs("brute force", level=-1)[rule].groupby("prompt").min()
+
+
+def glue_rules(overlap, attention):
+    """Glue each rule's overlap with brute force at the top, and its lowest rank correlation on q and k."""
+    glue_text(**{f"overlap_{rule}": f"{share:.0%}" for rule, share in overlap.items()})
+    glue_text(**{f"qk_{rule}": f"{attention[rule].min():.2f}" for rule in attention})
+
+
+def glue_agreement(table, model):
+    """Glue the chapter's findings: the agreement of three rules with brute force, over prompts."""
+    claims = {
+        "closed-forms-exact": ("exact", PROJECTIONS, 0.999),
+        "printed-form-close": ("paper", ("q", "k"), 0.9),
+        "released-form-close": ("released", ("q", "k"), 0.9),
+    }
+    found, numbers = {}, {}
+    for key, (rule, projections, bar) in claims.items():
+        lowest = agreement_by_prompt(table, rule, projections)
+        effect = estimate_mean(lowest.to_numpy()[None, None] - bar)
+        found[key] = {model: Evidence(effect, margin_of(key))}
+        numbers[key] = f"lowest rank correlation {lowest.mean():.4g}"
+    glue_findings(found, numbers, model)
 
 
 def top_overlap(table, fraction):

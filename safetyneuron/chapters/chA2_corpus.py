@@ -1,10 +1,14 @@
 """Chapter A2, Table 5: how many prompts detection needs."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 from safetyneuron.book import paper as reported
+from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.importance.selection import select_fraction
+from safetyneuron.metrics.estimates import estimate_mean
+from safetyneuron.metrics.verdict import Evidence
 
 
 def corpus_counts(profile, shares, reference):
@@ -76,3 +80,28 @@ def corpus_curve(counts, reported):
     )
     axes.legend(fontsize=8)
     return axes
+
+
+def lost_beyond(profile, share, reference):
+    """Share of the neurons at `reference` prompts that the largest corpus takes away, at the threshold that leaves `share` of all."""
+    counts = corpus_counts(profile, [share], reference).iloc[0]
+    return 1 - counts[max(counts.index)] / counts[reference]
+
+
+def losses_table(losses):
+    """One column a training. losses: name of the training to share lost."""
+    shares = {name.removeprefix("organism/"): f"{share:.0%}" for name, share in losses.items()}
+    return pd.DataFrame([shares], index=["lost beyond 200 prompts"])
+
+
+def glue_corpus(losses, model):
+    """Glue the chapter's finding. losses: name of the training to share lost."""
+    key, effect = (
+        "corpus-suffices",
+        estimate_mean(0.1 - np.array(list(losses.values()))[:, None, None]),
+    )
+    glue_findings(
+        {key: {model: Evidence(effect, margin_of(key))}},
+        {key: f"{min(losses.values()):.0%} to {max(losses.values()):.0%} are lost beyond 200"},
+        name_runs({model: list(losses)}),
+    )
