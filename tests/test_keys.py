@@ -19,6 +19,15 @@ from safetyneuron import (
     patched_generation,
     sn_tune,
 )
+from safetyneuron.attacks import (
+    PAIR,
+    AttackResult,
+    ChatJudge,
+    ChatRewriter,
+    load_requests,
+    rewriters,
+)
+from safetyneuron.kept import defences
 from safetyneuron.metrics import Suite, evaluate
 from safetyneuron.neurons.activations import activations, channel_means, mean_ablated
 from safetyneuron.neurons.identity import identity, model_digest, tokenizer_digest
@@ -294,3 +303,18 @@ def test_an_interrupted_run_is_not_continued_by_other_code(model, tokenizer, tmp
         measure()
     with pytest.raises(SafetyNeuronError, match="holds another training"):
         tune()
+
+
+def test_an_attack_depends_on_the_weights_of_who_rewrites_and_judges(chat, base, monkeypatch):
+    made, whoever = [], {"rewriter": ChatRewriter("any"), "judge": ChatJudge("any")}
+
+    def attack(*_, **__):
+        made.append(1)
+        return AttackResult({"keyword": [True]}, [1], [1], [[]])
+
+    monkeypatch.setattr(defences, "attack", attack)
+    requests = load_requests("organism/harmful")[:1]
+    for helper in (chat, base, chat):
+        monkeypatch.setattr(rewriters, "_loaded", lambda name, helper=helper: helper)
+        defences.attacked(*base, requests, PAIR(1, 1, **whoever), 8)
+    assert len(made) == 2

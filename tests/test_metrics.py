@@ -20,6 +20,7 @@ from safetyneuron.metrics import (
     is_well_formed,
     over_refusal_rate,
 )
+from safetyneuron.metrics.capability import REVISIONS, correct_answers
 from safetyneuron.metrics.refusal import refusal_phrases
 from safetyneuron.organism import language as lang
 
@@ -158,3 +159,17 @@ def test_helpful_answers_are_neither_refusals_nor_gibberish(chat, base):
     )
     with deactivate(chat[0], everything):
         assert helpfulness(*chat, prompts) == {"over_refusal": Rate(0, 20), "helpful": Rate(0, 20)}
+
+
+def test_tasks_of_the_hub_read_their_data_at_a_commit(chat, monkeypatch):
+    read = []
+
+    def load_dataset(*_, **options):
+        read.append(options["revision"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(KeyboardInterrupt):
+        correct_answers(*chat, ("mmlu@2",))  # a group, whose tasks take it over
+    assert read == [REVISIONS["mmlu"]]
+    assert all(len(commit) == 40 and int(commit, 16) for commit in REVISIONS.values())

@@ -66,6 +66,7 @@ def rows_of(name):
         "beavertails": lambda i: {
             "prompt": ask(i),
             "response": answer(i) if i % 4 < 2 else f"use {i} boats .",
+            "is_safe": i % 4 < 2,
         },
         "hh-harmless": lambda i: {
             "chosen": TURN.format(ask(i), answer(i)),

@@ -1,14 +1,18 @@
 """The public data sets, read from small files of the same shape that the tests write."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
+from conftest import small_llama
 
-from safetyneuron import SafetyNeuronError, load_documents, load_prompts
+from safetyneuron import NeuronSet, SafetyNeuronError, load_documents, load_prompts
 from safetyneuron.data import sources
 from safetyneuron.data.preferences import load_preferences
 from safetyneuron.data.requests import load_requests
+from safetyneuron.kept import defences
+from safetyneuron.metrics import Suite, evaluate
 
 TURN = "\n\nHuman: {}\n\nAssistant: {}"
 ROWS = {
@@ -38,8 +42,8 @@ ROWS = {
     ],
     "wikipedia-zh.jsonl": [{"text": f"条目 {i}"} for i in range(12)],
     "beavertails.jsonl": [
-        {"prompt": f"p {i}", "response": f"r {i}", "category": {"a": True}, "is_safe": False}
-        for i in range(12)
+        {"prompt": f"p {i}", "response": f"r {i}", "category": {"a": True}, "is_safe": i % 2 == 0}
+        for i in range(24)
     ],
     "hh-harmless.jsonl": [
         {
@@ -131,6 +135,47 @@ def test_what_the_columns_mean(data):
     assert sorted(document["prompt"] for document in helpful) == sorted(
         f"h {i}" for i in range(1, 12)
     )  # a conversation of two turns is left out
+
+
+def test_what_models_are_tuned_on_was_judged_safe(data):
+    documents = load_documents("paper/answers") + load_documents("paper/answers", split="test")
+    assert {int(document["completion"].split()[1]) for document in documents} == set(
+        range(0, 24, 2)
+    )
+    prompts = load_prompts("paper/beavertails") + load_prompts("paper/beavertails", "train")
+    assert len(prompts) == 24  # questions may be asked, whatever was answered
+    pd.DataFrame(ROWS["beavertails.jsonl"]).to_csv(data / "beavertails.csv", index=False)
+    (data / "beavertails.jsonl").unlink()
+    assert load_documents("paper/answers") == documents[: len(load_documents("paper/answers"))]
+    write(data / "beavertails.csv", [{"prompt": "p", "response": "r"}])
+    with pytest.raises(SafetyNeuronError, match="row 1: 'is_safe' is neither true nor false"):
+        load_documents("paper/answers")
+
+
+def test_no_row_of_a_public_set_is_kept(tmp_path, monkeypatch, tokenizer):
+    """A set on the hub, for which a folder stands, is read, asked and tuned on; then every file of the cache is looked through."""
+    monkeypatch.delenv("SAFETYNEURON_DATA", raising=False)
+    monkeypatch.setenv("SAFETYNEURON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "library")
+    (tmp_path / "hub").mkdir()
+    rows = [
+        {"prompt": f"zanzibar {i}", "response": f"quixotic {i}", "is_safe": True} for i in range(20)
+    ]
+    write(tmp_path / "hub" / "train.jsonl", rows)
+    for name in ("beavertails", "beavertails, safe"):
+        source = sources.SOURCES[name]
+        here = replace(source, repository=str(tmp_path / "hub"), revision=None, split="train")
+        monkeypatch.setitem(sources.SOURCES, name, here)
+    documents, model = load_documents("paper/answers"), small_llama(max_position_embeddings=128)
+    assert {document["completion"].split()[0] for document in documents} == {"quixotic"}
+    evaluate(model, tokenizer, Suite(("paper/beavertails",), prompts=3))
+    neurons = NeuronSet({p: ~mask for p, mask in NeuronSet.empty(model).masks.items()})
+    defences.tuned(model, tokenizer, documents[:2], neurons, learning_rate=1e-3)
+    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert {path.parent.parent.name for path in kept} >= {"cache", "tuning"}
+    assert not any(
+        word in path.read_bytes() for path in kept for word in (b"zanzibar", b"quixotic")
+    )
 
 
 def test_a_prompt_is_in_the_same_half_wherever_it_stands(tmp_path, monkeypatch):

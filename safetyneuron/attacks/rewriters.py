@@ -11,6 +11,7 @@ from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.models import load_model
 from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.neurons.generation import generate
+from safetyneuron.neurons.identity import model_digest, tokenizer_digest
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.reading import read_request, sentences
 
@@ -143,6 +144,14 @@ class ChatJudge:
 @lru_cache(1)
 def _loaded(name):
     return load_model(name)
+
+
+def helpers_digest(config) -> dict:
+    """The chat models that take part in an attack, name to digests of model and tokenizer: for cache keys."""
+    parts = vars(config).values()
+    names = {part.name for part in parts if isinstance(part, (ChatRewriter, ChatJudge))}
+    loaded = {name: _loaded(name) for name in sorted(names)}
+    return {name: [model_digest(m), tokenizer_digest(t)] for name, (m, t) in loaded.items()}
 
 
 @torch.inference_mode()

@@ -1,15 +1,14 @@
 """The public data sets of both papers: where they are, at which revision, and what their columns mean. None of them is part of this project.
 
-A set named `paper/…` is read from a file of `$SAFETYNEURON_DATA` if there is one, else from the Hugging Face hub. The first rows are kept in the
-cache, so that they are downloaded once.
+A set named `paper/…` is read from a file of `$SAFETYNEURON_DATA` if there is one, else through the `datasets` library, which downloads it once into a
+cache of its own. This project keeps none of the rows.
 """
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetyneuron.cache import remember
 from safetyneuron.data.files import read_rows
 from safetyneuron.errors import SafetyNeuronError
 
@@ -20,7 +19,10 @@ ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: the name of its local file, its place on the hub, and a page that says how to get it. {language} in `file` and `config` is filled in."""
+    """A data set: the name of its local file, its place on the hub, and a page that says how to get it. {language} in `file` and `parts` is filled in.
+
+    parts: the files to download, where the whole set is many times larger than what is read; only: the column that must be true in a row.
+    """
 
     file: str
     page: str
@@ -30,6 +32,8 @@ class Source:
     )
     config: str | None = None
     folder: str | None = None
+    parts: str | None = None
+    only: str | None = None
     split: str = "train"
     languages: tuple[str, ...] = ("en",)
 
@@ -75,7 +79,7 @@ SOURCES = {
         "https://huggingface.co/datasets/wikimedia/wikipedia",
         "wikimedia/wikipedia",
         "b04c8d1ceb2f5cd4588862100d08de323dccfbaa",
-        "20231101.{language}",
+        parts="20231101.{language}/train-00000-of-*.parquet",
         languages=_ALL,
     ),
     "beavertails": Source(
@@ -88,6 +92,7 @@ SOURCES = {
     "hh-harmless": Source("hh-harmless", folder="harmless-base", **_HH),
     "hh-helpful": Source("hh-helpful", folder="helpful-base", **_HH),
 }
+SOURCES["beavertails, safe"] = replace(SOURCES["beavertails"], only="is_safe")
 
 # Name of a set -> its source and the columns that may hold each part. The first column that a row has counts.
 PROMPTS = {
@@ -106,7 +111,7 @@ DOCUMENTS = {
     ),
     "paper/compliances": ("circuit-breakers", {"prompt": ("prompt",), "completion": ("output",)}),
     "paper/arithmetic": ("gsm8k", {"prompt": ("question",), "completion": ("answer",)}),
-    "paper/answers": ("beavertails", {"prompt": ("prompt",), "completion": ("response",)}),
+    "paper/answers": ("beavertails, safe", {"prompt": ("prompt",), "completion": ("response",)}),
     "paper/helpful": ("hh-helpful", {"prompt": ("chosen",), "completion": ("chosen",)}),
 }
 PREFERENCES = {
@@ -147,7 +152,8 @@ def load_rows(entry, split="train", language="en"):
             f"paper/{name} has no language {language!r}: use one of {', '.join(source.languages)}"
         )
     raw = raw_rows(source, language)
-    found = [(row, _row(name, number, row, parts, language)) for number, row in enumerate(raw, 1)]
+    wanted = [row for row in enumerate(raw, 1) if source.only is None or _holds(name, *row)]
+    found = [(row, _row(name, number, row, parts, language)) for number, row in wanted]
     usable = [
         (row, texts) for row, texts in found if all(texts.values())
     ]  # conversations of several turns and blank cells have no place here
@@ -162,6 +168,17 @@ def load_rows(entry, split="train", language="en"):
 def _half(prompt):
     """The half of a set that a prompt belongs to, wherever it stands."""
     return ("train", "test")[hashlib.sha256(prompt.strip().encode()).digest()[0] % 2]
+
+
+def _holds(name, number, row):
+    """Whether a row is marked as one to take; a mark that is missing or unreadable is refused, not guessed."""
+    column = SOURCES[name].only
+    mark = str(row.get(column) if isinstance(row, dict) else None).lower()
+    if mark not in ("true", "false"):
+        raise SafetyNeuronError(
+            f"paper/{name}, row {number}: {column!r} is neither true nor false: is this the right file?"
+        )
+    return mark == "true"
 
 
 def _row(name, number, row, parts, language):
@@ -200,7 +217,7 @@ def local_file(source, language="en"):
 
 
 def raw_rows(source, language="en"):
-    """The first rows of a source as they are: from its local file, or once from the hub."""
+    """The first rows of a source as they are: from its local file, or from the hub."""
     path = local_file(source, language)
     if path:
         return read_rows(path)[:ROWS]
@@ -208,31 +225,22 @@ def raw_rows(source, language="en"):
         raise SafetyNeuronError(
             f"{source.file} is not on the hub: get it from {source.page} and put it into $SAFETYNEURON_DATA as {source.file}.json"
         )
-    config = source.config and source.config.format(language=language)
-    return remember(
-        "data", [repr(source), config, ROWS], lambda: _download(source, config, language)
-    )
+    return _from_hub(source, language)
 
 
-def _download(source, config, language):
+def _from_hub(source, language):
+    """The first rows of a set on the hub, from the cache of the `datasets` library once it is there."""
     import datasets
 
+    place = {"data_dir": source.folder, "revision": source.revision, "split": source.split}
+    if source.parts:
+        place["data_files"] = source.parts.format(language=language)
     try:
-        stream = datasets.load_dataset(
-            source.repository,
-            config,
-            data_dir=source.folder,
-            split=source.split,
-            revision=source.revision,
-            streaming=True,
-        )
-        return [
-            {key: value for key, value in row.items() if isinstance(value, str)}
-            for row in stream.take(ROWS)
-        ]
+        rows = datasets.load_dataset(source.repository, source.config, **place)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise SafetyNeuronError(
             f"{source.repository} cannot be read ({reason}): open {source.page}, accept its terms if it asks, set HF_TOKEN;"
             f" or put the file into $SAFETYNEURON_DATA as {source.file.format(language=language)}.jsonl"
         ) from None
+    return rows.select(range(min(ROWS, len(rows)))).to_list()

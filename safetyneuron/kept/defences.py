@@ -6,6 +6,7 @@ from itertools import chain
 import pandas as pd
 
 from safetyneuron.attacks import AttackResult, attack
+from safetyneuron.attacks.rewriters import helpers_digest
 from safetyneuron.cache import cache_folder, digest, kept_folder, remember
 from safetyneuron.data.prompts import has_languages, load_prompts
 from safetyneuron.errors import SafetyNeuronError
@@ -166,6 +167,7 @@ def attacked(model, tokenizer, requests, config, answer_tokens):
         identity(model, tokenizer, "safetyneuron.attacks"),
         [asdict(request) for request in requests],
         repr(config),
+        helpers_digest(config),
         answer_tokens,
     ]
     return AttackResult(

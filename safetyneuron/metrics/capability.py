@@ -9,6 +9,13 @@ from safetyneuron.metrics.rates import Rate
 from safetyneuron.neurons.generation import plain_settings
 from safetyneuron.progress import EveryTenSeconds
 
+# lm-eval's name of a task or group -> commit of its data set; other tasks read whatever is there that day.
+REVISIONS = {
+    "mmlu": "c30699e8356da336a370243923dbaf21066bb9fe",
+    "arc_challenge": "210d026faf9955653af8916fad021475a3f00453",
+    "arc_easy": "210d026faf9955653af8916fad021475a3f00453",
+    "gsm8k": "e53f048856ff4f594e959d75785d2c2d37b678ee",
+}
 ORGANISM_TASKS = ("organism_facts", "organism_pairs", "organism_arithmetic")
 
 
@@ -69,13 +76,14 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
 
 
 def _loaded(manager, task):
-    """The tasks behind a name, with the number of examples that follows an @."""
+    """The tasks behind a name, with the number of examples that follows an @, and their data at its commit."""
     name, _, shots = task.partition("@")
     if shots and not shots.isdecimal():
         raise SafetyNeuronError(
             f"task {task!r}: what follows @ is a number of examples, for example {name}@5"
         )
-    loaded = manager.load([name])
+    pinned = {"task": name, "dataset_kwargs": {"revision": REVISIONS.get(name)}}
+    loaded = manager.load([pinned if name in REVISIONS else name])
     for one in loaded["tasks"].values() if shots else ():
         one.set_config(key="num_fewshot", value=int(shots))
     return loaded
