@@ -1,7 +1,6 @@
 """Detectors and interventions of the comparison, against oracles and by properties."""
 
 import copy
-from functools import partial
 
 import numpy as np
 import pytest
@@ -82,38 +81,49 @@ def test_wanda_is_weight_times_input_norm_over_completion_tokens(model, tokenize
     )
 
 
-def test_the_direction_is_a_difference_of_means_and_neurons_are_held_against_it(tokenizer):
-    model = small_llama(groups=2, max_position_embeddings=128)
+def states_by_hand(model, family, ids):
+    """Mean over the tokens of one prompt where rows read and columns write: place to layers, from the layers' own parts."""
+    seen = {"into q": [], "into gate": [], "between": [], "after": []}
+    post = family == "gemma2"
+    for layer in model.model.layers:
+        second = layer.pre_feedforward_layernorm if post else layer.post_attention_layernorm
+        spots = (layer.input_layernorm, "into q"), (second, "into gate")
+        for norm, name in spots:
+            norm.register_forward_hook(lambda m, i, o, n=name: seen[n].append(o[0].mean(0)))
+        second.register_forward_pre_hook(lambda m, i: seen["between"].append(i[0][0].mean(0)))
+    for norm in (*(layer.input_layernorm for layer in model.model.layers[1:]), model.model.norm):
+        norm.register_forward_pre_hook(lambda m, i: seen["after"].append(i[0][0].mean(0)))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    return {name: torch.stack(parts) for name, parts in seen.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
+def test_the_direction_is_where_each_neuron_reads_or_writes(family, tokenizer):
+    model = small_model(family, groups=2, max_position_embeddings=128).float()
     harmful, benign = load_prompts("organism/harmful")[:5], load_prompts("organism/benign")[:3]
     directions = refusal_directions(model, tokenizer, harmful, benign, batch_size=2)
-    close = partial(
-        torch.testing.assert_close, rtol=1e-4, atol=1e-5
-    )  # beside padding, rotations are rounded otherwise
-    close(directions, refusal_directions(model, tokenizer, harmful, benign, batch_size=64))
-    close(directions, -refusal_directions(model, tokenizer, benign, harmful))
-    (ids,), (other,) = (
-        encode_prompts(model, tokenizer, harmful[:1]),
-        encode_prompts(model, tokenizer, benign[:1]),
-    )
-    seen = []
-    handle = model.model.norm.register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0][0, -1])
-    )  # what the last layer leaves, before the norm
-    model(torch.tensor([ids])), model(torch.tensor([other]))
-    handle.remove()
-    torch.testing.assert_close(
-        refusal_directions(model, tokenizer, harmful[:1], benign[:1])[-1],
-        (seen[0] - seen[1]).detach(),
-        rtol=1e-5,
-        atol=1e-7,
-    )
-    with torch.no_grad():
-        place = Architecture(model).place(1, "o")
-        place.weight[4] = -3 * directions[2]
-        Architecture(model).place(1, "gate").weight[7] = 2 * directions[1]
+    expected = {}
+    for sign, prompts in ((1, harmful), (-1, benign)):
+        for ids in encode_prompts(model, tokenizer, prompts):
+            for what, state in states_by_hand(copy.deepcopy(model), family, ids).items():
+                expected[what] = expected.get(what, 0) + sign * state / len(prompts)
+    read = {"q": "into q", "k": "into q", "v": "into q", "gate": "into gate", "up": "into gate"}
+    for projection, what in (read | {"o": "between", "down": "after"}).items():
+        torch.testing.assert_close(
+            directions[projection], expected[what].double(), rtol=1e-3, atol=1e-6
+        )
+        assert (directions[projection].norm(dim=1) > 0).all()  # the first layer's too
+    layer, architecture = model.model.layers[1], Architecture(model)
+    gains = {"o": 1, "down": 1}  # what a column writes goes through a norm in gemma2
+    if family == "gemma2":
+        norms = {"o": layer.post_attention_layernorm, "down": layer.post_feedforward_layernorm}
+        gains = {p: 1 + norm.weight.detach() for p, norm in norms.items()}
     scores = alignment_with(model, directions)
-    assert scores["o"][1, 4] == pytest.approx(1) and scores["gate"][1, 7] == pytest.approx(1)
-    assert scores["o"].max() <= 1 + 1e-6 and scores["q"].max() < 0.99
+    for projection, direction in directions.items():
+        weight = architecture.place(1, projection).weight.detach() * gains.get(projection, 1)
+        cosine = torch.nn.functional.cosine_similarity(weight, direction[1][None], dim=1).abs()
+        torch.testing.assert_close(scores[projection][1], cosine.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_transplanted_neurons_are_the_donors_and_come_back_bit_for_bit(model):

@@ -5,8 +5,8 @@ from conftest import small_llama, small_model
 from safetyneuron import NeuronSet, SafetyNeuronError, load_prompts
 from safetyneuron.detectors.change_scores import ChangeScores, change_scores, completion_mask
 from safetyneuron.metrics import answers
-from safetyneuron.neurons.activations import activations, mean_activations
-from safetyneuron.neurons.patching import constant_patch, patched_generation
+from safetyneuron.neurons.activations import activations, channel_means, mean_ablated
+from safetyneuron.neurons.patching import patched_generation
 
 PROMPTS = (
     load_prompts("organism/harmful")[:6] + load_prompts("organism/adversarial")[:2]
@@ -113,7 +113,7 @@ def test_no_hook_is_left_behind_even_after_an_error(tokenizer):
     with pytest.raises(RuntimeError), patched_generation(recipient, donor, everything(recipient)):
         raise RuntimeError
     change_scores(recipient, donor, tokenizer, PROMPTS[:1], max_new_tokens=2)
-    with constant_patch(recipient, everything(recipient), torch.zeros(2, 28)):
+    with mean_ablated(recipient, everything(recipient), {"down": torch.zeros(2, 28)}):
         pass
     assert not any(
         m._forward_pre_hooks or m._forward_hooks
@@ -191,12 +191,12 @@ def test_selection_takes_the_highest_scores_of_all_layers():
 
 def test_constant_patches_replace_activations(tokenizer):
     model, donor = pair()
-    mean = mean_activations(donor, tokenizer, PROMPTS)
+    mean = channel_means(donor, tokenizer, PROMPTS)["down"]
     assert mean.shape == (2, 28)
     ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
     with (
         torch.no_grad(),
-        constant_patch(model, everything(model, 0.5), mean),
+        mean_ablated(model, everything(model, 0.5), {"down": mean}),
         activations(model) as read,
     ):
         model(input_ids=ids)

@@ -31,7 +31,6 @@ from safetyneuron.kept import defences
 from safetyneuron.metrics import Suite, evaluate
 from safetyneuron.neurons.activations import activations, channel_means, mean_ablated
 from safetyneuron.neurons.identity import identity, model_digest, tokenizer_digest
-from safetyneuron.neurons.patching import constant_patch
 from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.tuning.circuit_breaker import circuit_break
@@ -154,8 +153,8 @@ def test_inside_a_patch_another_model_is_asked_and_kept(model, tokenizer):
         "mean": lambda: mean_ablated(model, neurons, means),
         "patched": lambda: patched_generation(model, donor, neurons),
         "patched in the prompt": lambda: patched_generation(model, donor, neurons, "prompt"),
-        "constant": lambda: constant_patch(model, neurons, means["down"]),
-        "zero": lambda: constant_patch(model, neurons, 0 * means["down"]),
+        "constant": lambda: mean_ablated(model, neurons, {"down": means["down"] + 1}),
+        "zero": lambda: mean_ablated(model, neurons, {"down": 0 * means["down"]}),
         "tuned": tuned.added,
     }
     keys = {}

@@ -11,7 +11,7 @@ from safetyneuron.detectors.direction import refusal_directions
 from safetyneuron.memory import Batches, _say
 from safetyneuron.metrics.perplexity import perplexity
 from safetyneuron.metrics.safety import answers
-from safetyneuron.neurons.activations import channel_means, last_activations, mean_activations
+from safetyneuron.neurons.activations import channel_means, last_activations
 
 PROMPTS = load_prompts("organism/harmful")[:7]
 ROWS = torch.randint(5, 500, (7, 4), generator=torch.Generator().manual_seed(0)).tolist()
@@ -29,7 +29,6 @@ WORK = {
     "change scores": lambda model, tokenizer: (
         change_scores(model, small_llama(groups=2, seed=1), tokenizer, PROMPTS, 4).values
     ),
-    "mean activations": lambda model, tokenizer: mean_activations(model, tokenizer, PROMPTS),
     "refusal directions": lambda model, tokenizer: refusal_directions(
         model, tokenizer, PROMPTS, PROMPTS[:3]
     ),

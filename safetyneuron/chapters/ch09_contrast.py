@@ -18,9 +18,9 @@ from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_refusal
 from safetyneuron.metrics.safety import answers
 from safetyneuron.metrics.suite import evaluate
-from safetyneuron.neurons.activations import last_activations
+from safetyneuron.neurons.activations import last_activations, mean_ablated
 from safetyneuron.neurons.architecture import Architecture
-from safetyneuron.neurons.patching import constant_patch, patched_generation
+from safetyneuron.neurons.patching import patched_generation
 from safetyneuron.neurons.sets import NeuronSet
 
 CHANGE, RANDOM, LAST = "highest change scores", "random others in the same layers", "last layers"
@@ -34,7 +34,7 @@ def patched_rates(recipient, donor, tokenizer, suite, neurons, positions="all"):
 
 def constant_rates(model, tokenizer, suite, neurons, values):
     """`evaluate` with constant activations of the neurons: mean or zero patching."""
-    with constant_patch(model, neurons, values):
+    with mean_ablated(model, neurons, {"down": values}):
         return evaluate(model, tokenizer, suite)
 
 
@@ -290,7 +290,7 @@ def vocabulary_projection(model, tokenizer, scores, mean, neurons=8, words=6):
     """The words that each of the neurons with the highest change scores raises and lowers most at its mean activation.
 
     That is the largest and smallest entries of unembedding · final norm of the column of the down projection, with the sign that the
-    neuron's mean activation has. mean: (layers, channels), from `mean_activations`.
+    neuron's mean activation has. mean: (layers, channels), of `channel_means`.
     """
     architecture, table = Architecture(model), model.get_output_embeddings().weight.detach().float()
     norm, rows, width = model.get_decoder().norm, [], scores.values.shape[1]

@@ -14,9 +14,9 @@ import torch
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.answer_class import answer_classes
 from safetyneuron.metrics.log_odds import Pair, choose_pairs, weigh_pairs
-from safetyneuron.neurons.activations import watch
 from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.deactivation import deactivate
+from safetyneuron.neurons.hooks import overwriting
 from safetyneuron.neurons.sets import NeuronSet, Units
 
 Unit = tuple[str, int, int]  # kind, layer from 0, channel
@@ -246,16 +246,13 @@ class _Rows:
             copies[torch.arange(count), :, :, channels] = values[:, None, None]
             return new
 
-        handle = watch(self.architecture, layer, projection, overwrite)
-        try:
+        with overwriting(self.model, {(projection, layer): overwrite}):
             for l in range(layer, len(layers)):
                 named = {
                     name: _repeat(value, count, len(self.ids))
                     for name, value in self.options[l].items()
                 }
                 state = layers[l](state, **named)
-        finally:
-            handle.remove()
         return self._read_answers(state.view(count, *self.ids.shape, -1))
 
     def _read_answers(self, states):

@@ -1,13 +1,12 @@
 """Weight saliency of neurons: SNIP and Wanda, summed over rows and columns (Wei et al. 2024)."""
 
 from collections import defaultdict
-from contextlib import ExitStack
-from functools import partial
 
 import torch
 
-from safetyneuron.neurons.architecture import PROJECTIONS, Architecture, stored
+from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
 from safetyneuron.neurons.encoding import encode_documents
+from safetyneuron.neurons.hooks import reading
 
 
 def snip(model, tokenizer, documents):
@@ -58,22 +57,16 @@ def wanda(model, tokenizer, documents):
 
     Parameters and result as of `snip`; in units of the projection's output.
     """
-    places, data, squares = (
-        _places(model),
-        encode_documents(model, tokenizer, documents),
-        defaultdict(float),
-    )
-    written = None
+    places, data = _places(model), encode_documents(model, tokenizer, documents)
+    inputs = {
+        key: (key[0] if place.axis else f"into {key[0]}", key[1]) for key, place in places.items()
+    }
+    squares, written = defaultdict(float), None
 
-    def read(key, module, inputs):
-        squares[key] = squares[key] + inputs[0][
-            0, written.to(inputs[0].device)
-        ].float().square().sum(0)
+    def square(values):
+        return values[0, written.to(values.device)].float().square().sum(0)
 
-    modules = {id(place.module): place.module for place in places.values()}
-    with ExitStack() as hooks:
-        for key, module in modules.items():
-            hooks.callback(module.register_forward_pre_hook(partial(read, key)).remove)
+    with reading(model, inputs.values(), square) as seen:
         for row in data:
             written = torch.tensor(row["labels"], device=model.device) >= 0
             model(
@@ -81,14 +74,15 @@ def wanda(model, tokenizer, documents):
                 use_cache=False,
                 logits_to_keep=1,
             )
-    products = {
-        key: stored(module, "weight").abs().float()
-        * squares[key].sqrt().to(stored(module, "weight").device)
-        for key, module in modules.items()
-    }
-    return _by_projection(
-        {key: _of_neurons(place, products[id(place.module)]) for key, place in places.items()}
-    )
+            for key, what in inputs.items():
+                squares[key] = squares[key] + seen[what]
+    scores = {}
+    for key, place in places.items():  # weights are (channels, other width)
+        norms = squares[key].sqrt().to(place.weight.device)
+        scores[key] = (
+            (place.weight.abs() * (norms[:, None] if place.axis else norms)).sum(1).float().cpu()
+        )
+    return _by_projection(scores)
 
 
 def _places(model):

@@ -177,6 +177,22 @@ class Architecture:
         """The attention module of one layer."""
         return self.layers[layer].self_attn
 
+    def feed_forward_norm(self, layer):
+        """The norm that reads the residual stream between attention and the feed-forward block."""
+        block = self.layers[layer]
+        return getattr(block, "pre_feedforward_layernorm", None) or block.post_attention_layernorm
+
+    def norm_after(self, layer, projection):
+        """The norm that what `o` or `down` writes passes through before it joins the stream; None in most families."""
+        block = self.layers[layer]
+        if not hasattr(block, "pre_feedforward_layernorm"):
+            return None
+        return (
+            block.post_attention_layernorm
+            if projection == "o"
+            else block.post_feedforward_layernorm
+        )
+
     def parameters_per_neuron(self):
         """Weights that one neuron of each projection holds, from projection name to count."""
         return {p: self.place(0, p).weight.shape[1] for p in PROJECTIONS}

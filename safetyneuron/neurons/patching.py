@@ -9,7 +9,6 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.activations import activations, overwritten
 from safetyneuron.neurons.architecture import Architecture, cache_argument
 from safetyneuron.neurons.identity import changed, model_digest
-from safetyneuron.neurons.weights import row_sums
 
 POSITIONS = ("all", "prompt", "completion")
 
@@ -54,11 +53,15 @@ def patched_generation(recipient, donor, neurons, positions="all"):
         )
     if positions not in POSITIONS:
         raise SafetyNeuronError(f"positions is {positions!r}: use one of {', '.join(POSITIONS)}")
+    if len(neurons) != len(neurons.only("down")):
+        raise SafetyNeuronError(
+            "only channels of 'down' can be patched: the set holds neurons of other projections"
+        )
     follower = _Follower(donor, positions)
     with (
         changed(recipient, lambda: _key(model_digest(donor), neurons, positions)),
         activations(donor) as read,
-        overwritten(recipient, neurons, lambda layer: read[layer] if follower.active else None),
+        overwritten(recipient, neurons, lambda _, layer: read[layer] if follower.active else None),
     ):
         handle = recipient.register_forward_pre_hook(follower.run, with_kwargs=True)
         try:
@@ -102,19 +105,6 @@ class _Follower:
 
 def _moved(value, device):
     return value.to(device) if torch.is_tensor(value) else value
-
-
-@contextmanager
-def constant_patch(model, neurons, values):
-    """The model runs with constant activations of `neurons` for the length of a `with` block: mean or zero patching.
-
-    values: (layers, channels), for example `mean_activations` of a donor.
-    """
-    with (
-        changed(model, lambda: _key("constant", neurons, row_sums(values).tolist())),
-        overwritten(model, neurons, lambda layer: values[layer].to(model.device).view(1, 1, -1)),
-    ):
-        yield model
 
 
 def _key(source, neurons, how):
