@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 from conftest import small_llama, small_model
@@ -6,11 +8,12 @@ from safetyneuron import (
     ImportanceProfile,
     NeuronSet,
     SafetyNeuronError,
+    load_model,
     load_prompts,
     measure_importance,
     screen,
 )
-from safetyneuron.importance import screening
+from safetyneuron.importance import exact, screening
 from safetyneuron.importance.recorder import Recorder
 from safetyneuron.importance.selection import (
     largest_without_foundation,
@@ -86,39 +89,84 @@ def test_fraction_selects_the_highest(model, tokenizer, prompts, fraction):
     "family, options",
     [
         ("llama", {"groups": 2}),
+        ("llama", {"heads": 8, "groups": 4, "hidden_size": 40}),
         ("qwen3", {"groups": 2}),
         ("mistral", {"groups": 1, "sliding_window": 3}),
+        ("gemma2", {"groups": 2, "attn_logit_softcapping": 2.0}),
     ],
 )
-@pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3])
+@pytest.mark.parametrize("fraction", [0.01, 0.3])
 def test_screening_selects_what_exact_selects(family, options, fraction, tokenizer, prompts):
     model = small_model(family, **options)
     expected = profile_of(model, tokenizer, prompts).select(fraction=fraction)
     assert screen(model, tokenizer, prompts, fraction, batch_size=4) == expected
 
 
-def test_screening_measures_what_its_first_guess_left_out(model, tokenizer, prompts, monkeypatch):
-    guesses, really = [], screening._near
+@torch.no_grad()
+def sharpened(model, factor):
+    """The model with attention so much sharper: far from where a change to first order says anything."""
+    for layer in model.model.layers:
+        for module in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            module.weight.mul_(factor)
+    return model
 
-    def near(scores, first, ratio, fraction):
-        rows = really(scores, first, ratio, fraction)
-        guesses.append({p: mask & False for p, mask in rows.items()} if not guesses else rows)
-        return guesses[-1]
 
-    monkeypatch.setattr(screening, "_near", near)
-    expected = profile_of(model, tokenizer, prompts).select(fraction=0.2)
-    assert screen(model, tokenizer, prompts, 0.2) == expected
-    assert expected.masks["q"].any() and len(guesses) > 2
+def screened_and_exact(seed, tokenizer, corpus, margin, monkeypatch):
+    """Both selections on a random small model, corpus, budget and batch size."""
+    draw = random.Random(seed)
+    groups, width = draw.choice([(1, 4), (2, 2), (4, 2)]), draw.choice([4, 6])
+    heads = groups[0] * groups[1]
+    sizes = dict(hidden_size=16, intermediate_size=4, num_hidden_layers=draw.choice([1, 2]))
+    model = small_llama(heads=heads, groups=groups[0], head_width=width, seed=seed, **sizes)
+    sharpened(model, draw.choice([1, 2, 8, 30]))
+    prompts = draw.choices(corpus, k=draw.choice([1, 2, 5, 20]))
+    fraction, batch_size = draw.choice([0.01, 0.1, 0.3, 0.6]), draw.choice([1, 3, 16])
+    monkeypatch.setattr(screening, "MARGIN", margin)
+    expected = profile_of(model, tokenizer, prompts).select(fraction=fraction)
+    return screen(model, tokenizer, prompts, fraction, batch_size), expected
+
+
+@pytest.mark.parametrize("margin", [0.5, 1])  # at 1, rows are given up that turn out to count
+def test_screening_is_exact_on_any_model(margin, tokenizer, monkeypatch):
+    corpus = load_prompts("organism/harmful")[:20]
+    for seed in range(100):
+        screened, expected = screened_and_exact(seed, tokenizer, corpus, margin, monkeypatch)
+        assert screened == expected, seed
+
+
+@pytest.mark.organism
+@pytest.mark.parametrize("count, factor", [(50, 1), (200, 1), (400, 1), (200, 30)])
+def test_screening_is_exact_on_the_organism(count, factor):
+    model, tokenizer = load_model("organism/llama-chat")
+    sharpened(model, factor)
+    prompts = load_prompts("organism/harmful", split="train")[:count]
+    profile = profile_of(model, tokenizer, prompts)
+    for fraction in (0.01, 0.05):
+        assert screen(model, tokenizer, prompts, fraction) == profile.select(fraction=fraction)
 
 
 @pytest.mark.organism
 def test_screening_measures_few_rows_exactly(chat, monkeypatch):
-    seen, lowest = [], screening._lowest
-    monkeypatch.setattr(screening, "_lowest", lambda *a: seen.append(a[-1]) or lowest(*a))
-    prompts = load_prompts("organism/harmful")[:48]
-    assert screen(*chat, prompts, 0.05) == profile_of(*chat, prompts).select(fraction=0.05)
-    share = sum(rows.float().mean() for passed in seen[1:] for rows in passed.values()) / 2
-    assert 0 < share < 0.3 and len(seen) <= 3
+    """Shares of the rows of q and k that the closed form is asked for, a layer and part of a batch each."""
+    shares, closed_form = [], exact.exact
+
+    def counted(attention, factors, workspace, wanted=None):
+        rows = [1.0] if wanted is None else [float(mask.float().mean()) for mask in wanted]
+        shares.append(sum(rows) / len(rows) * len(attention.query))
+        return closed_form(attention, factors, workspace, wanted)
+
+    monkeypatch.setattr(exact, "exact", counted)
+    prompts = load_prompts("organism/harmful", split="train")[:200]
+    screen(*chat, prompts, 0.01)
+    layers = chat[0].config.num_hidden_layers
+    assert sum(shares) / (len(prompts) * layers) < 0.15
+
+
+def test_screening_refuses_weights_that_are_not_finite(model, tokenizer, prompts):
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(SafetyNeuronError, match="not a number"):
+        screen(model, tokenizer, prompts, 0.1)
 
 
 def test_per_layer_selects_as_many_everywhere(model, tokenizer, prompts):

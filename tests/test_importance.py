@@ -182,3 +182,31 @@ def test_recording_leaves_the_forward_pass_and_the_model_as_they_were(model):
     torch.testing.assert_close(during[real], before[real], rtol=1e-9, atol=1e-9)
     assert torch.equal(before, after)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_recorders_inside_one_another_do_not_disturb_each_other():
+    """On one model and on two, with an attention function of the caller's own around them."""
+    first, second = small_model(groups=2), small_model("qwen3", groups=2, seed=1)
+    batch, other = padded_batch([9, 4], ["left", "left"]), padded_batch([5], ["left"], width=6)
+    expected = [measured(m, b) for m, b in ((first, batch), (second, other), (first, other))]
+
+    def run(recorder, model, batch):
+        recorder.start(batch["attention_mask"])
+        model(**batch, use_cache=False)
+        return recorder.finish()
+
+    first.set_attn_implementation("eager")
+    with torch.inference_mode(), recording(first) as outer:
+        with recording(second) as inner:
+            found = [run(outer, first, batch), run(inner, second, other)]
+        with recording(first) as inner:
+            found.append(run(inner, first, other))
+        found.append(run(outer, first, batch))
+    for scores, truth in zip(found, [*expected, expected[0]], strict=True):
+        for projection in truth:
+            assert torch.equal(scores[projection], truth[projection])
+    assert first.config._attn_implementation == "eager"
+    with pytest.raises(ZeroDivisionError), recording(first):
+        1 / 0
+    assert first.config._attn_implementation == "eager"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in first.modules())

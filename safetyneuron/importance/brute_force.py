@@ -5,9 +5,8 @@ It costs one run of a block per neuron: for small models only.
 """
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
+from safetyneuron.importance.attending import attending
 from safetyneuron.neurons.architecture import FEED_FORWARD, PROJECTIONS, Architecture
 
 
@@ -46,11 +45,7 @@ def brute_force(model, batch):
 
     batch: `input_ids` and `attention_mask`, (B, n). Returns projection name to (B, layers, channels).
     """
-    AttentionInterface.register("plain", plain_attention)
-    AttentionMaskInterface.register("plain", eager_mask)
-    previous = model.config._attn_implementation
-    model.set_attn_implementation("plain")
-    try:
+    with attending(model, plain_attention):
         architecture, seen = Architecture(model), capture_inputs(model, batch)
         layers, real = range(len(architecture.layers)), batch["attention_mask"].bool()
         places = {
@@ -64,8 +59,6 @@ def brute_force(model, batch):
             p: torch.stack([_each_channel(place, *call, real) for place, call in pairs], 1)
             for p, pairs in places.items()
         }
-    finally:
-        model.set_attn_implementation(previous)
 
 
 @torch.no_grad()

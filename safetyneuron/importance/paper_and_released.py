@@ -9,6 +9,18 @@ import torch
 from safetyneuron.importance.exact import CHUNK_BYTES, Attention, masked, unrotate
 
 
+def paper(attention: Attention) -> dict[str, torch.Tensor]:
+    """The paper's scores (B, channels) of q, k and v; one pass over the attention maps serves q and k."""
+    q = paper_query(attention)
+    return {"q": q, "k": over_groups(attention, q), "v": paper_value(attention)}
+
+
+def released(attention: Attention) -> dict[str, torch.Tensor]:
+    """The released code's scores of q, k and v; that of k is that of q, whose index the tuner divides by four to find the row."""
+    q, width = released_query(attention), attention.groups * attention.key.shape[-1]
+    return {"q": q, "k": divided_by_four(q, width), "v": released_value(attention)}
+
+
 def paper_query(attention: Attention):
     """Eq 12 and 14 as printed: ‖softmax((QKᵀ − Δ_j)/√d) − softmax(QKᵀ/√d)‖, Δ_j = Q[:, j] K[:, j]ᵀ; (B, H·d).
 
@@ -19,8 +31,12 @@ def paper_query(attention: Attention):
 
 def paper_key(attention: Attention):
     """Eq 12 for K: "symmetrical", so the change that q's channel makes, over the heads of the group; (B, G·d)."""
-    per_head = paper_query(attention).unflatten(1, (attention.groups, attention.repeat, -1))
-    return per_head.norm(dim=2).flatten(1)
+    return over_groups(attention, paper_query(attention))
+
+
+def over_groups(attention, scores):
+    """Norm over the heads of every group: (B, H·d) to (B, G·d)."""
+    return scores.unflatten(1, (attention.groups, attention.repeat, -1)).norm(dim=2).flatten(1)
 
 
 def paper_value(attention: Attention):
@@ -47,11 +63,6 @@ def released_query(attention: Attention):
     """The released code's score of q: the *unscaled* product is taken from the *scaled* logits, after rotation, and the
     squares are summed without a root; (B, H·d)."""
     return probability_change(attention, attention.query, attention.key, 1.0).flatten(1)
-
-
-def released_key(attention: Attention):
-    """The released code's score of k: that of q, whose index the tuner divides by four to find the row; (B, G·d)."""
-    return divided_by_four(released_query(attention), attention.groups * attention.key.shape[-1])
 
 
 def released_value(attention: Attention):

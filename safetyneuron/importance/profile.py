@@ -228,16 +228,16 @@ def measure_importance(
             profile.add(scores, positions)
             if checkpoint and (index % CHECKPOINT_BATCHES == 0 or index == total):
                 profile.save(checkpoint, task=task, done=index)
-    _check_finite(profile)
+    check_finite(profile.total, rule)
     return profile
 
 
-def _check_finite(profile):
-    """Refuse importance that cannot be ranked."""
-    bad = sum(int((~total.isfinite()).sum()) for total in profile.total.values())
+def check_finite(scores, rule):
+    """Refuse importance that cannot be ranked. scores: dict of tensors."""
+    bad = sum(int((~x.isfinite()).sum()) for x in scores.values())
     if bad:
         raise SafetyNeuronError(
-            f"the importance of {bad} neurons is not a number: the weights hold NaN or infinities, or {profile.rule} overflows in this dtype; load the model again, in float32"
+            f"the importance of {bad} neurons is not a number: the weights hold NaN or infinities, or {rule} overflows in this dtype; load the model again, in float32"
         )
 
 

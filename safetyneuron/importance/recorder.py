@@ -1,14 +1,12 @@
 """One hooked forward pass that measures every neuron: the model's own numbers feed the closed forms."""
 
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
 from safetyneuron.importance import exact, paper_and_released
+from safetyneuron.importance.attending import attending
 from safetyneuron.importance.first_order import first_order
 from safetyneuron.neurons.architecture import FEED_FORWARD, Architecture
 
@@ -20,14 +18,14 @@ class Recorder:
     """
 
     def __init__(self, model, rule):
-        self.wanted = None  # masks (layers, G, d) of q and k to measure by `exact` as well, as projections `exact q` and `exact k`
+        self.wanted = None  # masks (layers, G, d) of the rows of q and k that `exact` measures; all without them
         self.architecture = Architecture(model)
         self.rule = rule
-        self.real = None
+        self.real = None  # between `finish` and the next `start`: the hooks do nothing then
         self._inputs = {}  # (layer, what) -> tensors a hook saw, until attention uses them
         self._constants = {}  # (layer, what) -> what depends on the weights alone
         self._layers = {}
-        self._workspace = exact.Workspace()
+        self.workspace = exact.Workspace()
 
     def start(self, real):
         """Begin a batch whose real positions are `real` (B, n)."""
@@ -35,7 +33,7 @@ class Recorder:
 
     def finish(self):
         """Importance per projection of the batch just run: (B, layers, channels), on the CPU."""
-        count = len(self.architecture.layers)
+        self.real, count = None, len(self.architecture.layers)
         return {
             name: torch.stack([self._layers[i][name].cpu() for i in range(count)], 1)
             for name in self._layers[0]
@@ -91,53 +89,36 @@ class Recorder:
         **_,
     ):
         """Attention with the model's own numbers, measured on the way (an attention interface function)."""
-        layer = module.layer_idx
         wide = [widen(x) for x in (query_states, key_states, value_states)]
-        real = self.real.to(wide[0].device)
-        allowed = attention_mask[..., : key_states.shape[2]] >= 0
-        nothing = ~allowed.any(
-            -1, keepdim=True
-        )  # rows of padding: they look at themselves, and never count
-        allowed = allowed | (
-            nothing & torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device)
-        )
+        allowed = visible(attention_mask[..., : key_states.shape[2]])
         heads = attention_output(*wide, allowed, scaling, softcap)
-        ratios = [self._inputs.pop((layer, name), None) for name in ("query", "key")]
-        rotation = self._inputs.pop((layer, "rotation"))
-        attention = exact.Attention(
-            *wide, heads, allowed, real, scaling, *rotation, softcap, *ratios
-        )
-        self._keep(layer, self._attention_scores(layer, attention))
+        if self.real is not None:
+            self._measure(module.layer_idx, *wide, heads, allowed, scaling, softcap)
         return heads.transpose(1, 2).contiguous().to(query_states.dtype), None
 
-    def _attention_scores(self, layer, attention):
-        if self.rule == "released":
-            scores = {
-                p: getattr(paper_and_released, f"released_{name}")(attention)
-                for p, name in NAMES.items()
-            }
-            return scores | {"o": torch.zeros_like(scores["q"])}
-        factors = self._once(layer, "o", lambda: self._output_factors(layer, attention))
-        result = {"o": exact.output(attention.heads, factors, attention.real)}
-        if self.rule == "paper":
-            return result | {
-                p: getattr(paper_and_released, f"paper_{name}")(attention)
-                for p, name in NAMES.items()
-            }
-        if self.rule == "first_order":
-            result["q"], result["k"] = first_order(attention, factors)
-        if self.rule == "exact":
-            result["q"], result["k"] = exact.exact(attention, factors, self._workspace)
-        if self.wanted is not None:
-            wanted = [mask[layer].to(attention.query.device) for mask in self.wanted]
-            result["exact q"], result["exact k"] = exact.exact(
-                attention, factors, self._workspace, wanted
-            )
-        return result | {"v": exact.value(attention.heads, factors, attention.real)}
+    def _measure(self, layer, query, key, value, heads, allowed, scaling, softcap):
+        ratios = [self._inputs.pop((layer, name), None) for name in ("query", "key")]
+        rotation, real = self._inputs.pop((layer, "rotation")), self.real.to(query.device)
+        attention = exact.Attention(
+            query, key, value, heads, allowed, real, scaling, *rotation, softcap, *ratios
+        )
+        self._keep(layer, self._attention_scores(layer, attention))
 
-    def _output_factors(self, layer, attention):
-        w_o = self._weight(layer, "o", attention.heads)
-        return exact.OutputFactors.of(w_o, attention.groups, attention.repeat)
+    def _attention_scores(self, layer, attention):
+        return RULES[self.rule](self, layer, attention)
+
+    def wanted_in(self, layer, device):
+        """The masks (G, d) of one layer, if there are any."""
+        return self.wanted and tuple(mask[layer].to(device) for mask in self.wanted)
+
+    def output_factors(self, layer, attention):
+        """What the rules need of W_O."""
+
+        def factor():
+            w_o = self._weight(layer, "o", attention.heads)
+            return exact.OutputFactors.of(w_o, attention.groups, attention.repeat)
+
+        return self._once(layer, "o", factor)
 
     def _once(self, layer, what, compute):
         """What depends on the weights alone, computed for the first batch."""
@@ -146,14 +127,61 @@ class Recorder:
         return self._constants[layer, what]
 
 
-NAMES = {"q": "query", "k": "key", "v": "value"}
-# Names of the importance rules that `measure_importance` knows.
-RULES = ("exact", "first_order", "paper", "released")
+def exact_scores(recorder, layer, attention):
+    """All in the unit of the residual stream; q and k exactly."""
+    factors = recorder.output_factors(layer, attention)
+    wanted = recorder.wanted_in(layer, attention.query.device)
+    return _output_and_value(
+        attention, factors, exact.exact(attention, factors, recorder.workspace, wanted)
+    )
+
+
+def first_order_scores(recorder, layer, attention):
+    """The same with q and k to first order."""
+    factors = recorder.output_factors(layer, attention)
+    return _output_and_value(attention, factors, first_order(attention, factors))
+
+
+def _output_and_value(attention, factors, query_and_key):
+    q, k = query_and_key
+    v, o = (
+        score(attention.heads, factors, attention.real) for score in (exact.value, exact.output)
+    )
+    return {"q": q, "k": k, "v": v, "o": o}
+
+
+def paper_scores(recorder, layer, attention):
+    """The paper's formulas as printed."""
+    factors = recorder.output_factors(layer, attention)
+    o = exact.output(attention.heads, factors, attention.real)
+    return paper_and_released.paper(attention) | {"o": o}
+
+
+def released_scores(recorder, layer, attention):
+    """The released code's scores; it has none for o."""
+    scores = paper_and_released.released(attention)
+    return scores | {"o": torch.zeros_like(scores["q"])}
+
+
+# The importance rules that `measure_importance` knows: name -> scores (B, channels) of q, k, v and o from one attention layer.
+RULES = {
+    "exact": exact_scores,
+    "first_order": first_order_scores,
+    "paper": paper_scores,
+    "released": released_scores,
+}
 
 
 def widen(x):
     """Float32 or wider: norms of half-precision activations are accumulated in float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def visible(mask):
+    """Where a position may look, from an additive mask; a row of padding looks at itself, and never counts."""
+    allowed = mask >= 0
+    itself = torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device)
+    return allowed | (~allowed.any(-1, keepdim=True) & itself)
 
 
 def attention_output(query, key, value, allowed, scaling, softcap=None):
@@ -196,34 +224,29 @@ def recording(model, rule="exact", kind=Recorder):
         If the model is not in the architecture table.
     """
     recorder = kind(model, rule)
-    previous = model.config._attn_implementation
-    AttentionInterface.register("safetyneuron", recorder.attend)
-    AttentionMaskInterface.register("safetyneuron", eager_mask)
-    handles = []
-    try:
-        model.set_attn_implementation("safetyneuron")
+    with ExitStack() as stack:
+        stack.enter_context(attending(model, recorder.attend))
         for layer in range(len(recorder.architecture.layers)):
-            handles += _hooks(recorder, layer)
+            for handle in _hooks(recorder, layer):
+                stack.callback(handle.remove)
         yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.set_attn_implementation(previous)
 
 
 def _hooks(recorder, layer):
     """Install the hooks of one layer and return their handles."""
     place, attention = recorder.architecture.place, recorder.architecture.attention(layer)
-    yield place(layer, "down").module.register_forward_pre_hook(
-        partial(recorder.before_down, layer)
-    )
+
+    def hook(method, *first):
+        return lambda *args: method(*first, *args) if recorder.real is not None else None
+
+    yield place(layer, "down").module.register_forward_pre_hook(hook(recorder.before_down, layer))
     yield attention.register_forward_pre_hook(
-        partial(recorder.before_attention, layer), with_kwargs=True
+        hook(recorder.before_attention, layer), with_kwargs=True
     )
     if recorder.rule == "released":
-        yield place(layer, "up").module.register_forward_hook(partial(recorder.after_up, layer))
+        yield place(layer, "up").module.register_forward_hook(hook(recorder.after_up, layer))
     for name, norm in (("query", "q_norm"), ("key", "k_norm")):
         if hasattr(attention, norm):
             yield getattr(attention, norm).register_forward_pre_hook(
-                partial(recorder.before_norm, layer, name)
+                hook(recorder.before_norm, layer, name)
             )

@@ -1,25 +1,35 @@
-"""The exact selection without measuring everything exactly: first order discards what cannot be selected."""
+"""The exact selection without measuring everything exactly: a minimum over prompts is bounded by every one of them.
+
+Equation 3 ranks a neuron by its minimum over prompts, so its exact importance for any prompt is an upper bound. A few
+prompts are measured in full; from then on only the rows of q and k are measured whose bound can still reach the
+threshold. What is left out is never trusted to a guess: as long as the bounds would select a row whose minimum is not
+known, the prompts run again for it.
+"""
 
 from functools import partial
 
 import torch
 
-from safetyneuron.importance.profile import by_length, lower, scored
+from safetyneuron.importance.profile import by_length, check_finite, lower, scored
 from safetyneuron.importance.recorder import recording
 from safetyneuron.importance.selection import select_fraction
-from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.encoding import encode_prompts
+from safetyneuron.neurons.sets import NeuronSet
 
-MARGIN = 4.0  # rows that may be selected if exact importance is so many times first order are measured in the first pass
-SCOUTS = 16  # one prompt in so many sets the first guess of the threshold
+SCOUTS = 16  # one prompt in so many is measured in full, a batch at most
+MARGIN = (
+    0.5  # rows are given up below this share of the threshold so far, which falls with every prompt
+)
 
 
-def screen(model, tokenizer, prompts, fraction, batch_size=16):
+def screen(
+    model, tokenizer, prompts: list[str], fraction: float, batch_size: int = 16
+) -> NeuronSet:
     """The neurons that rule `exact` selects at a budget, with `exact` run only on rows of q and k that may be among them.
 
-    A few prompts guess the threshold; rows whose first-order importance is below it by a margin are not measured
-    exactly. At the end every row left out is held against the final threshold and the largest ratio of exact to first
-    order that was seen, and measured after all if it comes near. Feed-forward, v and o are exact at no cost.
+    Feed-forward, v and o are exact at no cost, and the shortest prompts, whose importance is lowest, bound q and k.
+    Proof that the set is that of `exact`: the neurons with the highest bounds are taken once all their bounds are their
+    minima; every other neuron has a lower bound, or an equal one and a later place, and so a minimum no higher.
 
     Parameters
     ----------
@@ -34,53 +44,59 @@ def screen(model, tokenizer, prompts, fraction, batch_size=16):
     Returns
     -------
     NeuronSet
-        The set of `measure_importance(model, tokenizer, prompts).select(fraction=fraction)`.
+        The set of `measure_importance(model, tokenizer, prompts).select(fraction=fraction)` (Zhao et al. 2025, Eq 3).
 
     Raises
     ------
     SafetyNeuronError
-        If there are no prompts, one is longer than the context, or the share is out of range.
+        If there are no prompts, one is longer than the context, the share is out of range, or importance is not finite.
     UnsupportedArchitecture
         If the model is not in the architecture table.
     """
     encoded = encode_prompts(model, tokenizer, prompts)
-    batches = by_length(encoded, batch_size)
-    with torch.inference_mode(), recording(model, "first_order") as recorder:
-        lowest = partial(_lowest, model, tokenizer, encoded, recorder)
-        first = lowest([sum(batches, [])[::SCOUTS]], None)
-        wanted, exact = (
-            _near(first, first, MARGIN, fraction),
-            {p: torch.full_like(first[p], -torch.inf) for p in ("q", "k")},
-        )
+    scouts, rest = _with_scouts(by_length(encoded, 1), batch_size)
+    with torch.inference_mode(), recording(model) as recorder:
+        run = partial(scored, model, tokenizer, encoded, recorder=recorder)
+        bounds = {p: x.amin(0) for _, scores in run([scouts]) for p, x in scores.items()}
+        check_finite(bounds, recorder.rule)
+        known = {p: torch.full_like(x, not rest, dtype=torch.bool) for p, x in bounds.items()}
         while True:
-            first = lowest(batches, wanted)
-            exact = {p: torch.where(wanted[p], first[f"exact {p}"], exact[p]) for p in exact}
-            scores = {p: exact.get(p, first[p]) for p in PROJECTIONS}
-            largest = max(float((exact[p] / first[p]).max()) for p in exact)
-            near = _near(scores, first, 1.5 * largest if largest > 0 else MARGIN, fraction)
-            wanted = {p: rows & exact[p].isinf() for p, rows in near.items()}
-            if not any(rows.any() for rows in wanted.values()):
-                return select_fraction(scores, fraction)
+            chosen = select_fraction(bounds, fraction)
+            if all(known[p][mask].all() for p, mask in chosen.masks.items()):
+                return chosen
+            bounds, measured = _lowered(run(rest), recorder, bounds, known, fraction)
+            check_finite(bounds, recorder.rule)
+            known = {p: known[p] | measured[p] for p in known}
 
 
-def _near(scores, first, ratio, fraction):
-    """Rows of q and k that reach the threshold of `scores` if they exceed first order by `ratio`."""
-    chosen = select_fraction(scores, fraction).masks
-    limit = min(float(scores[p][mask].min()) for p, mask in chosen.items() if mask.any())
-    return {p: ratio * first[p] >= limit for p in ("q", "k")}
+def _with_scouts(positions, batch_size):
+    """The shortest prompts as one batch, and all others in batches. positions: [position] of every prompt, by length."""
+    order = [position for (position,) in positions]
+    count = min(batch_size, -(-len(order) // SCOUTS))
+    scouts, rest = order[:count], order[count:]
+    return scouts, [rest[start : start + batch_size] for start in range(0, len(rest), batch_size)]
 
 
-def _lowest(model, tokenizer, encoded, recorder, batches, wanted):
-    """Minimum over prompts of the first-order scores, and under `exact q` and `exact k` of the exact ones of the rows wanted."""
-    recorder.wanted, lowest = wanted and _by_group(wanted, model.config), {}
-    for _, scores in scored(model, tokenizer, encoded, batches, recorder):
-        lowest = lower(lowest, {p: x.amin(0) for p, x in scores.items()})
-    return lowest
+def _lowered(batches, recorder, bounds, known, fraction):
+    """The bounds after all batches, and masks of the neurons that were measured in every one: their bounds are minima."""
+    near = {p: ~known[p] & rows for p, rows in _near(bounds, fraction).items()}
+    recorder.wanted = _by_group(near, recorder.architecture)
+    for _, scores in batches:  # infinite where not wanted
+        bounds = lower(bounds, {p: x.amin(0) for p, x in scores.items()})
+        near = {p: near[p] & rows for p, rows in _near(bounds, fraction).items()}
+        recorder.wanted = _by_group(near, recorder.architecture)
+    return bounds, {p: near.get(p, torch.ones_like(known[p])) for p in known}
 
 
-def _by_group(wanted, config):
+def _near(bounds, fraction):
+    """Rows of q and k whose bound is not far below the threshold of the bounds, which is never below the true one."""
+    chosen = select_fraction(bounds, fraction).masks
+    threshold = min(float(bounds[p][mask].min()) for p, mask in chosen.items() if mask.any())
+    return {p: bounds[p] >= MARGIN * threshold for p in ("q", "k")}
+
+
+def _by_group(rows, architecture):
     """Masks (layers, G, d) of q, where any head of the group wants a channel, and of k."""
-    layers, groups, heads = len(wanted["k"]), config.num_key_value_heads, config.num_attention_heads
-    return wanted["q"].view(layers, groups, heads // groups, -1).any(2), wanted["k"].view(
-        layers, groups, -1
-    )
+    heads, groups = architecture.heads, architecture.groups
+    of_heads = rows["q"].unflatten(1, (groups, heads // groups, -1))
+    return of_heads.any(2), rows["k"].unflatten(1, (groups, -1))

@@ -39,7 +39,7 @@ def benchmark_model():
         num_key_value_heads=4,
     )
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=1000, max_position_embeddings=1024, **sizes)
+        LlamaConfig(vocab_size=len(build_tokenizer()), max_position_embeddings=1024, **sizes)
     ).eval()
 
 
