@@ -1,4 +1,4 @@
-"""The `safetyneuron` command: rerun a notebook with other parameters, measure importance, train and export organisms, check an edition."""
+"""The `safetyneuron` command: rerun a notebook with other parameters, measure importance, train and export organisms, hold a detector against planted neurons, check an edition."""
 
 import argparse
 import logging
@@ -92,6 +92,22 @@ def _parser():
     export.add_argument("name", help="for example organism/llama-planted")
     export.add_argument("folder", type=Path, help="a new or empty one")
     export.set_defaults(action=_export)
+    league = commands.add_parser(
+        "league",
+        help="hold a detector of your own, a Python file with find(model, tokenizer, harmful, benign), against planted neurons",
+    )
+    league.add_argument("file", type=Path, help="run in this process: code of your own")
+    league.add_argument(
+        "-m",
+        "--model",
+        action="append",
+        metavar="NAME",
+        help="an organism with planted neurons; repeat for more (default: the three kinds, seed 0)",
+    )
+    league.add_argument(
+        "-n", "--count", type=int, default=100, help="requests of each kind (default: 100)"
+    )
+    league.set_defaults(action=_league)
     check = commands.add_parser(
         "check", help="look up what an edition needs before a GPU hour is spent"
     )
@@ -125,6 +141,13 @@ def _export(options):
 
     export_organism(options.name, options.folder)
     print(f"{options.name} is in {options.folder}")
+
+
+def _league(options):
+    from safetyneuron.detectors.league import PLANTED, league_table, load_finder, play
+
+    finder = load_finder(options.file)
+    print(league_table({x: play(finder, x, options.count) for x in options.model or PLANTED}))
 
 
 def _check(options):
