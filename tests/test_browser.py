@@ -17,6 +17,7 @@ PAGES += ["SECURITY.html"] + [
         "released_code",
         "status",
         "rerun",
+        "league",
         "teachers",
         "glossary",
         "bibliography",

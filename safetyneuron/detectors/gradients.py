@@ -4,7 +4,7 @@ The scalar is the log-likelihood of a refusal less that of help (`log_odds.Pair`
 is its activation a(t); with g(t) the gradient of the log odds there and b a baseline, a neuron contributes Σ_t g(t) (a(t) − b).
 """
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +12,8 @@ import torch
 
 from safetyneuron.memory import Batches
 from safetyneuron.metrics.log_odds import batch_likelihoods
-from safetyneuron.neurons.activations import watch
 from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
+from safetyneuron.neurons.hooks import overwriting
 
 STEPS = 8  # points of the path of integrated gradients
 
@@ -49,17 +49,16 @@ class Probe:
 @contextmanager
 def probing(model, baseline=None, alpha=1.0):
     """Every neuron's activation with its gradient, for the length of a `with` block: a `Probe`."""
-    architecture, probe = Architecture(model), Probe(baseline, alpha)
-    with ExitStack() as hooks, torch.enable_grad():
-        embedding = model.get_input_embeddings()
-        hooks.callback(
-            embedding.register_forward_hook(lambda *x: x[2].detach().requires_grad_()).remove
-        )
-        for layer in range(len(architecture.layers)):
-            for projection in PROJECTIONS:
-                hook = partial(probe.read, (projection, layer))
-                hooks.callback(watch(architecture, layer, projection, hook).remove)
-        yield probe
+    probe, layers = Probe(baseline, alpha), range(len(Architecture(model).layers))
+    places = [(p, layer) for layer in layers for p in PROJECTIONS]
+    embedded = model.get_input_embeddings().register_forward_hook(
+        lambda *x: x[2].detach().requires_grad_()
+    )
+    try:
+        with torch.enable_grad(), overwriting(model, {x: partial(probe.read, x) for x in places}):
+            yield probe
+    finally:
+        embedded.remove()
 
 
 def odds_and_gradients(model, tokenizer, pairs, probe):

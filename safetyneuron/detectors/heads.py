@@ -1,11 +1,13 @@
 """Safety heads: how far the next token's distribution moves when a head is silent (after Zhou et al. 2025, Ships)."""
 
+from functools import partial
+
 import torch
 
 from safetyneuron.memory import Batches
-from safetyneuron.neurons.activations import watch
 from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
 from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.neurons.hooks import overwriting
 
 
 @torch.no_grad()
@@ -23,11 +25,8 @@ def head_effects(model, tokenizer, prompts, batch_size=32):
 
         whole = next_token()
         for layer, head in ((l, h) for l in range(layers) for h in range(heads)):
-            handle = watch(architecture, layer, "o", lambda x: _silent(x, head, heads))
-            try:
+            with overwriting(model, {("o", layer): partial(_silent, head, heads)}):
                 changed = next_token()
-            finally:
-                handle.remove()
             found[layer, head] = (whole.exp() * (whole - changed)).sum()
         return found
 
@@ -35,7 +34,7 @@ def head_effects(model, tokenizer, prompts, batch_size=32):
     return sum(found for _, found in Batches(batch_size)(encoded, run)) / len(encoded)
 
 
-def _silent(outputs, head, heads):
+def _silent(head, heads, outputs):
     """Heads' outputs (B, n, H·d) with one at zero."""
     changed = outputs.clone().unflatten(2, (heads, -1))
     changed[:, :, head] = 0

@@ -4,15 +4,15 @@ It sees the answers that it is to change, so it is no detector to be compared wi
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 
 from safetyneuron.detectors.effects import READ_AT, Unit
 from safetyneuron.metrics.log_odds import Pair, log_likelihoods
-from safetyneuron.neurons.activations import watch
 from safetyneuron.neurons.architecture import Architecture
+from safetyneuron.neurons.hooks import overwriting
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.neurons.weights import frozen
 
@@ -101,16 +101,13 @@ def gated(model, closed: Callable[[str, int, int], torch.Tensor]):
 
     closed: from kind, layer and number of elements of a batch to how far the gates are closed (elements, channels).
     """
-    architecture = Architecture(model)
 
     def close(kind, layer, activations):
         return activations * (1 - closed(kind, layer, len(activations)).to(activations))[:, None]
 
-    with ExitStack() as hooks:
-        for kind in NeuronSet.empty(model).units().kinds:
-            for layer in range(len(architecture.layers)):
-                hook = watch(architecture, layer, READ_AT[kind], partial(close, kind, layer))
-                hooks.callback(hook.remove)
+    kinds, layers = NeuronSet.empty(model).units().kinds, range(len(Architecture(model).layers))
+    changes = {(READ_AT[kind], l): partial(close, kind, l) for kind in kinds for l in layers}
+    with overwriting(model, changes):
         yield model
 
 

@@ -168,7 +168,7 @@ DETECTORS: dict[str, Rule] = dict(_importance_rules()) | {
         "refusal direction",
         "weights",
         "after Arditi et al. 2024",
-        "safety neurons read or write one direction of the residual stream",
+        "safety neurons read or write along the difference of mean states, where they read or write",
     ),
     "gradient/signed": Rule(
         gradients.signed,
