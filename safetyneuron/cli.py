@@ -108,6 +108,26 @@ def _parser():
         "-n", "--count", type=int, default=100, help="requests of each kind (default: 100)"
     )
     league.set_defaults(action=_league)
+
+    truth = commands.add_parser(
+        "truth",
+        help="compute the answer key: what every unit does, and what every detector finds (up to an hour on two cores; a run that was killed goes on)",
+    )
+    truth.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("_build/truth"),
+        metavar="FOLDER",
+        help="where to write the tables (default: _build/truth); safetyneuron/truth replaces the shipped ones",
+    )
+    truth.add_argument("--cores", type=int, default=2, help="processes at once (default: 2)")
+    truth.add_argument(
+        "--check",
+        action="store_true",
+        help="only compute a part again and hold it against the shipped tables",
+    )
+    truth.set_defaults(action=_truth)
     check = commands.add_parser(
         "check", help="look up what an edition needs before a GPU hour is spent"
     )
@@ -148,6 +168,15 @@ def _league(options):
 
     finder = load_finder(options.file)
     print(league_table({x: play(finder, x, options.count) for x in options.model or PLANTED}))
+
+
+def _truth(options):
+    from safetyneuron.run.truth import check_truth, make_truth
+
+    if options.check:
+        return print(f"largest differences: {check_truth()}")
+    make_truth(options.output, options.cores)
+    print(f"the answer key is in {options.output}")
 
 
 def _check(options):

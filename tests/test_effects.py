@@ -50,10 +50,10 @@ def test_effects_are_changes_of_the_mean_of_each_part(chat):
         "harmless": load_prompts("organism/benign")[:3],
     }
     unit = ("ffn", 4, 7)
+    parts = {name: choose_pairs(model, tokenizer, asked) for name, asked in parts.items()}
     table = measure_effects(model, tokenizer, parts, [unit])
     assert tuple(table.loc[0, ["kind", "layer", "channel"]]) == unit
-    for name, prompts in parts.items():
-        pairs = choose_pairs(model, tokenizer, prompts)
+    for name, pairs in parts.items():
         with torch.no_grad():
             before = weigh_pairs(model, tokenizer, pairs)
             with deactivate(model, neurons_of(model, [unit])):
@@ -65,14 +65,14 @@ def test_effects_are_changes_of_the_mean_of_each_part(chat):
 def test_a_set_of_one_is_its_own_sum_and_two_are_compared_with_both(chat):
     model, tokenizer = chat
     prompts, units = load_prompts("organism/harmful")[:3], [("ffn", 4, 7), ("vo", 5, 9)]
-    table = measure_effects(model, tokenizer, {"harmful": prompts}, units)
+    pairs = choose_pairs(model, tokenizer, prompts)
+    table = measure_effects(model, tokenizer, {"harmful": pairs}, units)
     effects = dict(zip(units, table["harmful refusal"] - table["harmful help"]))
     sets = {"first": units[:1], "second": units[1:], "both": units}
-    found = compare_sums(model, tokenizer, prompts, sets, effects)
+    found = compare_sums(model, tokenizer, pairs, sets, effects)
     alone = found.loc[["first", "second"]]
     assert alone["seen"].tolist() == pytest.approx(alone["predicted"].tolist(), abs=1e-4)
     assert found.loc["both", "predicted"] == pytest.approx(alone["seen"].sum(), abs=1e-4)
-    pairs = choose_pairs(model, tokenizer, prompts)
     with torch.no_grad():
         before = torch.stack(weigh_pairs(model, tokenizer, pairs))
         with deactivate(model, neurons_of(model, units)):

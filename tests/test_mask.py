@@ -15,7 +15,12 @@ from safetyneuron.detectors.mask import (
     learn_mask,
     sample_gates,
 )
-from safetyneuron.detectors.search import breaks_refusal, greedy_units, smallest_breaking
+from safetyneuron.detectors.search import (
+    breaks_refusal,
+    greedy_units,
+    shortest_breaking,
+    without_spare,
+)
 from safetyneuron.metrics.log_odds import choose_pairs, log_likelihoods, weigh_pairs
 
 
@@ -63,9 +68,10 @@ def test_the_smallest_breaking_set_needs_every_unit():
         asked.append(len(units))
         return needed <= set(units)
 
-    assert set(smallest_breaking(order, breaks)) == needed
-    assert len(asked) < 40
-    assert smallest_breaking(order[:20], breaks) is None
+    shortest = shortest_breaking(order, breaks)
+    assert shortest == order[:21] and len(asked) < 15
+    assert set(without_spare(shortest, breaks)) == needed
+    assert shortest_breaking(order[:20], breaks) is None
 
 
 @pytest.mark.organism

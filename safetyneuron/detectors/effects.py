@@ -13,7 +13,7 @@ import torch
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.answer_class import answer_classes
-from safetyneuron.metrics.log_odds import Pair, choose_pairs, weigh_pairs
+from safetyneuron.metrics.log_odds import Pair, weigh_pairs
 from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.deactivation import deactivate
 from safetyneuron.neurons.hooks import overwriting
@@ -51,7 +51,7 @@ def neurons_of(model, units: Iterable[Unit]) -> NeuronSet:
 def measure_effects(
     model,
     tokenizer,
-    parts: dict[str, Sequence[str]],
+    parts: dict[str, Sequence[Pair]],
     units: Sequence[Unit],
     means: dict[str, torch.Tensor] | None = None,
 ) -> pd.DataFrame:
@@ -59,8 +59,8 @@ def measure_effects(
 
     Parameters
     ----------
-    parts : dict of str to list of str
-        Requests, by the name of a part.
+    parts : dict of str to list of Pair
+        Requests with their answers, fixed on the whole model by `choose_pairs`, by the name of a part.
     means : dict of str to torch.Tensor, optional
         Of `channel_means`: a unit then puts out its mean instead of zero.
 
@@ -70,12 +70,12 @@ def measure_effects(
         Columns kind, layer (from 0), channel, and for each part `PART refusal` and `PART help`: mean change in the
         log-likelihood of the refusal and of the correct help, in nats. Their difference is the change in log odds.
     """
-    pairs = choose_pairs(model, tokenizer, [prompt for asked in parts.values() for prompt in asked])
+    pairs = [pair for some in parts.values() for pair in some]
     with torch.no_grad():
         whole = torch.stack(weigh_pairs(model, tokenizer, pairs), 1).cpu()
     changes = silenced_likelihoods(model, pairs, units, means) - whole
     table = pd.DataFrame(units, columns=["kind", "layer", "channel"])
-    sizes = [len(asked) for asked in parts.values()]
+    sizes = [len(some) for some in parts.values()]
     for name, part in zip(parts, changes.split(sizes, 1)):
         table[f"{name} refusal"], table[f"{name} help"] = part.double().mean(1).T.numpy()
     return table
@@ -94,7 +94,7 @@ def classes_without(
 def compare_sums(
     model,
     tokenizer,
-    prompts: Sequence[str],
+    pairs: Sequence[Pair],
     sets: dict[str, Sequence[Unit]],
     effects: dict[Unit, float],
 ) -> pd.DataFrame:
@@ -102,6 +102,8 @@ def compare_sums(
 
     Parameters
     ----------
+    pairs : list of Pair
+        Fixed on the whole model, by `choose_pairs`.
     sets : dict of str to list of (kind, layer, channel)
     effects : dict of (kind, layer, channel) to float
         Change in the mean log odds of refusing these requests with each unit alone switched off, in nats.
@@ -111,7 +113,7 @@ def compare_sums(
     pandas.DataFrame
         Index name of the set; columns units (how many), predicted (the sum) and seen, in nats.
     """
-    pairs, rows = choose_pairs(model, tokenizer, prompts), {}
+    rows = {}
 
     def odds():
         refusal, helped = weigh_pairs(model, tokenizer, pairs)
@@ -168,7 +170,8 @@ def silenced_likelihoods(
             for some in torch.tensor(list(group)).split(max(1, tokens // rows.ids.numel())):
                 channels = torch.tensor([units[i][2] for i in some.tolist()])
                 values = means[projection][layer, channels] if means else torch.zeros(len(some))
-                found[some[:, None], chosen] = rows.likelihoods(layer, projection, channels, values)
+                likely = rows.likelihoods(layer, projection, channels, values)
+                found[some[:, None], chosen] = likely.float().cpu()
     return found
 
 
@@ -198,6 +201,8 @@ class _Rows:
         )
         for row, pair in enumerate(pairs):
             self._lay_out(row, pair)
+        for name in ("ids", "places", "seen", "read", "target", "written"):
+            setattr(self, name, getattr(self, name).to(model.device))
         self.states, self.options = self._run_whole()
 
     def _lay_out(self, row, pair):
@@ -243,7 +248,7 @@ class _Rows:
         def overwrite(activations):
             new = activations.clone()
             copies = new.view(count, len(self.ids), *new.shape[1:])
-            copies[torch.arange(count), :, :, channels] = values[:, None, None]
+            copies[torch.arange(count), :, :, channels] = values.to(new)[:, None, None]
             return new
 
         with overwriting(self.model, {(projection, layer): overwrite}):

@@ -27,8 +27,8 @@ def learn_mask(
     tokenizer,
     raised: Sequence[Row],
     kept: Sequence[Row],
-    updates: int = 300,
-    penalty: float = 0.05,
+    updates: int = 200,
+    penalty: float = 0.02,
     without: NeuronSet | None = None,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:

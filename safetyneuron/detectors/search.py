@@ -59,11 +59,8 @@ def greedy_units(
     return chosen
 
 
-def smallest_breaking(order: Sequence[Unit], breaks: Breaks) -> list[Unit] | None:
-    """The shortest beginning of an order that breaks, found by doubling and halving, less the units that it can spare.
-
-    Units are tried from the last to the first. None where nothing breaks.
-    """
+def shortest_breaking(order: Sequence[Unit], breaks: Breaks) -> list[Unit] | None:
+    """The shortest beginning of an order that breaks, found by doubling and halving; None where not even the whole does."""
     low, high = 0, 1
     while not breaks(order[:high]):
         if high >= len(order):
@@ -72,8 +69,13 @@ def smallest_breaking(order: Sequence[Unit], breaks: Breaks) -> list[Unit] | Non
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if breaks(order[:middle]) else (middle, high)
-    needed = list(order[:high])
-    for unit in reversed(order[:high]):
+    return list(order[:high])
+
+
+def without_spare(units: Sequence[Unit], breaks: Breaks) -> list[Unit]:
+    """What is left of a breaking set when every unit that it can spare is taken out, from the last to the first."""
+    needed = list(units)
+    for unit in reversed(units):
         fewer = [other for other in needed if other != unit]
         if fewer and breaks(fewer):
             needed = fewer
@@ -88,6 +90,7 @@ def find_backups(
     breaks: Breaks,
     rounds: int = 5,
     updates: int = 200,
+    penalty: float = 0.02,
     limit: int = 256,
 ) -> list[list[Unit]]:
     """Breaking sets that share no unit, found one after the other: how often safety is there again.
@@ -97,9 +100,9 @@ def find_backups(
     found: list[list[Unit]] = []
     for seed in range(rounds):
         used = neurons_of(model, [unit for units in found for unit in units])
-        scores = learn_mask(model, tokenizer, raised, kept, updates, without=used, seed=seed)
-        smallest = smallest_breaking(highest_units(scores, limit), breaks)
-        if smallest is None:
+        scores = learn_mask(model, tokenizer, raised, kept, updates, penalty, used, seed)
+        units = shortest_breaking(highest_units(scores, limit), breaks)
+        if units is None:
             break
-        found.append(smallest)
+        found.append(without_spare(units, breaks))
     return found

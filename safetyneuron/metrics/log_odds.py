@@ -66,7 +66,7 @@ def choose_pairs(model, tokenizer, prompts: Sequence[str], batch_size: int = 256
         for habit in ("", lang.lexicon().habits[request.language])
         for example in examples
     ]
-    rows = [_split(row) for row in encode_documents(model, tokenizer, documents)]
+    rows = document_rows(model, tokenizer, documents)
     likely = log_likelihoods(model, tokenizer, rows, batch_size)
     sizes = [2 * len(e) for r in asked for e in (lang.refused(r), lang.helped(r))]
     best, start = [], 0
@@ -144,6 +144,17 @@ def batch_likelihoods(model, tokenizer, rows):
     )
     written = torch.arange(longest, 0, -1, device=model.device) <= lengths[:, None]
     return -(losses * written).sum(1)
+
+
+def document_rows(model, tokenizer, documents: Sequence[dict]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and completion of each document as token ids, for `log_likelihoods`.
+
+    Raises
+    ------
+    SafetyNeuronError
+        As `encode_documents`.
+    """
+    return [_split(row) for row in encode_documents(model, tokenizer, documents)]
 
 
 def _split(row):
