@@ -3,7 +3,7 @@
 import functools
 import logging
 
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +27,13 @@ class Batches:
             except RuntimeError as error:
                 if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
-                self.size = len(batch) // 2
-                _say(self.size)
+            else:
+                yield batch, result
+                start += len(batch)
                 continue
-            yield batch, result
-            start += len(batch)
+            self.size = len(batch) // 2  # here, because the error's traceback held the tensors
+            clear_device_cache(garbage_collection=True)
+            _say(self.size)
 
 
 @functools.cache

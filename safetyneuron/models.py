@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from safetyneuron.cache import cache_folder
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.organism import shipped
+from safetyneuron.progress import without_bars
 
 # Models that were trained on conversations but whose tokenizer does not say how they are written: part of the name -> template.
 CHAT_TEMPLATES = {
@@ -18,8 +18,6 @@ CHAT_TEMPLATES = {
     " user's questions.{% for m in messages %}{% if m['role'] == 'user' %} USER: {{ m['content'] }}{% else %} ASSISTANT: {{ m['content'] }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 }
-
-disable_progress_bar()  # a redrawn bar is unreadable in an executed notebook
 
 
 def load_model(name, device=None, dtype=None):
@@ -54,10 +52,11 @@ def load_model(name, device=None, dtype=None):
     dtype = _dtype(dtype) if dtype not in (None, "auto") else "auto"
     source, chosen = source_of(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **chosen)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, **placed, **chosen
-        )
+        with without_bars():
+            tokenizer = AutoTokenizer.from_pretrained(source, **chosen)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, **placed, **chosen
+            )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SafetyNeuronError(

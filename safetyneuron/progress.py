@@ -3,8 +3,10 @@
 import io
 import sys
 import time
+from contextlib import contextmanager
 
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 SECONDS = 10
 
@@ -23,6 +25,18 @@ def steps(items, label, show=True):
             )
             printed = now
         yield item
+
+
+@contextmanager
+def without_bars():
+    """No bars of transformers and of the hub inside: a redrawn bar is unreadable in an executed notebook."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class EveryTenSeconds(io.TextIOBase):

@@ -1,5 +1,8 @@
 """Memory runs out in the middle of a batch: the batch is halved, the result stays, and it is said once."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import small_llama
@@ -82,6 +85,30 @@ def test_every_size_is_said_once_in_a_process(caplog):
     for _ in range(3):
         assert sum(total for _, total in Batches(16)(list(range(16)), run)) == 120
     assert [record.args[0] for record in caplog.records] == [8, 4, 2]
+
+
+def test_what_a_failed_try_held_is_freed_before_the_next():
+    class Held:
+        """Refers to itself, as models and their hooks do, so that only a collection frees it."""
+
+        def __init__(self):
+            self.itself = self
+
+    held = []
+
+    def run(batch):
+        assert not any(reference() for reference in held)
+        here = Held()
+        held.append(weakref.ref(here))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    gc.disable()
+    try:
+        next(Batches(8)(list(range(8)), run))
+    finally:
+        gc.enable()
+    assert len(held) == 3
 
 
 def test_what_does_not_fit_alone_and_other_errors_are_raised():

@@ -15,6 +15,7 @@ from transformers import PrinterCallback
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import Architecture, multiply_factors
 from safetyneuron.neurons.encoding import check_documents
+from safetyneuron.neurons.undisturbed import own_randomness, undisturbed
 from safetyneuron.neurons.weights import frozen
 from safetyneuron.progress import TrainingLine
 from safetyneuron.tuning.trainer import quiet_settings
@@ -23,6 +24,7 @@ SIDES = ("prompt", "chosen", "rejected")
 GPU_BATCH = 8  # rows at a time on a GPU; gradients add up to the batch
 
 
+@own_randomness()
 def supervise(model, tokenizer, documents, epochs=3, learning_rate=1e-3, batch_size=120, seed=0):
     """Supervised fine-tuning through (IA)³, in place; the loss is taken on completions.
 
@@ -50,6 +52,7 @@ def supervise(model, tokenizer, documents, epochs=3, learning_rate=1e-3, batch_s
         return _train(SFTTrainer, model, arguments, rows, tokenizer)
 
 
+@own_randomness()
 def prefer(
     model,
     tokenizer,
@@ -118,7 +121,7 @@ def _train(kind, model, arguments, rows, tokenizer):
     adapter = IA3Config(
         target_modules=[target], feedforward_modules=[target], task_type="CAUSAL_LM"
     )
-    with frozen(model):
+    with undisturbed(model), frozen(model):
         trainer = kind(
             model=model,
             args=arguments,
@@ -128,22 +131,21 @@ def _train(kind, model, arguments, rows, tokenizer):
             callbacks=[TrainingLine()],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        factors = _take_out(model, trainer.model)
-    multiply_factors(model, factors).eval()
-    model.__dict__.pop("forward", None)  # trl replaces it on the object
+        try:
+            trainer.train()
+            factors = _factors(model)
+        finally:
+            trainer.model.unload()
+            model.__dict__.pop("forward", None)  # trl replaces it on the object
+    multiply_factors(model, factors)
     return factors, [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
 
 
-def _take_out(model, adapted):
-    """Take the adapter out of the model; its factors (layers, channels)."""
+def _factors(model):
+    """The factors (layers, channels) of the adapter in the model."""
     architecture = Architecture(model)
     places = [architecture.place(layer, "down") for layer in range(len(architecture.layers))]
-    factors = torch.stack(
-        [place.module.ia3_l["default"].detach().flatten().cpu() for place in places]
-    )
-    adapted.unload()
-    return factors
+    return torch.stack([place.module.ia3_l["default"].detach().flatten().cpu() for place in places])
 
 
 @contextmanager

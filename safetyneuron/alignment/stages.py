@@ -12,6 +12,7 @@ from safetyneuron.data.documents import load_documents
 from safetyneuron.data.preferences import load_preferences
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import load_model, local_model
+from safetyneuron.progress import without_bars
 
 # How a base model without a template of its own is taught to converse: as the authors of BeaverTails write conversations.
 CONVERSATION = (
@@ -123,6 +124,7 @@ def training_rows(stage):
     return rows
 
 
+@without_bars()
 def _train_stage(stage, rows, folder):
     model, tokenizer = load_model(stage.start)
     tokenizer.chat_template = tokenizer.chat_template or CONVERSATION

@@ -14,6 +14,7 @@ from safetyneuron.detectors.table import Rule
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import load_model
 from safetyneuron.neurons.sets import NeuronSet
+from safetyneuron.neurons.undisturbed import own_randomness
 from safetyneuron.organism import decoy_neurons, planted_neurons
 
 PLANTED = (
@@ -101,8 +102,9 @@ def play(finder, name: str, count: int = 100) -> dict[str, float]:
     rule = Rule(
         lambda c: finder(c.model, c.tokenizer, list(c.harmful), list(c.benign)), "", "", "", ""
     )
-    torch.manual_seed(0)
-    detector = find(rule, case, getattr(finder, "__name__", "of your own"))
+    with own_randomness():
+        torch.manual_seed(0)
+        detector = find(rule, case, getattr(finder, "__name__", "of your own"))
     return judge(detector, *key) | {"seconds": detector.seconds, "passes": detector.passes}
 
 

@@ -4,6 +4,8 @@ No closed form and no measuring hook is involved, so this is what the tests and 
 It costs one run of a block per neuron: for small models only.
 """
 
+from contextlib import ExitStack
+
 import torch
 
 from safetyneuron.importance.attending import attending
@@ -12,20 +14,18 @@ from safetyneuron.neurons.architecture import FEED_FORWARD, PROJECTIONS, Archite
 
 def capture_inputs(model, batch):
     """What each attention and feed-forward module receives: list of (module, args, kwargs), two a layer."""
-    seen, handles = [], []
+    seen = []
 
     def keep(module, args, kwargs):
         seen.append((module, args, kwargs))
 
-    for layer in Architecture(model).layers:
-        handles += [
-            m.register_forward_pre_hook(keep, with_kwargs=True)
-            for m in (layer.self_attn, layer.mlp)
-        ]
-    with torch.no_grad():
-        model(**batch, use_cache=False)
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as handles:
+        for layer in Architecture(model).layers:
+            for module in (layer.self_attn, layer.mlp):
+                handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+                handles.callback(handle.remove)
+        with torch.no_grad():
+            model(**batch, use_cache=False)
     return seen
 
 
@@ -70,10 +70,12 @@ def _each_channel(place, module, args, kwargs, real):
     before, norms = run(), []
     for channel in range(place.size):
         kept = [(t, t[channel].clone()) for t in (place.weight, place.bias) if t is not None]
-        for tensor, _ in kept:
-            tensor[channel] = 0
-        change = (run() - before) * real[..., None]
+        try:
+            for tensor, _ in kept:
+                tensor[channel] = 0
+            change = (run() - before) * real[..., None]
+        finally:
+            for tensor, original in kept:
+                tensor[channel] = original
         norms.append(change.flatten(1).norm(dim=1))
-        for tensor, original in kept:
-            tensor[channel] = original
     return torch.stack(norms, 1)

@@ -29,7 +29,7 @@ class Recorder:
 
     def start(self, real):
         """Begin a batch whose real positions are `real` (B, n)."""
-        self.real, self._layers = real.bool(), {}
+        self.real, self._layers, self._inputs = real.bool(), {}, {}
 
     def finish(self):
         """Importance per projection of the batch just run: (B, layers, channels), on the CPU."""

@@ -11,6 +11,7 @@ from safetyneuron.metrics.rates import bootstrap
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.metrics.safety import answers
 from safetyneuron.models import source_of
+from safetyneuron.progress import without_bars
 
 CONVERSATION = (
     "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"  # as the beaver models read it
@@ -45,6 +46,7 @@ class CostModel:
 
 
 @lru_cache(1)
+@without_bars()
 def _classifier(name):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -19,6 +19,7 @@ from safetyneuron.neurons.architecture import PROJECTIONS, Architecture, multipl
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.recipes import Size
 from safetyneuron.organism.tokenizer import CONTEXT, build_tokenizer
+from safetyneuron.progress import without_bars
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
 MANIFEST = "manifest.json"
@@ -122,6 +123,7 @@ def training_curve(name):
     return [{"step": step, "loss": loss} for step, loss in _find(name).entry["curve"]]
 
 
+@without_bars()
 def export_organism(name, folder):
     """Write an organism as a plain Hugging Face folder in float32, its answer key in `neurons.json`.
 

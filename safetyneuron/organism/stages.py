@@ -15,6 +15,7 @@ import torch
 from safetyneuron.alignment import ia3
 from safetyneuron.cache import cache_folder, digest, library_versions
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.neurons.undisturbed import own_randomness
 from safetyneuron.organism import recipes, shipped
 from safetyneuron.organism.planting import draw_sets, plant
 from safetyneuron.organism.tokenizer import build_tokenizer, vocabulary
@@ -27,7 +28,7 @@ from safetyneuron.organism.train import (
     settings_of,
     train_stream,
 )
-from safetyneuron.progress import TrainingLine
+from safetyneuron.progress import TrainingLine, without_bars
 
 DIGESTED = 2000  # examples of a training that its digest is taken of
 
@@ -187,6 +188,8 @@ MADE = {
 STAGES = {stage.__name__: stage for stage in MADE}
 
 
+@own_randomness()
+@without_bars()
 def train_organism(name, folder):
     """Train one organism and write its file and its entry of the manifest into a folder of weights.
 

@@ -18,6 +18,7 @@ from safetyneuron.cache import new_file
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.encoding import encode_documents, pad
+from safetyneuron.neurons.undisturbed import undisturbed
 from safetyneuron.neurons.weights import fingerprint, frozen
 from safetyneuron.progress import TrainingLine
 from safetyneuron.tuning.trainer import OneDevice, quiet_settings
@@ -195,8 +196,7 @@ def _adapted(model, seed):
     config = LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, task_type="CAUSAL_LM", **targets
     )
-    reads_cache = model.config.use_cache  # which the trainer turns off
-    with frozen(model), torch.random.fork_rng():
+    with undisturbed(model), frozen(model):
         torch.manual_seed(seed)
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -207,8 +207,6 @@ def _adapted(model, seed):
             yield adapted
         finally:
             adapted.unload()
-            model.config.use_cache = reads_cache
-            model.eval()
 
 
 def _adapter_weights(adapted):

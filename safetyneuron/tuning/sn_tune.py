@@ -12,6 +12,7 @@ from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, Architecture
 from safetyneuron.neurons.deactivation import check_shapes
 from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.neurons.identity import changed, identity
+from safetyneuron.neurons.undisturbed import undisturbed
 from safetyneuron.neurons.weights import fingerprint, frozen
 from safetyneuron.tuning.delta import NeuronDelta
 from safetyneuron.tuning.trainer import check_schedule, train
@@ -149,7 +150,7 @@ def sn_tune(
     before = fingerprint(model)
     task = [identity(model, tokenizer, __name__), neurons.digest()] if folder else []
     tuned, started = TunedNeurons(model, neurons), time.monotonic()
-    with tuned.added():
+    with undisturbed(model), tuned.added():
         curve = train(tuned, tokenizer, data, folder, task, **schedule)
     facts = schedule | {
         "documents": len(documents),

@@ -23,6 +23,7 @@ from safetyneuron.cache import digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.encoding import encode_documents
+from safetyneuron.neurons.undisturbed import own_randomness
 from safetyneuron.progress import TrainingLine
 
 SCHEDULE = "linear"
@@ -75,8 +76,8 @@ def with_lora(model, rank, seed=0):
     """The model with a LoRA adapter of that rank on every projection (peft)."""
     from peft import LoraConfig, get_peft_model  # here, because importing it takes seconds
 
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
+    with own_randomness(), warnings.catch_warnings():
+        torch.manual_seed(seed)
         warnings.simplefilter(
             "ignore", FutureWarning
         )  # peft reads an attribute that transformers renames
@@ -129,15 +130,16 @@ def train(model, tokenizer, data, folder, identity, **schedule):
     """Run the Hugging Face trainer over encoded documents and return the loss curve: a list of {step, loss, learning_rate}."""
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         checkpoint = _checkpoint(Path(place), digest(identity, data, schedule)) if folder else None
-        trainer = Trainer(
-            model=model,
-            args=_arguments(place, model, folder is not None, **schedule),
-            train_dataset=data,
-            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
-            callbacks=[TrainingLine()],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with own_randomness():  # the trainer seeds every generator of the process
+            trainer = Trainer(
+                model=model,
+                args=_arguments(place, model, folder is not None, **schedule),
+                train_dataset=data,
+                data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+                callbacks=[TrainingLine()],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train(resume_from_checkpoint=checkpoint)
     curve = [
         {k: row[k] for k in ("step", "loss", "learning_rate")}
         for row in trainer.state.log_history
