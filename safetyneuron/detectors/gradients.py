@@ -91,7 +91,7 @@ def contributions(model, tokenizer, pairs, baseline=None, steps=None, batch_size
             with probing(model, baseline, alpha) as probe:
                 _, gradients = odds_and_gradients(model, tokenizer, some, probe)
             for key, g in gradients.items():
-                added = (g * probe.shifts[key]).float().sum(1).cpu() / len(alphas)
+                added = (g.float() * probe.shifts[key].float()).sum(1).cpu() / len(alphas)
                 totals[key] = totals.get(key, 0) + added[: len(some)] + added[len(some) :]
         return totals
 

@@ -79,7 +79,9 @@ def star(case):
         recorder.layers = {}
         with probing(model) as probe:
             _, gradients = odds_and_gradients(model, tokenizer, some, probe)
-        totals = {key: (g * probe.shifts[key]).sum(1) for key, g in gradients.items()}
+        totals = {
+            key: (g.float() * probe.shifts[key].float()).sum(1) for key, g in gradients.items()
+        }
         for layer, attention in recorder.layers.items():
             found = recomputed(attention, gradients["o", layer])
             totals |= {(p, layer): x for p, x in zip("qk", found)}
