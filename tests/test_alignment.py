@@ -164,6 +164,8 @@ def test_an_aligned_pair_is_found_once_it_is_trained(tmp_path, monkeypatch):
     )
     assert all("up_proj" in name for name in before if not before[name].equal(after[name]))
     assert not all(before[name].equal(after[name]) for name in before)
+    monkeypatch.setattr(pairs, "code_digest", lambda *modules: "another trainer")
+    assert pairs.train_aligned("aligned/tiny-dpo") != folder  # and what it starts from, too
     with pytest.raises(
         SafetyNeuronError, match="no stages make aligned/huge: use one of aligned/tiny-sft"
     ):

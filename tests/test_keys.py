@@ -36,6 +36,7 @@ from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.tuning.circuit_breaker import circuit_break
 from safetyneuron.tuning.sn_tune import TunedNeurons
 
+KEYED = ("metrics.suite", "tuning.sn_tune", "kept.examination", "attacks", "alignment.stages")
 SUITE = Suite(("organism/harmful",), prompts=4)
 
 
@@ -207,10 +208,7 @@ def package(tmp_path, monkeypatch):
     def digests(path, change):
         (copied / path).write_text(change((ROOT / "safetyneuron" / path).read_text("utf-8")))
         code._read.cache_clear()
-        found = {
-            name: code.code_digest(f"safetyneuron.{name}")
-            for name in ("metrics.suite", "tuning.sn_tune", "kept.examination", "attacks")
-        }
+        found = {name: code.code_digest(f"safetyneuron.{name}") for name in KEYED}
         (copied / path).write_text((ROOT / "safetyneuron" / path).read_text("utf-8"))
         code._read.cache_clear()
         return found
@@ -226,13 +224,15 @@ def add(text):
     "path, changed",
     [
         ("tuning/sn_tune.py", {"tuning.sn_tune", "kept.examination"}),
-        ("neurons/encoding.py", {"metrics.suite", "tuning.sn_tune", "kept.examination", "attacks"}),
+        ("neurons/encoding.py", set(KEYED)),
         ("metrics/refusal_phrases.yaml", {"metrics.suite", "kept.examination", "attacks"}),
         (
             "organism/tasks/facts.yaml",
             {"metrics.suite", "kept.examination"},
         ),  # imported in a function
         ("attacks/gcg.py", {"attacks"}),
+        ("alignment/ia3.py", {"alignment.stages"}),
+        ("tuning/trainer.py", {"tuning.sn_tune", "kept.examination", "alignment.stages"}),
         ("detectors/saliency.py", set()),
         ("chapters/ch09_contrast.py", set()),
         ("book/plots.py", set()),

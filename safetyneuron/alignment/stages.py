@@ -5,9 +5,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetyneuron.alignment import ia3
 from safetyneuron.alignment.ia3 import prefer, supervise
 from safetyneuron.cache import cache_folder, digest, kept_folder, library_versions, new_file
+from safetyneuron.code import code_digest
 from safetyneuron.data.documents import load_documents
 from safetyneuron.data.preferences import load_preferences
 from safetyneuron.errors import SafetyNeuronError
@@ -92,8 +92,8 @@ def train_aligned(name):
         raise SafetyNeuronError(f"no stages make {name}: use one of {', '.join(STAGES)}")
     stage = STAGES[name]
     rows = training_rows(stage)
-    code = [Path(module).read_text(encoding="utf-8") for module in (__file__, ia3.__file__)]
-    key = digest(_start(stage.start), repr(stage), rows, code, library_versions())
+    made_by = [code_digest(__name__), library_versions()]
+    key = digest(_start(stage.start), repr(stage), rows, made_by)
     folder = kept_folder(
         cache_folder() / name / key, lambda temporary: _train_stage(stage, rows, temporary)
     )
