@@ -56,7 +56,10 @@ def measure(prompts, broken=None, **options):
     return measure_importance(broken or model(), TOKENIZER, prompts, progress=False, **options)
 
 
-def neuron_file(change=lambda masks: masks, metadata={"neurons": "1"}):
+HEADER = {"kind": "neuron file", "version": "1", "facts": "{}"}
+
+
+def neuron_file(change=lambda masks: masks, metadata=HEADER):
     """A neuron file whose tensors or metadata were changed."""
     save_file(
         change({p: m.to(torch.uint8) for p, m in NeuronSet.empty(model()).masks.items()}),
@@ -64,6 +67,9 @@ def neuron_file(change=lambda masks: masks, metadata={"neurons": "1"}):
         metadata,
     )
     return NeuronSet.load("set.safetensors")
+
+
+DELTA = HEADER | {"kind": "neuron delta"}
 
 
 def saved_delta():
@@ -260,7 +266,7 @@ CASES = {
         "needs the projections",
     ),
     "neuron file: of another version": (
-        lambda: neuron_file(metadata={"neurons": "2"}),
+        lambda: neuron_file(metadata=HEADER | {"version": "2"}),
         "no neuron file of version 1",
     ),
     "neuron file: of no version": (
@@ -292,7 +298,7 @@ CASES = {
     ),
     "delta: metadata of nonsense": (
         lambda: (
-            save_file({"x": torch.zeros(1)}, "d.safetensors", {"delta": "[1, 2"}),
+            save_file({"x": torch.zeros(1)}, "d.safetensors", DELTA | {"facts": "[1, 2"}),
             NeuronDelta.load("d.safetensors"),
         ),
         "not a readable neuron delta",
@@ -302,11 +308,16 @@ CASES = {
             save_file(
                 {"x": torch.zeros(1)},
                 "d.safetensors",
-                {"delta": json.dumps({"shapes": {"q": [-1, 10**12]}, "model": "m", "facts": {}})},
+                DELTA
+                | {"facts": json.dumps({"shapes": {"q": [-1, 10**12]}, "model": "m", "facts": {}})},
             ),
             NeuronDelta.load("d.safetensors"),
         ),
         "not a readable neuron delta",
+    ),
+    "delta: a profile": (
+        lambda: (measure(["a"]).save("p.safetensors"), NeuronDelta.load("p.safetensors")),
+        "no neuron delta of version 1",
     ),
     "delta: of another model": (
         lambda: (saved_delta(), NeuronDelta.load("delta.safetensors").merge(model(seed=1))),

@@ -48,10 +48,14 @@ ENTRY = st.fixed_dictionaries(
         "data_offsets": st.lists(st.integers(0, 40), min_size=2, max_size=2),
     }
 )
-METADATA = st.dictionaries(
-    st.sampled_from(["delta", "profile", "x"]),
-    st.builds(json.dumps, VALUES) | st.text(max_size=10),
-    max_size=2,
+WORDS = st.sampled_from(["shapes", "model", "facts", "sizes", "count", "rule", "tokenizer"])
+FACTS = st.dictionaries(WORDS, VALUES, max_size=7) | VALUES
+METADATA = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(["neuron file", "neuron delta", "importance profile", "x"]),
+        "version": st.sampled_from(["1", "1", "2"]),
+        "facts": st.builds(json.dumps, FACTS) | st.text(max_size=10),
+    }
 )
 
 

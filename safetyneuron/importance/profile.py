@@ -1,21 +1,19 @@
 """Importance over a corpus: a running minimum and mean over prompts."""
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from safetyneuron.cache import digest, new_file
+from safetyneuron.cache import digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.recorder import RULES, recording
 from safetyneuron.importance.selection import select_fraction, select_per_layer
 from safetyneuron.memory import Batches
 from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.neurons.files import read_tensors, write_tensors
 from safetyneuron.neurons.identity import identity, tokenizer_digest
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.neurons.weights import fingerprint
@@ -127,11 +125,7 @@ class ImportanceProfile:
         groups = {"minimum": self.minimum, "total": self.total} | {
             f"prefix {n}": m for n, m in self.prefix.items()
         }
-        tensors = {
-            f"{group}.{p}": x.contiguous()
-            for group, values in groups.items()
-            for p, x in values.items()
-        }
+        tensors = {f"{group}.{p}": x for group, values in groups.items() for p, x in values.items()}
         facts |= {
             "count": self.count,
             "rule": self.rule,
@@ -139,8 +133,7 @@ class ImportanceProfile:
             "tokenizer": self.tokenizer,
             "sizes": list(self.prefix),
         }
-        with new_file(path) as temporary:
-            save_file(tensors, temporary, {"profile": json.dumps(facts)})
+        write_tensors(path, "importance profile", tensors, facts)
 
     @classmethod
     def load(cls, path):
@@ -150,23 +143,15 @@ class ImportanceProfile:
     @classmethod
     def _read(cls, path):
         """The profile in a file, and the facts stored beside it."""
-        try:
-            with safe_open(path, "pt") as stored:
-                facts = json.loads(stored.metadata()["profile"])
-                names = set(stored.keys())
+        cure = "remove it and measure again"
+        with read_tensors(path, "importance profile", cure) as (tensors, facts):
 
-                def group(g):
-                    return {
-                        p: stored.get_tensor(f"{g}.{p}") for p in PROJECTIONS if f"{g}.{p}" in names
-                    }
+            def group(g):
+                return {p: tensors[f"{g}.{p}"] for p in PROJECTIONS if f"{g}.{p}" in tensors}
 
-                prefix = {size: group(f"prefix {size}") for size in facts["sizes"]}
-                fields = [facts[name] for name in ("count", "rule", "model", "tokenizer")]
-                return cls(group("minimum"), group("total"), *fields, prefix), facts
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise SafetyNeuronError(
-                f"{path} is not a readable importance profile ({error}): remove it and measure again"
-            ) from None
+            prefix = {size: group(f"prefix {size}") for size in facts["sizes"]}
+            fields = [facts[name] for name in ("count", "rule", "model", "tokenizer")]
+            return cls(group("minimum"), group("total"), *fields, prefix), facts
 
 
 def lower(first, second):

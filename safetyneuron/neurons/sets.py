@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from operator import and_, or_, xor
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from safetyneuron.cache import digest, new_file
+from safetyneuron.cache import digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
-
-VERSION = "1"  # of neuron files
+from safetyneuron.neurons.files import read_tensors, write_tensors
 
 # Kind of unit -> the projections whose rows and columns of one channel cannot be switched off apart.
 UNIT_KINDS = {
@@ -233,29 +230,15 @@ class NeuronSet:
 
     def save(self, path):
         """Write the masks to a safetensors file."""
-        with new_file(path) as temporary:
-            save_file(
-                {p: mask.to(torch.uint8) for p, mask in self.masks.items()},
-                temporary,
-                {"neurons": VERSION},
-            )
+        masks = {p: mask.to(torch.uint8) for p, mask in self.masks.items()}
+        write_tensors(path, "neuron file", masks, {})
 
     @classmethod
     def load(cls, path):
         """Read a file written by `save`."""
-        try:
-            with safe_open(path, "pt") as stored:
-                version = (stored.metadata() or {}).get("neurons")
-                masks = {name: stored.get_tensor(name).bool() for name in stored.keys()}
-        except (OSError, SafetensorError) as error:
-            raise SafetyNeuronError(
-                f"{path} is not a readable neuron file ({error}): write it again with NeuronSet.save"
-            ) from None
-        if version != VERSION:
-            raise SafetyNeuronError(
-                f"{path} is no neuron file of version {VERSION} (it says {version}): write it again with NeuronSet.save"
-            )
-        return cls(masks)
+        cure = "write it again with NeuronSet.save"
+        with read_tensors(path, "neuron file", cure) as (masks, _):
+            return cls({name: mask.bool() for name, mask in masks.items()})
 
 
 @dataclass(frozen=True)

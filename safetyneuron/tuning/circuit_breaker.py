@@ -1,6 +1,5 @@
 """Circuit breakers (Zou et al. 2024): low-rank adapters that turn harmful states away from what they were; Circ-Break in Tables 2 and 3."""
 
-import json
 import math
 import random
 import tempfile
@@ -9,15 +8,13 @@ import warnings
 from contextlib import contextmanager
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 from transformers import PrinterCallback, Trainer
 
-from safetyneuron.cache import new_file
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.encoding import encode_documents, pad
+from safetyneuron.neurons.files import read_tensors, write_tensors
 from safetyneuron.neurons.undisturbed import undisturbed
 from safetyneuron.neurons.weights import fingerprint, frozen
 from safetyneuron.progress import TrainingLine
@@ -98,28 +95,15 @@ class CircuitBreaker:
 
     def save(self, path):
         """Write a safetensors file with the adapters and the model's fingerprint."""
-        with new_file(path) as temporary:
-            save_file(
-                self.tensors,
-                temporary,
-                {"circuit_breaker": json.dumps({"model": self.model, "facts": self.facts})},
-            )
+        facts = {"model": self.model, "facts": self.facts}
+        write_tensors(path, "circuit breaker", self.tensors, facts)
 
     @classmethod
     def load(cls, path):
         """Read a file written by `save`."""
-        try:
-            with safe_open(path, "pt") as stored:
-                facts = json.loads(stored.metadata()["circuit_breaker"])
-                return cls(
-                    {name: stored.get_tensor(name) for name in stored.keys()},
-                    facts["model"],
-                    facts["facts"],
-                )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise SafetyNeuronError(
-                f"{path} is not a readable circuit breaker ({error}): write it again with CircuitBreaker.save"
-            ) from None
+        cure = "write it again with CircuitBreaker.save"
+        with read_tensors(path, "circuit breaker", cure) as (tensors, facts):
+            return cls(tensors, facts["model"], facts["facts"])
 
 
 def circuit_break(

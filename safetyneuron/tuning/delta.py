@@ -1,16 +1,13 @@
 """What SN-Tune leaves behind: the change of the trained rows and columns, small enough to mail and easy to take back."""
 
-import json
 import weakref
 from contextlib import contextmanager
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from safetyneuron.cache import new_file
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import Architecture
+from safetyneuron.neurons.files import read_tensors, write_tensors
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.neurons.weights import fingerprint
 
@@ -139,42 +136,26 @@ class NeuronDelta:
         """Write a safetensors file with the trained rows, their channels, and the model's fingerprint."""
         tensors = {}
         for (projection, layer), value in self.values.items():
-            tensors[f"{projection}.{layer}.change"] = value.cpu().contiguous()
+            tensors[f"{projection}.{layer}.change"] = value
             tensors[f"{projection}.{layer}.channels"] = (
                 self.neurons.masks[projection][layer].nonzero().flatten().int()
             )
         facts = {"model": self.model, "shapes": self.neurons.shapes, "facts": self.facts}
-        with new_file(path) as temporary:
-            save_file(tensors, temporary, {"delta": json.dumps(facts)})
+        write_tensors(path, "neuron delta", tensors, facts)
 
     @classmethod
     def load(cls, path):
         """Read a file written by `save`."""
-        try:
-            with safe_open(path, "pt") as stored:
-                facts = json.loads(stored.metadata()["delta"])
-                cells, values = [], {}
-                for projection, layer in [
-                    name.split(".")[:2] for name in stored.keys() if name.endswith(".change")
-                ]:
-                    name = f"{projection}.{layer}"
-                    channels = stored.get_tensor(f"{name}.channels").long()
-                    cells.append((projection, int(layer), channels))
-                    values[projection, int(layer)] = stored.get_tensor(f"{name}.change")
-                neurons = NeuronSet.from_cells(facts["shapes"], cells)
-        except (
-            OSError,
-            SafetensorError,
-            KeyError,
-            TypeError,
-            ValueError,
-            IndexError,
-            RuntimeError,
-        ) as error:
-            raise SafetyNeuronError(
-                f"{path} is not a readable neuron delta ({error}): write it again with NeuronDelta.save"
-            ) from None
-        return cls(neurons, values, facts["model"], facts["facts"])
+        cells, values = [], {}
+        cure = "write it again with NeuronDelta.save"
+        with read_tensors(path, "neuron delta", cure) as (tensors, facts):
+            for name in [name for name in tensors if name.endswith(".change")]:
+                projection, layer = name.split(".")[:2]
+                channels = tensors[f"{projection}.{layer}.channels"].long()
+                cells.append((projection, int(layer), channels))
+                values[projection, int(layer)] = tensors[name]
+            neurons = NeuronSet.from_cells(facts["shapes"], cells)
+            return cls(neurons, values, facts["model"], facts["facts"])
 
 
 def _sum(original, value):
