@@ -16,9 +16,15 @@ from safetyneuron.detectors.heads import head_effects, safety_heads
 from safetyneuron.detectors.table import DETECTORS, Rule
 from safetyneuron.importance.selection import select_fraction
 from safetyneuron.metrics.log_odds import Pair, pairs_for, weigh_pairs
-from safetyneuron.neurons.activations import channel_means, last_activations, mean_ablated
+from safetyneuron.neurons.activations import (
+    channel_means,
+    last_activations,
+    mean_ablated,
+    overwritten,
+)
 from safetyneuron.neurons.architecture import FEED_FORWARD, PROJECTIONS, Architecture
 from safetyneuron.neurons.encoding import encode_prompts
+from safetyneuron.neurons.hooks import reading
 from safetyneuron.neurons.sets import NeuronSet
 
 SETS = [f"organism/{name}" for name in ("harmful", "general", "benign", "refusals", "helpful")]
@@ -159,6 +165,32 @@ def test_attribution_is_exact_where_the_odds_are_linear(tokenizer):
     with mean_ablated(model, chosen, means):
         changed = odds(model, tokenizer)
     assert float(found[[5, 9]].sum()) == pytest.approx(odds(model, tokenizer) - changed, rel=1e-4)
+
+
+def test_a_twin_is_the_closest_harmless_request_of_the_same_length_and_attribution_to_it_exact(
+    tokenizer,
+):
+    model = without_last_norm(groups=2)
+    benign = [Pair(ids, [1], [2]) for ids in ([9, 6, 9, 8], [5, 6, 9, 8], [5, 6, 7, 8, 9])]
+    twins = gradients.find_twins(PAIRS, benign)
+    assert twins == [(PAIRS[0], Pair([5, 6, 9, 8], [20], [21]))]
+    case = SimpleNamespace(
+        model=model, tokenizer=tokenizer, pairs={"harmful": PAIRS, "benign": benign}.get
+    )
+    found = gradients.attribution_to_twin(case)["down"][1]
+    places = [("down", 1)]
+    with reading(model, places) as seen:
+        odds(model, tokenizer, [twins[0][1]])
+    there = seen["down", 1]
+    shapes, whole = NeuronSet.empty(model).shapes, odds(model, tokenizer, PAIRS[:1])
+    for channel in (3, 17):
+        one = NeuronSet.from_cells(shapes, [("down", 1, channel)])
+        with overwritten(model, one, lambda projection, layer: there):
+            changed = odds(model, tokenizer, PAIRS[:1])
+        assert float(found[channel]) == pytest.approx(whole - changed, rel=1e-4)
+    with pytest.raises(SafetyNeuronError, match="as many tokens"):
+        case.pairs = {"harmful": PAIRS, "benign": []}.get
+        gradients.attribution_to_twin(case)
 
 
 @pytest.mark.parametrize(

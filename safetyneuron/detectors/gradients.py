@@ -5,11 +5,12 @@ is its activation a(t); with g(t) the gradient of the log odds there and b a bas
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.memory import Batches
 from safetyneuron.metrics.log_odds import batch_likelihoods
 from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
@@ -86,16 +87,20 @@ def contributions(model, tokenizer, pairs, baseline=None, steps=None, batch_size
     alphas = [1.0] if steps is None else [(i + 0.5) / steps for i in range(steps)]
 
     def run(some):
-        totals = {}
-        for alpha in alphas:
-            with probing(model, baseline, alpha) as probe:
-                _, gradients = odds_and_gradients(model, tokenizer, some, probe)
-            for key, g in gradients.items():
-                added = (g.float() * probe.shifts[key].float()).sum(1).cpu() / len(alphas)
-                totals[key] = totals.get(key, 0) + added[: len(some)] + added[len(some) :]
-        return totals
+        parts = [added(model, tokenizer, some, baseline, alpha) for alpha in alphas]
+        return {key: sum(part[key] for part in parts) / len(parts) for key in parts[0]}
 
     return summed(pairs, run, batch_size)
+
+
+def added(model, tokenizer, pairs, baseline=None, alpha=1.0):
+    """Σ over tokens and both answers of gradient times shift: (pairs, channels) by (projection, layer)."""
+    with probing(model, baseline, alpha) as probe:
+        _, gradients = odds_and_gradients(model, tokenizer, pairs, probe)
+    totals = {
+        key: (g.float() * probe.shifts[key].float()).sum(1).cpu() for key, g in gradients.items()
+    }
+    return {key: x[: len(pairs)] + x[len(pairs) :] for key, x in totals.items()}
 
 
 def summed(pairs, run, batch_size):
@@ -147,6 +152,44 @@ def attribution(case):
         "attribution",
         lambda: contributions(case.model, case.tokenizer, case.pairs("harmful"), case.means()),
     ).mean
+
+
+def find_twins(harmful, benign):
+    """Harmful pairs with the harmless request of as many tokens that shares most of them, answered alike: list of (Pair, Pair)."""
+    found = []
+    for pair in harmful:
+        alike = [p.prompt for p in benign if len(p.prompt) == len(pair.prompt)]
+        if alike:
+            shared = [sum(a == b for a, b in zip(pair.prompt, ids)) for ids in alike]
+            found.append((pair, replace(pair, prompt=alike[shared.index(max(shared))])))
+    return found
+
+
+def attribution_to_twin(case):
+    """Attribution patching (after Nanda 2023) towards a harmless twin: g · (a − a of the twin), token by token.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If no harmless request has as many tokens as a harmful one.
+    """
+    model, tokenizer = case.model, case.tokenizer
+    twins = find_twins(case.pairs("harmful"), case.pairs("benign"))
+    if not twins:
+        raise SafetyNeuronError(
+            "no harmless request has as many tokens as a harmful one: give requests that differ in a word"
+        )
+
+    def run(some):
+        own, others = zip(*some)
+        with probing(model) as probe:
+            odds_and_gradients(model, tokenizer, others, probe)
+        there = {p: {} for p in PROJECTIONS}
+        for (p, layer), values in probe.values.items():
+            there[p][layer] = values.detach()
+        return added(model, tokenizer, own, there)
+
+    return summed(twins, run, batch_size=8).mean
 
 
 def integrated(case):

@@ -198,6 +198,13 @@ DETECTORS: dict[str, Rule] = dict(_importance_rules()) | {
         "after Nanda 2023",
         f"{_ODDS}, to first order towards the mean on harmless requests",
     ),
+    "attribution/twin": Rule(
+        gradients.attribution_to_twin,
+        "attribution patching, twins",
+        "gradient",
+        "after Nanda 2023",
+        f"{_ODDS}, to first order towards a harmless request of the same length",
+    ),
     "attribution/star": Rule(
         star,
         "AtP*",
