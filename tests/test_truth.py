@@ -44,6 +44,8 @@ def small(monkeypatch, tmp_path):
         for part, name in (("search", "harmful"), ("harmful", "unseen"), ("harmless", "benign"))
     }
     monkeypatch.setattr(truth, "asked_of_units", lambda: asked)
+    sets = load_prompts("organism/harmful")[:2], load_prompts("organism/benign")[:2]
+    monkeypatch.setattr(truth, "asked_of_searches", lambda: sets)
     kept = {key: truth.DETECTORS[key] for key in ("control/norm", "control/random")}
     monkeypatch.setattr(truth, "DETECTORS", kept)
     for name, value in {"UPDATES": 2, "CLASSED": 1, "LIMIT": 4, "TOP": 3, "CANDIDATES": 2}.items():
@@ -128,3 +130,15 @@ def test_ranks_are_of_units_and_halves_differ_by_their_prompts(small):
     ranks = dict(zip(units, whole))
     first, second = (layer, channel), other
     assert (ranks["q", *first] < ranks["q", *second]) == (norm(first) > norm(second))
+
+
+@pytest.mark.organism
+@pytest.mark.skipif(
+    not (truth.FOLDER / "manifest.json").exists(), reason="the answer key is not shipped yet"
+)
+def test_the_shipped_answer_key_is_what_the_code_computes():
+    found = command.check_truth()
+    assert set(found) == {"units", "precision", "auc"}
+    rows = truth.read_truth("planted").groupby(["kind", "training"])["detector"].count()
+    assert rows.tolist() == [len(truth.DETECTORS) + 1] * len(command.planted_names())
+    assert all(path.stat().st_size < 1e6 for path in truth.FOLDER.iterdir())

@@ -234,11 +234,11 @@ def in_order(name: str, ranks: Sequence[float], count: int) -> list[Unit]:
     return [units[i] for i in np.argsort(ranks, kind="stable")[:count]]
 
 
-def _breaks(name):
-    """Whether units break refusal, on requests that search may see."""
-    parts = asked_of_units()
-    harmless = load_prompts("organism/benign", split="train")[:50]
-    return breaks_refusal(*load(name), parts["search"], harmless)
+def asked_of_searches() -> tuple[list[str], list[str]]:
+    """Harmful and harmless requests on which sets must break refusal, and nothing else."""
+    return tuple(
+        load_prompts(f"organism/{name}", split="train")[:50] for name in ("harmful", "benign")
+    )
 
 
 def breaking_set(name: str, method: str) -> dict:
@@ -265,7 +265,7 @@ def breaking_set(name: str, method: str) -> dict:
 
 
 def _search(name, method):
-    breaks = _breaks(name)
+    breaks = breaks_refusal(*load(name), *asked_of_searches())
     if method == GREEDY:
         return _greedy(name, breaks)
     ranks = mask_of(name) if method == MASK else ranks_by_detector(name, [method])[method]
@@ -277,10 +277,7 @@ def _greedy(name, breaks):
     model, tokenizer = load(name)
     support = log_odds_changes(effects_of_units(name, "zero"), "search")
     candidates = in_order(name, support, CANDIDATES)
-    pairs = [
-        pairs_of(name, load_prompts(f"organism/{kind}", split="train")[:25])
-        for kind in ("harmful", "benign")
-    ]
+    pairs = [pairs_of(name, prompts[:25]) for prompts in asked_of_searches()]
     units = greedy_units(model, tokenizer, candidates, *pairs, breaks)
     return units and without_spare(units, breaks)
 
@@ -300,8 +297,8 @@ def backups_of(name: str) -> list[dict]:
     model, tokenizer = load(name)
 
     def search():
-        rows = mask_rows(name)
-        found = find_backups(model, tokenizer, *rows, _breaks(name), 5, UPDATES, PENALTY)
+        rows, breaks = mask_rows(name), breaks_refusal(model, tokenizer, *asked_of_searches())
+        found = find_backups(model, tokenizer, *rows, breaks, 5, UPDATES, PENALTY)
         return [{"units": units} | answers_without(name, units) for units in found]
 
     return _kept(name, "search", ["backups", UPDATES, PENALTY, ROWS_OF_MASKS, QUESTIONS], search)
