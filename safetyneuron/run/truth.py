@@ -55,8 +55,8 @@ def make_truth(folder: Path, cores: int = 2) -> None:
     cores : int
         Processes of one thread; with 1 the steps run in this one.
     """
-    for steps in (list(_first_steps()), list(_second_steps())):
-        _run(steps, cores)
+    for steps in (_first_steps(), _second_steps()):
+        _run(list(steps), cores)
     truth.SPENT.clear()
     folder = Path(folder)
     files = {}
@@ -73,19 +73,19 @@ def make_truth(folder: Path, cores: int = 2) -> None:
 
 
 def _first_steps() -> Iterator[Step]:
-    """What depends on nothing else, the longest first."""
-    for name in THROUGHOUT:
-        for ablation in truth.ABLATIONS:
-            for layer in sorted({layer for _, layer, _ in truth.units_of(name)}):
-                units = [unit for unit in truth.units_of(name) if unit[1] == layer]
-                yield truth.effects_of_layer, (name, ablation, units)
+    """What depends on nothing else: detectors first, since most tables need them, and units last, which take longest."""
+    for name in dict.fromkeys([*THROUGHOUT, *planted_names(), OTHER_SCHOOL]):
+        yield truth.ranks_by_detector, (name,)
     for name in dict.fromkeys([*THROUGHOUT, *planted_names()]):
         yield truth.mask_of, (name,)
-        yield truth.ranks_by_detector, (name,)
-    yield truth.ranks_by_detector, (OTHER_SCHOOL,)
     for name in THROUGHOUT:
         for half in (0, 1):
             yield truth.ranks_by_detector, (name, None, half)
+    for ablation in truth.ABLATIONS:
+        for name in THROUGHOUT:
+            for layer in sorted({layer for _, layer, _ in truth.units_of(name)}):
+                units = [unit for unit in truth.units_of(name) if unit[1] == layer]
+                yield truth.effects_of_layer, (name, ablation, units)
 
 
 def _second_steps() -> Iterator[Step]:
