@@ -1,9 +1,10 @@
 """An attention function of one's own in a model, for the length of a `with` block."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
 from safetyneuron.neurons.architecture import Architecture
@@ -17,7 +18,7 @@ def _dispatch(module, *args, **kwargs):
 
 
 @contextmanager
-def attending(model, function):
+def attending(model: PreTrainedModel, function: Callable) -> Iterator[None]:
     """`model` attends by `function`, which sees an additive mask; on exit by what it had before, also if that was another one of these.
 
     function: an attention interface function of transformers.

@@ -7,12 +7,16 @@ It costs one run of a block per neuron: for small models only.
 from contextlib import ExitStack
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from safetyneuron.importance.attending import attending
 from safetyneuron.neurons.architecture import FEED_FORWARD, PROJECTIONS, Architecture
 
 
-def capture_inputs(model, batch):
+def capture_inputs(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor]
+) -> list[tuple[nn.Module, tuple, dict]]:
     """What each attention and feed-forward module receives: list of (module, args, kwargs), two a layer."""
     seen = []
 
@@ -30,8 +34,16 @@ def capture_inputs(model, batch):
 
 
 def plain_attention(
-    module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **_
-):
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **_,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention as defined, in the model's own precision (eager attention rounds its softmax to float32)."""
     repeat = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(repeat, 1).transpose(2, 3) * scaling
@@ -40,7 +52,7 @@ def plain_attention(
     return (weights @ value.repeat_interleave(repeat, 1)).transpose(1, 2).contiguous(), weights
 
 
-def brute_force(model, batch):
+def brute_force(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Importance of every neuron for every prompt of a batch, by zeroing one at a time (Zhao et al. 2025, Eq 1).
 
     batch: `input_ids` and `attention_mask`, (B, n). Returns projection name to (B, layers, channels).

@@ -7,9 +7,27 @@ unit, a norm in the residual stream; `readings.py` holds the paper's and the rel
 
 Shape letters: B prompts, n positions, D hidden width, H heads, G key/value heads, r = H/G, d head width, F channels
 of the feed-forward block. W_O and W_down are given channels first: (H·d, D) and (F, D).
+
+Four of the seven projections cost nothing, because zeroing a channel takes one summand away from a product: what is
+taken from the output is that channel's activation times its row of W_O or W_down (`feed_forward`, `output`, `value`).
+q and k stand inside the softmax, so `exact` runs the softmax again for every channel, and nothing else:
+
+1. `query_removal`, `key_removal`: what zeroing each channel takes from the logits, as outer products (`Removal`).
+2. `_Maps.squares`: for a block of queries and a chunk of channels, the changed logits, their softmax, minus the
+   probabilities before.
+3. That change of probabilities times V W_O, squared and summed over positions. V W_O is first written in coordinates
+   that keep all inner products and are as few as possible (`OutputFactors`, `narrowed`).
+
+An example: B = 2 prompts of n = 64 positions, H = 8 heads of width d = 64 in G = 4 groups, so r = 2. One group at a time,
+its logits are (2, 2, 64, 64), over prompt, head, query, key. Zeroing each row of q changes one head, so the heads go to the
+batch: logits (4, 1, 64, 64), changed logits (4, 64 channels, 64, 1, 64), and V W_O (4, 1, 64, 64) in the head's own 64
+coordinates instead of D = 512. Zeroing a row of k changes both heads, whose outputs add up: changed logits
+(2, 64 channels, 64 queries, 2 heads, 64 keys) times V W_O (2, 2 · 64, 128), where the first head has only zeros in the last
+64 coordinates and is left out of them (`_stairs`). Every product becomes one number a prompt and channel: q (2, 512), k (2, 256).
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,15 +64,15 @@ class Attention:
     key_ratio: torch.Tensor | None = None
 
     @property
-    def groups(self):
+    def groups(self) -> int:
         return self.key.shape[1]
 
     @property
-    def repeat(self):
+    def repeat(self) -> int:
         """Heads per group."""
         return self.query.shape[1] // self.key.shape[1]
 
-    def by_prompts(self):
+    def by_prompts(self) -> Iterator["Attention"]:
         """The layer in parts of so many prompts that one group's maps fit in the working memory."""
         tensors = {
             name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor) and len(x) > 1
@@ -64,7 +82,7 @@ class Attention:
         for start in range(0, batch, step):
             yield replace(self, **{name: x[start : start + step] for name, x in tensors.items()})
 
-    def part(self, groups):
+    def part(self, groups: slice) -> "Attention":
         """The same layer with some of its groups only; `groups` is a slice."""
         heads = slice(groups.start * self.repeat, groups.stop * self.repeat)
         of_heads = {name: getattr(self, name) for name in ("query", "heads", "query_ratio")}
@@ -77,7 +95,7 @@ class Attention:
 
 @dataclass
 class Removal:
-    """How zeroing channel j changes the logits of |h| heads: S becomes ratio · (S − Σ left_j(t) right_j(s)).
+    """What zeroing each channel of q or k takes from the logits: S of |h| heads becomes ratio · (S − Σ left_j(t) right_j(s)).
 
     The sum has two terms, because rotary embedding spreads a channel over two: left and right are pairs of
     (B, |h|, n, d), over query and key positions. ratio (B, |h|, n, d) is None without a query or key norm; it belongs to
@@ -97,7 +115,7 @@ class Removal:
             tuple(map(left, self.left)), tuple(map(right, self.right)), ratio, self.of_query
         )
 
-    def only(self, channels):
+    def only(self, channels: torch.Tensor) -> "Removal":
         """The part of some channels; `channels` (d,) is a mask."""
         return (
             self
@@ -105,22 +123,22 @@ class Removal:
             else self._map(lambda x: x[..., channels], lambda x: x[..., channels])
         )
 
-    def apart(self):
+    def apart(self) -> "Removal":
         """Every head on its own."""
         return self._map(by_head, by_head)
 
-    def channels_first(self):
+    def channels_first(self) -> "Removal":
         """Laid out for maps (B, d, n, |h|, n): left (B, d, n, |h|, 1) and right (B, d, 1, |h|, n)."""
         return self._map(
             lambda x: x.permute(0, 3, 2, 1).contiguous()[..., None],
             lambda x: x.permute(0, 3, 1, 2).contiguous()[:, :, None],
         )
 
-    def block(self, rows, columns):
+    def block(self, rows: slice, columns: slice) -> "Removal":
         """The part of some queries and keys."""
         return self._map(lambda x: x[:, :, rows], lambda x: x[..., columns])
 
-    def chunks(self, size):
+    def chunks(self, size: int) -> Iterator["Removal"]:
         """The parts of `size` channels each."""
         for start in range(0, self.left[0].shape[1], size):
 
@@ -129,7 +147,7 @@ class Removal:
 
             yield self._map(channels, channels)
 
-    def apply(self, logits, out):
+    def apply(self, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Changed logits (B, d, n, |h|, n) from logits (B, 1, n, |h|, n), written to `out`."""
         changed = torch.addcmul(logits, self.left[0], self.right[0], value=-1, out=out)
         changed.addcmul_(self.left[1], self.right[1], value=-1)
@@ -142,7 +160,7 @@ class Workspace:
     def __init__(self):
         self._buffers = {}
 
-    def take(self, name, shape, like):
+    def take(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """An uninitialised tensor of the dtype and device of `like`; it overwrites the last one of that name."""
         buffer, size = self._buffers.get(name), math.prod(shape)
         if (
@@ -171,7 +189,7 @@ class OutputFactors:
     joint: torch.Tensor
 
     @classmethod
-    def of(cls, w_o, groups, repeat):
+    def of(cls, w_o: torch.Tensor, groups: int, repeat: int) -> "OutputFactors":
         """Factor w_o (H·d, D) by orthogonal triangularisation."""
 
         def factor(stacked):
@@ -181,7 +199,7 @@ class OutputFactors:
         inner = torch.einsum("ghjo,gijo->ghij", joint, joint)
         return cls(w_o.norm(dim=1), inner, factor(joint.flatten(0, 1)), joint)
 
-    def part(self, groups):
+    def part(self, groups: slice) -> "OutputFactors":
         """The same for some of the groups only; `groups` is a slice."""
         repeat, width = self.joint.shape[1:3]
         heads = slice(groups.start * repeat, groups.stop * repeat)
@@ -191,7 +209,9 @@ class OutputFactors:
         )
 
 
-def feed_forward(hidden, w_down_norms, real):
+def feed_forward(
+    hidden: torch.Tensor, w_down_norms: torch.Tensor, real: torch.Tensor
+) -> torch.Tensor:
     """Importance of channel k of gate, up and down, which share it: ‖h[:, k]‖ · ‖W_down[:, k]‖.
 
     Zeroing any of the three makes h_k zero, because the activation of zero is zero (Eq 8 without its mask).
@@ -200,7 +220,7 @@ def feed_forward(hidden, w_down_norms, real):
     return position_norm(hidden, real) * w_down_norms
 
 
-def output(heads, factors, real):
+def output(heads: torch.Tensor, factors: OutputFactors, real: torch.Tensor) -> torch.Tensor:
     """Importance of channel c of o: ‖z[:, c]‖ · ‖W_O[:, c]‖ with z the heads side by side.
 
     heads (B, H, n, d); returns (B, H·d).
@@ -208,7 +228,7 @@ def output(heads, factors, real):
     return position_norm(heads, real[:, None]).flatten(1) * factors.norms
 
 
-def value(heads, factors, real):
+def value(heads: torch.Tensor, factors: OutputFactors, real: torch.Tensor) -> torch.Tensor:
     """Importance of channel j of v: the heads of a group add up before the norm.
 
     √ Σ over heads h, h' of the group of ⟨z_h[:, j], z_h'[:, j]⟩ ⟨W_O[:, hj], W_O[:, h'j]⟩.
@@ -222,7 +242,12 @@ def value(heads, factors, real):
     return sum(products).clamp_min(0).sqrt().flatten(1)
 
 
-def exact(attention, factors, workspace, wanted=None):
+def exact(
+    attention: Attention,
+    factors: OutputFactors,
+    workspace: Workspace,
+    wanted: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Importance of every channel of q and of k, exactly: ‖Σ_h (softmax(S'_hj) − softmax(S_h)) V W_O^h‖.
 
     Zeroing row j of q removes q_j(t) R_t e_j from the rotated query of its head, so S' = S − Δ_j with
@@ -273,12 +298,12 @@ def _exact(attention, factors, workspace, wanted):
     return q.flatten(1).sqrt(), k.flatten(1).sqrt()
 
 
-def position_norm(x, real):
+def position_norm(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Norm of every channel over the real positions: x (…, n, C) and real (…, n) to (…, C)."""
     return (real.to(x.dtype)[..., None, :] @ x.square())[..., 0, :].sqrt()
 
 
-def unrotate(x, cos, sin):
+def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Undo rotary embedding (and its scale): (B, heads, n, d) to the same; channels beyond the rotated width stay."""
     width = cos.shape[-1]
     cos, sin, turned = cos[:, None], sin[:, None], x[..., :width]
@@ -310,7 +335,7 @@ def _partners(attention):
     return torch.where(channels < width, (channels + width // 2) % width, channels)
 
 
-def query_removal(attention):
+def query_removal(attention: Attention) -> Removal:
     """What zeroing each row of q does to the logits of its head."""
     parts = _parts(attention.query, attention.cos, attention.sin)
     keys = attention.key.repeat_interleave(attention.repeat, 1)
@@ -318,7 +343,7 @@ def query_removal(attention):
     return Removal(left, (keys, keys[..., _partners(attention)]), attention.query_ratio, True)
 
 
-def key_removal(attention):
+def key_removal(attention: Attention) -> Removal:
     """What zeroing each row of k does to the logits of all heads of its group."""
     parts = _parts(attention.key, attention.cos, attention.sin)
     query = attention.query * attention.scaling
@@ -331,23 +356,23 @@ def key_removal(attention):
     return Removal((query, query[..., _partners(attention)]), right, ratio, False)
 
 
-def logits_of(attention):
+def logits_of(attention: Attention) -> torch.Tensor:
     """Scaled logits before any cap and mask: (B, H, n, n)."""
     keys = attention.key.repeat_interleave(attention.repeat, 1)
     return attention.query @ keys.transpose(-1, -2) * attention.scaling
 
 
-def capped(logits, softcap):
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """Gemma 2's bound on the logits."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def masked(logits, allowed):
+def masked(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     """Logits with minus infinity where a position may not look; `allowed` must leave every row something."""
     return logits.masked_fill(~allowed, -torch.inf)
 
 
-def visible_blocks(allowed):
+def visible_blocks(allowed: torch.Tensor) -> list[tuple[slice, slice]]:
     """Blocks of query positions with the range of keys that any of them may see: pairs of slices."""
     seen = allowed.any(0)[0]
     blocks = []
@@ -360,7 +385,7 @@ def visible_blocks(allowed):
 
 @dataclass
 class _Maps:
-    """Attention maps of heads whose outputs add up: logits and before (B, |h|, n, n), before being the probabilities."""
+    """The attention maps that a removal changes, of heads whose outputs add up: logits and probabilities `before`, (B, |h|, n, n)."""
 
     logits: torch.Tensor
     before: torch.Tensor
@@ -371,7 +396,7 @@ class _Maps:
     workspace: Workspace
 
     @classmethod
-    def of(cls, attention, workspace):
+    def of(cls, attention: Attention, workspace: Workspace) -> "_Maps":
         """The maps of all heads of a layer."""
         logits, allowed = logits_of(attention), attention.allowed
         before = torch.softmax(masked(capped(logits, attention.softcap), allowed), -1)
@@ -390,7 +415,7 @@ class _Maps:
         """Whether some position does not count."""
         return not bool(self.real.all())
 
-    def apart(self):
+    def apart(self) -> "_Maps":
         """The same maps with every head on its own: B becomes B·|h|."""
         heads = self.logits.shape[1]
         allowed, real = (x.repeat_interleave(heads, 0) for x in (self.allowed, self.real))
@@ -418,12 +443,12 @@ class _Maps:
         )
 
 
-def by_head(x):
+def by_head(x: torch.Tensor) -> torch.Tensor:
     """Heads as further members of the batch: (B, |h|, …) to (B·|h|, 1, …)."""
     return x.flatten(0, 1)[:, None]
 
 
-def narrowed(values):
+def narrowed(values: torch.Tensor) -> torch.Tensor:
     """The same inner products between keys in lower triangular form.
 
     values (B, |h|, n, w) becomes (B, |h|, n, |h|·n) with zeros in |h|·(s + 1) and beyond for key s. The factorisation
@@ -441,9 +466,10 @@ def narrowed(values):
 
 
 def _stairs(values, columns, step):
-    """The values of some keys without their zeros: pairs of the first head that counts and (B, |heads|·keys, coordinates).
+    """The values of some keys without their zeros, which lie below a staircase: a step for every head, or none.
 
-    A head has `step` more coordinates than the head before it; `step` is None for narrowed values.
+    Returns pairs of the first head that counts and (B, |heads|·keys, coordinates). A head has `step` more coordinates than
+    the head before it; `step` is None for narrowed values.
     """
     if step is None:
         return [

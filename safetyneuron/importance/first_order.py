@@ -10,6 +10,8 @@ import torch
 
 from safetyneuron.importance.exact import (
     CHUNK_BYTES,
+    Attention,
+    OutputFactors,
     capped,
     key_removal,
     logits_of,
@@ -18,7 +20,7 @@ from safetyneuron.importance.exact import (
 )
 
 
-def first_order(attention, factors):
+def first_order(attention: Attention, factors: OutputFactors) -> tuple[torch.Tensor, torch.Tensor]:
     """First-order importance of every channel of q and of k, in the unit of `importance.exact`.
 
     Parameters

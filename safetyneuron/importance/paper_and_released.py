@@ -21,7 +21,7 @@ def released(attention: Attention) -> dict[str, torch.Tensor]:
     return {"q": q, "k": divided_by_four(q, width), "v": released_value(attention)}
 
 
-def paper_query(attention: Attention):
+def paper_query(attention: Attention) -> torch.Tensor:
     """Eq 12 and 14 as printed: ‖softmax((QKᵀ − Δ_j)/√d) − softmax(QKᵀ/√d)‖, Δ_j = Q[:, j] K[:, j]ᵀ; (B, H·d).
 
     The formulas have no rotary embedding, so Q and K are taken before it; the causal mask is kept.
@@ -29,17 +29,17 @@ def paper_query(attention: Attention):
     return probability_change(attention, *unrotated(attention), attention.scaling).flatten(1).sqrt()
 
 
-def paper_key(attention: Attention):
+def paper_key(attention: Attention) -> torch.Tensor:
     """Eq 12 for K: "symmetrical", so the change that q's channel makes, over the heads of the group; (B, G·d)."""
     return over_groups(attention, paper_query(attention))
 
 
-def over_groups(attention, scores):
+def over_groups(attention: Attention, scores: torch.Tensor) -> torch.Tensor:
     """Norm over the heads of every group: (B, H·d) to (B, G·d)."""
     return scores.unflatten(1, (attention.groups, attention.repeat, -1)).norm(dim=2).flatten(1)
 
 
-def paper_value(attention: Attention):
+def paper_value(attention: Attention) -> torch.Tensor:
     """Eq 9 applied to W_V of Eq 10, which has no W_O: ‖(P V)[:, j]‖ over the heads of the group; (B, G·d)."""
     return (
         head_norms(attention)
@@ -49,34 +49,34 @@ def paper_value(attention: Attention):
     )
 
 
-def head_norms(attention):
+def head_norms(attention: Attention) -> torch.Tensor:
     """Norm over real positions of every channel of every head's output: (B, H, d)."""
     return (attention.heads * attention.real[:, None, :, None]).norm(dim=2)
 
 
-def unrotated(attention):
+def unrotated(attention: Attention) -> list[torch.Tensor]:
     """Queries and keys before rotary embedding."""
     return [unrotate(x, attention.cos, attention.sin) for x in (attention.query, attention.key)]
 
 
-def released_query(attention: Attention):
+def released_query(attention: Attention) -> torch.Tensor:
     """The released code's score of q: the *unscaled* product is taken from the *scaled* logits, after rotation, and the
     squares are summed without a root; (B, H·d)."""
     return probability_change(attention, attention.query, attention.key, 1.0).flatten(1)
 
 
-def released_value(attention: Attention):
+def released_value(attention: Attention) -> torch.Tensor:
     """The released code's score of v: Σ over positions of |head output|, its index divided by four; (B, G·d)."""
     sizes = (attention.heads.abs() * attention.real[:, None, :, None]).sum(2).flatten(1)
     return divided_by_four(sizes, attention.groups * attention.value.shape[-1])
 
 
-def released_feed_forward(up, real):
+def released_feed_forward(up: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """The released code's score of up and down: Σ over positions of |W_up x|; up (B, n, F), returns (B, F)."""
     return (up.abs() * real[..., None]).sum(1)
 
 
-def divided_by_four(scores, width):
+def divided_by_four(scores: torch.Tensor, width: int) -> torch.Tensor:
     """Score of row i as the largest among the indices 4i … 4i + 3; rows never reached get zero."""
     rows = torch.arange(scores.shape[1], device=scores.device) // 4
     reached = rows < width
@@ -86,7 +86,9 @@ def divided_by_four(scores, width):
     )
 
 
-def probability_change(attention, query, key, factor):
+def probability_change(
+    attention: Attention, query: torch.Tensor, key: torch.Tensor, factor: float
+) -> torch.Tensor:
     """Σ over positions of the squared change of the probabilities when factor · q_j k_j is taken away: (B, H, d)."""
     heads = []
     for h in range(query.shape[1]):

@@ -1,14 +1,16 @@
 """Importance over a corpus: a running minimum and mean over prompts."""
 
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safetyneuron.cache import digest
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.importance.recorder import RULES, recording
+from safetyneuron.importance.recorder import RULES, Recorder, recording
 from safetyneuron.importance.selection import select_fraction, select_per_layer
 from safetyneuron.memory import Batches
 from safetyneuron.neurons.architecture import PROJECTIONS
@@ -51,11 +53,11 @@ class ImportanceProfile:
     prefix: dict = field(default_factory=dict)
 
     @property
-    def mean(self):
+    def mean(self) -> dict[str, torch.Tensor]:
         """Mean over prompts, like `minimum`."""
         return {p: (total / self.count).float() for p, total in self.total.items()}
 
-    def add(self, scores, positions):
+    def add(self, scores: dict[str, torch.Tensor], positions: list[int]) -> None:
         """Take in a batch: scores (B, layers, channels) per projection, positions in the corpus of its prompts."""
         lowest = {p: x.amin(0) for p, x in scores.items()}
         self.minimum = lower(self.minimum, lowest)
@@ -68,7 +70,7 @@ class ImportanceProfile:
                     minimum, {p: x[inside].amin(0) for p, x in scores.items()}
                 )
 
-    def merge(self, other):
+    def merge(self, other: "ImportanceProfile") -> "ImportanceProfile":
         """The profile of two corpora together, for shards measured apart; prefixes belong to one corpus and are dropped.
 
         Raises
@@ -83,7 +85,7 @@ class ImportanceProfile:
             minimum, total, self.count + other.count, self.rule, self.model, self.tokenizer
         )
 
-    def check_like(self, other):
+    def check_like(self, other: "ImportanceProfile") -> None:
         """Refuse a profile of another model, tokenizer or rule: their numbers cannot be compared."""
         for what in ("model", "tokenizer", "rule"):
             if getattr(self, what) != getattr(other, what):
@@ -91,7 +93,12 @@ class ImportanceProfile:
                     f"the profiles were made with another {what}: measure both alike"
                 )
 
-    def select(self, threshold=None, fraction=None, per_layer=None):
+    def select(
+        self,
+        threshold: float | None = None,
+        fraction: float | None = None,
+        per_layer: int | None = None,
+    ) -> NeuronSet:
         """The safety neurons: give exactly one of the three.
 
         Parameters
@@ -120,7 +127,7 @@ class ImportanceProfile:
             return select_fraction(self.minimum, fraction)
         return select_per_layer(self.minimum, per_layer)
 
-    def save(self, path, **facts):
+    def save(self, path: str | Path, **facts) -> None:
         """Write the profile to a safetensors file."""
         groups = {"minimum": self.minimum, "total": self.total} | {
             f"prefix {n}": m for n, m in self.prefix.items()
@@ -136,7 +143,7 @@ class ImportanceProfile:
         write_tensors(path, "importance profile", tensors, facts)
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> "ImportanceProfile":
         """Read a file written by `save`."""
         return cls._read(path)[0]
 
@@ -154,23 +161,30 @@ class ImportanceProfile:
             return cls(group("minimum"), group("total"), *fields, prefix), facts
 
 
-def lower(first, second):
+def lower(
+    first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Elementwise minimum of two dicts of tensors; an empty one is neutral."""
     return {p: torch.minimum(first[p], x) if p in first else x for p, x in second.items()}
 
 
 def measure_importance(
-    model, tokenizer, prompts, rule="exact", batch_size=16, progress=True, sizes=(), checkpoint=None
-):
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    rule: str = "exact",
+    batch_size: int = 16,
+    progress: bool = True,
+    sizes: Iterable[int] = (),
+    checkpoint: str | Path | None = None,
+) -> ImportanceProfile:
     """Importance of every neuron of `model` for every prompt, in one forward pass per batch.
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-    tokenizer : transformers.PreTrainedTokenizerBase
-        Its chat template formats the prompts; without one they are used as they are.
+    model, tokenizer : transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
+        The chat template formats the prompts; without one they are used as they are.
     prompts : list of str
-        User requests.
     rule : str
         `exact`, `first_order`, `paper` or `released`.
     batch_size : int
@@ -217,7 +231,7 @@ def measure_importance(
     return profile
 
 
-def check_finite(scores, rule):
+def check_finite(scores: dict[str, torch.Tensor], rule: str) -> None:
     """Refuse importance that cannot be ranked. scores: dict of tensors."""
     bad = sum(int((~x.isfinite()).sum()) for x in scores.values())
     if bad:
@@ -226,13 +240,19 @@ def check_finite(scores, rule):
         )
 
 
-def by_length(encoded, batch_size):
+def by_length(encoded: list[list[int]], batch_size: int) -> list[list[int]]:
     """Positions of the prompts in batches of similar length."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def scored(model, tokenizer, encoded, batches, recorder):
+def scored(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: list[list[int]],
+    batches: Iterable[list[int]],
+    recorder: Recorder,
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Run the batches and yield each with its scores: (positions, dict of (B, layers, channels))."""
     fitting = Batches(sys.maxsize)  # as large as they come, until one does not fit
     for positions in batches:

@@ -1,9 +1,12 @@
 """One hooked forward pass that measures every neuron: the model's own numbers feed the closed forms."""
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
 
 from safetyneuron.importance import exact, paper_and_released
 from safetyneuron.importance.attending import attending
@@ -27,11 +30,11 @@ class Recorder:
         self._layers = {}
         self.workspace = exact.Workspace()
 
-    def start(self, real):
+    def start(self, real: torch.Tensor) -> None:
         """Begin a batch whose real positions are `real` (B, n)."""
         self.real, self._layers, self._inputs = real.bool(), {}, {}
 
-    def finish(self):
+    def finish(self) -> dict[str, torch.Tensor]:
         """Importance per projection of the batch just run: (B, layers, channels), on the CPU."""
         self.real, count = None, len(self.architecture.layers)
         return {
@@ -107,11 +110,13 @@ class Recorder:
     def _attention_scores(self, layer, attention):
         return RULES[self.rule](self, layer, attention)
 
-    def wanted_in(self, layer, device):
+    def wanted_in(
+        self, layer: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The masks (G, d) of one layer, if there are any."""
         return self.wanted and tuple(mask[layer].to(device) for mask in self.wanted)
 
-    def output_factors(self, layer, attention):
+    def output_factors(self, layer: int, attention: exact.Attention) -> exact.OutputFactors:
         """What the rules need of W_O."""
 
         def factor():
@@ -127,7 +132,9 @@ class Recorder:
         return self._constants[layer, what]
 
 
-def exact_scores(recorder, layer, attention):
+def exact_scores(
+    recorder: Recorder, layer: int, attention: exact.Attention
+) -> dict[str, torch.Tensor]:
     """All in the unit of the residual stream; q and k exactly."""
     factors = recorder.output_factors(layer, attention)
     wanted = recorder.wanted_in(layer, attention.query.device)
@@ -136,7 +143,9 @@ def exact_scores(recorder, layer, attention):
     )
 
 
-def first_order_scores(recorder, layer, attention):
+def first_order_scores(
+    recorder: Recorder, layer: int, attention: exact.Attention
+) -> dict[str, torch.Tensor]:
     """The same with q and k to first order."""
     factors = recorder.output_factors(layer, attention)
     return _output_and_value(attention, factors, first_order(attention, factors))
@@ -150,14 +159,18 @@ def _output_and_value(attention, factors, query_and_key):
     return {"q": q, "k": k, "v": v, "o": o}
 
 
-def paper_scores(recorder, layer, attention):
+def paper_scores(
+    recorder: Recorder, layer: int, attention: exact.Attention
+) -> dict[str, torch.Tensor]:
     """The paper's formulas as printed."""
     factors = recorder.output_factors(layer, attention)
     o = exact.output(attention.heads, factors, attention.real)
     return paper_and_released.paper(attention) | {"o": o}
 
 
-def released_scores(recorder, layer, attention):
+def released_scores(
+    recorder: Recorder, layer: int, attention: exact.Attention
+) -> dict[str, torch.Tensor]:
     """The released code's scores; it has none for o."""
     scores = paper_and_released.released(attention)
     return scores | {"o": torch.zeros_like(scores["q"])}
@@ -172,19 +185,26 @@ RULES = {
 }
 
 
-def widen(x):
+def widen(x: torch.Tensor) -> torch.Tensor:
     """Float32 or wider: norms of half-precision activations are accumulated in float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def visible(mask):
+def visible(mask: torch.Tensor) -> torch.Tensor:
     """Where a position may look, from an additive mask; a row of padding looks at itself, and never counts."""
     allowed = mask >= 0
     itself = torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device)
     return allowed | (~allowed.any(-1, keepdim=True) & itself)
 
 
-def attention_output(query, key, value, allowed, scaling, softcap=None):
+def attention_output(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
     """Heads' outputs before W_O: (B, H, n, d)."""
     if softcap is None:  # the fused kernel never holds the attention maps
         return scaled_dot_product_attention(
@@ -196,19 +216,21 @@ def attention_output(query, key, value, allowed, scaling, softcap=None):
     return torch.softmax(exact.masked(logits, allowed), -1) @ values
 
 
-def norm_ratio(x, epsilon):
+def norm_ratio(x: torch.Tensor, epsilon: float) -> torch.Tensor:
     """By how much a root-mean-square norm of x (…, d) grows the rest of the vector when channel j is zero: (…, d)."""
     mean = x.square().mean(-1, keepdim=True) + epsilon
     return (mean / (mean - x.square() / x.shape[-1])).sqrt()
 
 
-def norm_epsilon(module):
+def norm_epsilon(module: nn.Module) -> float:
     """The epsilon of a root-mean-square norm, under either of its names."""
     return getattr(module, "variance_epsilon", None) or module.eps
 
 
 @contextmanager
-def recording(model, rule="exact", kind=Recorder):
+def recording(
+    model: PreTrainedModel, rule: str = "exact", kind: type[Recorder] = Recorder
+) -> Iterator[Recorder]:
     """Measure every neuron while `model` runs; the hooks and the attention function are gone on exit.
 
     kind: the class of recorder, for other scores than those of the rules.

@@ -9,6 +9,7 @@ known, the prompts run again for it.
 from functools import partial
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safetyneuron.importance.profile import by_length, check_finite, lower, scored
 from safetyneuron.importance.recorder import recording
@@ -23,7 +24,11 @@ MARGIN = (
 
 
 def screen(
-    model, tokenizer, prompts: list[str], fraction: float, batch_size: int = 16
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    fraction: float,
+    batch_size: int = 16,
 ) -> NeuronSet:
     """The neurons that rule `exact` selects at a budget, with `exact` run only on rows of q and k that may be among them.
 

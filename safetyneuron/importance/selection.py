@@ -7,7 +7,7 @@ from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.sets import NeuronSet, Units, unit_kinds
 
 
-def select_fraction(scores, fraction):
+def select_fraction(scores: dict[str, torch.Tensor], fraction: float) -> NeuronSet:
     """The `fraction` of all neurons with the highest scores; ties go to the earlier projection, layer, channel.
 
     scores: dict of (layers, channels) per projection. At least one neuron is selected.
@@ -15,7 +15,9 @@ def select_fraction(scores, fraction):
     return NeuronSet(mark_highest({p: scores[p] for p in PROJECTIONS}, fraction))
 
 
-def select_units(scores, fraction, others=None):
+def select_units(
+    scores: dict[str, torch.Tensor], fraction: float, others: dict[str, torch.Tensor] | None = None
+) -> NeuronSet | None:
     """All rows and columns of the `fraction` of functional units with the highest scores, less what `others` selects alike.
 
     A unit's score is the highest of its rows and columns. Ties go to the earlier kind, layer, channel.
@@ -42,13 +44,13 @@ def select_units(scores, fraction, others=None):
     return Units(mark_difference(scores, others, fraction)).neurons()
 
 
-def unit_scores(scores):
+def unit_scores(scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The highest score of every functional unit's rows and columns: (layers, channels) per kind."""
     kinds = unit_kinds({p: score.shape for p, score in scores.items()})
     return {kind: torch.stack([scores[p] for p in kinds[kind]]).amax(0) for kind in kinds}
 
 
-def mark_highest(scores, fraction):
+def mark_highest(scores: dict[str, torch.Tensor], fraction: float) -> dict[str, torch.Tensor]:
     """Boolean masks of the `fraction` of all places with the highest scores, at least one; ties go to the earlier place.
 
     scores: dict of (layers, channels) per projection or kind of unit.
@@ -72,7 +74,7 @@ def _budget(places, fraction):
     return max(1, round(fraction * len(places)))
 
 
-def select_without_foundation(profile, general, fraction):
+def select_without_foundation(profile, general, fraction: float) -> NeuronSet:
     """N_safe without N_foundation, at a given budget (Zhao et al. 2025, §4; Eq 3 for both sets).
 
     Both sets take the same share of neurons; the share is the smallest one at which the difference holds
@@ -94,19 +96,21 @@ def select_without_foundation(profile, general, fraction):
     return select_difference(profile.minimum, general.minimum, fraction)
 
 
-def largest_without_foundation(profile, general):
+def largest_without_foundation(profile, general) -> float:
     """The largest share that `select_without_foundation` can fill: a wider detector finds the same neurons in both."""
     profile.check_like(general)
     return largest_difference(profile.minimum, general.minimum)
 
 
-def largest_difference(scores, others):
+def largest_difference(scores: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
     """The largest share that `select_difference` can fill; of units where the scores are those of units."""
     sizes = _difference_sizes(scores, others)
     return int(sizes.max()) / len(sizes)
 
 
-def select_difference(scores, others, fraction):
+def select_difference(
+    scores: dict[str, torch.Tensor], others: dict[str, torch.Tensor], fraction: float
+) -> NeuronSet:
     """What `scores` selects and `others` does not, both at the smallest share at which that is `fraction` of all neurons.
 
     scores, others: dicts of (layers, channels) per projection.
@@ -120,7 +124,9 @@ def select_difference(scores, others, fraction):
     return NeuronSet(mark_difference(first, second, fraction))
 
 
-def mark_difference(scores, others, fraction):
+def mark_difference(
+    scores: dict[str, torch.Tensor], others: dict[str, torch.Tensor], fraction: float
+) -> dict[str, torch.Tensor]:
     """`select_difference` as masks, of neurons or of units."""
     sizes = _difference_sizes(scores, others)
     target = _budget(sizes, fraction)
@@ -140,13 +146,13 @@ def _difference_sizes(scores, others):
     return torch.arange(1, len(first) + 1) - both
 
 
-def ranks(scores):
+def ranks(scores: dict[str, torch.Tensor]) -> torch.Tensor:
     """Rank of every neuron or unit, 0 for the highest score, flat in the order of the scores."""
     order = _flat(scores).argsort(descending=True, stable=True)
     return torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
 
 
-def select_per_layer(scores, count):
+def select_per_layer(scores: dict[str, torch.Tensor], count: int) -> NeuronSet:
     """The `count` neurons with the highest scores in every layer of every projection."""
     if count < 1:
         raise SafetyNeuronError(f"per_layer is {count}: it must be at least 1")

@@ -3,10 +3,13 @@
 The activation of a row is what it puts out, that of a column what it reads.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safetyneuron.code import code_digest
 from safetyneuron.memory import Batches
@@ -15,11 +18,12 @@ from safetyneuron.neurons.deactivation import check_shapes
 from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.neurons.hooks import overwriting, reading
 from safetyneuron.neurons.identity import changed
+from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.neurons.weights import row_sums
 
 
 @contextmanager
-def activations(model):
+def activations(model: PreTrainedModel):
     """What every down projection reads, for the length of a `with` block: a dict, layer to (B, n, channels), of the last call."""
     seen, layers = {}, range(len(Architecture(model).layers))
     with overwriting(model, {("down", l): partial(seen.__setitem__, l) for l in layers}):
@@ -27,7 +31,12 @@ def activations(model):
 
 
 @torch.no_grad()
-def channel_means(model, tokenizer, prompts, batch_size=64):
+def channel_means(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    batch_size: int = 64,
+) -> dict[str, torch.Tensor]:
     """Mean activation of every neuron over all tokens of the prompts: (layers, channels) per projection, float32."""
     places = [(p, layer) for p in PROJECTIONS for layer in range(len(Architecture(model).layers))]
     encoded, real, count = encode_prompts(model, tokenizer, prompts), None, 0
@@ -57,7 +66,9 @@ def channel_means(model, tokenizer, prompts, batch_size=64):
 
 
 @contextmanager
-def mean_ablated(model, neurons, means):
+def mean_ablated(
+    model: PreTrainedModel, neurons: NeuronSet, means: dict[str, torch.Tensor]
+) -> Iterator[PreTrainedModel]:
     """The neurons have their mean activation at every token, for the length of a `with` block.
 
     Parameters
@@ -83,7 +94,9 @@ def mean_ablated(model, neurons, means):
 
 
 @contextmanager
-def overwritten(model, neurons, values):
+def overwritten(
+    model: PreTrainedModel, neurons: NeuronSet, values: torch.Tensor
+) -> Iterator[PreTrainedModel]:
     """The neurons have the activations `values(projection, layer)`, (…, channels), for the length of a `with` block.
 
     None leaves them as they are.
@@ -108,7 +121,12 @@ def overwritten(model, neurons, values):
 
 
 @torch.no_grad()
-def last_activations(model, tokenizer, prompts, batch_size=64):
+def last_activations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    batch_size: int = 64,
+) -> np.ndarray:
     """Activations of every feed-forward neuron at the last token of each prompt: (prompts, layers · channels)."""
     places = [("down", layer) for layer in range(len(Architecture(model).layers))]
     encoded = encode_prompts(model, tokenizer, prompts)

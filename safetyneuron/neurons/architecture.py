@@ -9,6 +9,7 @@ from inspect import signature
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from safetyneuron.errors import SafetyNeuronError, UnsupportedArchitecture
 
@@ -46,7 +47,7 @@ FAMILIES = {
 }
 
 
-def stored(module, name, label=None):
+def stored(module: nn.Module, name: str, label: str | None = None) -> torch.Tensor | None:
     """A module's tensor where its numbers live: accelerate keeps what it offloads to main memory outside the module.
 
     Raises
@@ -80,17 +81,17 @@ class Place:
     size: int
 
     @property
-    def channels(self):
+    def channels(self) -> slice:
         return slice(self.start, self.start + self.size)
 
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         """The projection's part of the weight, channels first: (channels, other width)."""
         weight = stored(self.module, "weight")
         return weight[self.channels] if self.axis == 0 else weight[:, self.channels].T
 
     @property
-    def bias(self):
+    def bias(self) -> torch.Tensor | None:
         """The channels' biases; None for columns, whose bias belongs to no channel."""
         bias = stored(self.module, "bias")
         return None if bias is None or self.axis == 1 else bias[self.channels]
@@ -161,7 +162,7 @@ class Architecture:
         """Width of a module: the sum over the projections that share it."""
         return sum(self.widths[p] for p in PROJECTIONS if self.table[p] == path)
 
-    def place(self, layer, projection):
+    def place(self, layer: int, projection: str) -> Place:
         """The `Place` of one projection in one layer."""
         path = self.table[projection]
         before = PROJECTIONS[: PROJECTIONS.index(projection)]
@@ -169,20 +170,20 @@ class Architecture:
         module = self.layers[layer].get_submodule(path)
         return Place(module, self._axis(projection), start, self.widths[projection])
 
-    def module_names(self):
+    def module_names(self) -> list[str]:
         """Names of the modules that hold the projections, without their path."""
         return sorted({path.rsplit(".", 1)[1] for path in self.table.values()})
 
-    def attention(self, layer):
+    def attention(self, layer: int) -> nn.Module:
         """The attention module of one layer."""
         return self.layers[layer].self_attn
 
-    def feed_forward_norm(self, layer):
+    def feed_forward_norm(self, layer: int) -> nn.Module:
         """The norm that reads the residual stream between attention and the feed-forward block."""
         block = self.layers[layer]
         return getattr(block, "pre_feedforward_layernorm", None) or block.post_attention_layernorm
 
-    def norm_after(self, layer, projection):
+    def norm_after(self, layer: int, projection: str) -> nn.Module | None:
         """The norm that what `o` or `down` writes passes through before it joins the stream; None in most families."""
         block = self.layers[layer]
         if not hasattr(block, "pre_feedforward_layernorm"):
@@ -193,18 +194,18 @@ class Architecture:
             else block.post_feedforward_layernorm
         )
 
-    def parameters_per_neuron(self):
+    def parameters_per_neuron(self) -> dict[str, int]:
         """Weights that one neuron of each projection holds, from projection name to count."""
         return {p: self.place(0, p).weight.shape[1] for p in PROJECTIONS}
 
 
-def cache_argument(model):
+def cache_argument(model: PreTrainedModel) -> str:
     """What `model.forward` and its output call the keys and values read before: transformers 5.24 renamed `past_key_values`."""
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 @torch.no_grad()
-def multiply_factors(model, factors):
+def multiply_factors(model: PreTrainedModel, factors: torch.Tensor) -> PreTrainedModel:
     """Multiply (IA)³ factors (layers, channels) into the rows of the up projections, in place."""
     architecture = Architecture(model)
     for layer, factor in enumerate(factors):

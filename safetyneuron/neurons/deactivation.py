@@ -1,15 +1,18 @@
 """Switch neurons off, or give them another model's parameters, for the length of a `with` block."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers import PreTrainedModel
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import Architecture
+from safetyneuron.neurons.sets import NeuronSet
 
 
 @contextmanager
-def deactivate(model, neurons):
+def deactivate(model: PreTrainedModel, neurons: NeuronSet) -> Iterator[PreTrainedModel]:
     """Set the parameters of `neurons` to zero; every weight is back, bit for bit, on exit and after an error.
 
     A bias on q, k, v, gate or up belongs to its channel and is zeroed with it, so the channel is silent.
@@ -34,7 +37,9 @@ def deactivate(model, neurons):
 
 
 @contextmanager
-def transplant(model, donor, neurons):
+def transplant(
+    model: PreTrainedModel, donor: PreTrainedModel, neurons: NeuronSet
+) -> Iterator[PreTrainedModel]:
     """Give `neurons` the parameters that they have in another model of the same shape, for the length of a `with` block.
 
     Raises
@@ -77,7 +82,7 @@ def _write(place, source, channels, saved):
             tensor[channels] = 0 if new is None else new[channels.to(new.device)].to(tensor)
 
 
-def check_shapes(architecture, neurons):
+def check_shapes(architecture: Architecture, neurons: NeuronSet) -> None:
     """Refuse a neuron set that does not fit the model."""
     expected = {p: (len(architecture.layers), width) for p, width in architecture.widths.items()}
     for projection, shape in neurons.shapes.items():

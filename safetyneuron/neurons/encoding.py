@@ -1,9 +1,14 @@
 """Prompts and documents as token ids, and several of them as a batch."""
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from safetyneuron.errors import SafetyNeuronError
 
 
-def encode_prompts(model, tokenizer, prompts, room=0):
+def encode_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], room: int = 0
+) -> list[list[int]]:
     """Token ids of each prompt, ready for an answer of `room` tokens; refuses what the model cannot read."""
     if isinstance(prompts, str):
         raise SafetyNeuronError(
@@ -36,13 +41,15 @@ def _encode(tokenizer, prompt):
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
 
-def pad(encoded, tokenizer, device):
+def pad(
+    encoded: list[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device | str
+) -> dict[str, torch.Tensor]:
     """Token ids of several prompts as one batch, padded on the left."""
     batch = tokenizer.pad({"input_ids": encoded}, return_tensors="pt", padding_side="left")
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
-def check_documents(documents):
+def check_documents(documents: list[dict[str, str]]) -> None:
     """Refuse an empty list, and documents that do not have both sides."""
     if not documents:
         raise SafetyNeuronError("there are no documents to train on: give at least one")
@@ -58,7 +65,9 @@ def check_documents(documents):
             )
 
 
-def encode_documents(model, tokenizer, documents):
+def encode_documents(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[dict[str, str]]
+) -> list[dict[str, list[int]]]:
     """Token ids and labels of each document; the loss is taken on the completion and what ends the turn.
 
     Raises

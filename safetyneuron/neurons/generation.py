@@ -1,13 +1,16 @@
 """Writing on from a prompt, token by token, in the same way for every model."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @contextmanager
-def plain_settings(model, tokenizer):
+def plain_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[PreTrainedModel]:
     """The model's own generation settings count for nothing but the ends of an answer, for the length of a `with` block.
 
     A model may ship a penalty, a temperature or a least length; `generate` fills in whatever its caller leaves open from these.
@@ -23,7 +26,13 @@ def plain_settings(model, tokenizer):
         model.generation_config = shipped
 
 
-def generate(model, tokenizer, batch: dict, max_new_tokens: int, sample=False) -> torch.Tensor:
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: dict,
+    max_new_tokens: int,
+    sample: bool = False,
+) -> torch.Tensor:
     """Prompt and continuation of every row of a batch, greedy or sampled at temperature 1: (B, n) token ids.
 
     Parameters

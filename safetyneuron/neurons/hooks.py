@@ -14,13 +14,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
 from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, PROJECTIONS, Architecture
 
 
 @contextmanager
 def reading(
-    model, places: Iterable[tuple[str, int]], keep: Callable | None = None
+    model: PreTrainedModel, places: Iterable[tuple[str, int]], keep: Callable | None = None
 ) -> Iterator[dict]:
     """What passes through some places: a dict, place to (B, n, width), of the last forward pass; the hooks are gone on exit.
 
@@ -36,7 +37,7 @@ def reading(
 
 
 @contextmanager
-def overwriting(model, changes: dict[tuple[str, int], Callable]) -> Iterator[None]:
+def overwriting(model: PreTrainedModel, changes: dict[tuple[str, int], Callable]) -> Iterator[None]:
     """Put `change(values)` into some places, place to function; None leaves what is there. The hooks are gone on exit.
 
     Blocks can be nested: the inner one sees what the outer one leaves. What is put `between` is read by the feed-forward

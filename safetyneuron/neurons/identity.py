@@ -1,7 +1,10 @@
 """What a result depends on beside its own parameters, as parts of a cache key: the model as it stands, its tokenizer, code and libraries."""
 
 import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safetyneuron.cache import digest, library_versions
 from safetyneuron.code import code_digest
@@ -13,7 +16,7 @@ NO_SETTINGS = ("_name_or_path", "_commit_hash", "transformers_version")  # where
 CALLED_WITH = ("padding", "truncation")  # how a tokenizer was last called
 
 
-def identity(model, tokenizer, *modules: str) -> list:
+def identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *modules: str) -> list:
     """What a result depends on beside its own parameters.
 
     Parameters
@@ -36,7 +39,7 @@ def identity(model, tokenizer, *modules: str) -> list:
     ]
 
 
-def model_digest(model) -> str:
+def model_digest(model: PreTrainedModel) -> str:
     """Hash of a model as it stands: weights, configuration, generation settings, and what hooks of this package change.
 
     Raises
@@ -62,7 +65,7 @@ def _settings(config):
 
 
 @contextmanager
-def changed(model, key):
+def changed(model: PreTrainedModel, key: Callable) -> Iterator[PreTrainedModel]:
     """Hooks of this package change what the model does for the length of a `with` block; `key()` says how, where it is asked for."""
     model.hooked = [*_changes(model), key]
     try:
@@ -75,7 +78,7 @@ def _changes(model):
     return getattr(model, "hooked", [])
 
 
-def tokenizer_digest(tokenizer) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of a tokenizer in full: words, merges, normaliser, special tokens, chat template, side of the padding."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()

@@ -1,19 +1,22 @@
 """Dynamic activation patching (Chen et al. 2025): one model runs with some of another's activations."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers import PreTrainedModel
 
 from safetyneuron.code import code_digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.activations import activations, overwritten
 from safetyneuron.neurons.architecture import Architecture, cache_argument
 from safetyneuron.neurons.identity import changed, model_digest
+from safetyneuron.neurons.sets import NeuronSet
 
 POSITIONS = ("all", "prompt", "completion")
 
 
-def check_same_shape(model, other):
+def check_same_shape(model: PreTrainedModel, other: PreTrainedModel) -> None:
     """Refuse two models whose neurons do not correspond."""
     first, second = Architecture(model), Architecture(other)
     if first.widths != second.widths or len(first.layers) != len(second.layers):
@@ -23,7 +26,9 @@ def check_same_shape(model, other):
 
 
 @contextmanager
-def patched_generation(recipient, donor, neurons, positions="all"):
+def patched_generation(
+    recipient: PreTrainedModel, donor: PreTrainedModel, neurons: NeuronSet, positions: str = "all"
+) -> Iterator[PreTrainedModel]:
     """The recipient runs with the donor's activations of `neurons`, for the length of a `with` block (Chen et al. 2025, dynamic activation patching).
 
     Before every forward pass of the recipient the donor reads the same tokens, with a cache of its own that is never patched, and its

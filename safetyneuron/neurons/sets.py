@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import and_, or_, xor
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from safetyneuron.cache import digest
 from safetyneuron.errors import SafetyNeuronError
@@ -56,7 +58,7 @@ class NeuronSet:
         self.masks = {p: masks[p].cpu() for p in PROJECTIONS}
 
     @classmethod
-    def empty(cls, model):
+    def empty(cls, model: PreTrainedModel) -> "NeuronSet":
         """The set without neurons, in the shape of `model`."""
         architecture = Architecture(model)
         layers = len(architecture.layers)
@@ -142,21 +144,21 @@ class NeuronSet:
         return f"NeuronSet({len(self)} of {self.total} neurons, {self.share:.2%})"
 
     @property
-    def shapes(self):
+    def shapes(self) -> dict[str, tuple[int, int]]:
         """Mask shapes, projection name to (layers, channels)."""
         return {p: tuple(mask.shape) for p, mask in self.masks.items()}
 
     @property
-    def total(self):
+    def total(self) -> int:
         """Neurons of the model, in the set or not."""
         return sum(mask.numel() for mask in self.masks.values())
 
     @property
-    def share(self):
+    def share(self) -> float:
         """Share of the model's neurons (rows and columns) in the set, 0 to 1."""
         return len(self) / self.total
 
-    def counts(self):
+    def counts(self) -> dict[str, int]:
         """Neurons in the set per projection."""
         return {p: int(mask.sum()) for p, mask in self.masks.items()}
 
@@ -218,23 +220,23 @@ class NeuronSet:
             inside, whole = inside.units(), whole.units()
         return len(inside) / len(whole) if len(whole) else float("nan")
 
-    def parameter_share(self, model):
+    def parameter_share(self, model: PreTrainedModel) -> float:
         """Share of all parameters of `model` that the set's rows and columns hold, 0 to 1."""
         sizes = Architecture(model).parameters_per_neuron()
         inside = sum(count * sizes[p] for p, count in self.counts().items())
         return inside / sum(parameter.numel() for parameter in model.parameters())
 
-    def digest(self):
+    def digest(self) -> str:
         """Hash of the set, for cache keys."""
         return digest({p: mask.nonzero().tolist() for p, mask in self.masks.items()}, self.shapes)
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write the masks to a safetensors file."""
         masks = {p: mask.to(torch.uint8) for p, mask in self.masks.items()}
         write_tensors(path, "neuron file", masks, {})
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> "NeuronSet":
         """Read a file written by `save`."""
         cure = "write it again with NeuronSet.save"
         with read_tensors(path, "neuron file", cure) as (masks, _):

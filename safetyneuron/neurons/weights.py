@@ -1,10 +1,12 @@
 """The weights of a model as one: their fingerprint, and a block in which none of them learns."""
 
 import hashlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
+from torch import nn
 
 from safetyneuron.neurons.architecture import stored
 
@@ -12,7 +14,7 @@ WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # bytes of a number -> 
 BLOCK = 2**18  # numbers at a time: what is computed of them stays in the processor's cache
 
 
-def fingerprint(model) -> str:
+def fingerprint(model: nn.Module) -> str:
     """Hash of a model's shapes and weights: one changed weight changes it, and so does one at another place."""
     hasher = hashlib.sha256(
         repr([(n, tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters()]).encode()
@@ -47,7 +49,7 @@ def _factors(count, device):
 
 
 @contextmanager
-def frozen(model):
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """No weight of the model asks for a gradient for the length of a `with` block; afterwards those do that did before."""
     parameters = list(model.parameters())
     wanted = [parameter.requires_grad for parameter in parameters]

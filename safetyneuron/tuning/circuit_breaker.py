@@ -5,11 +5,13 @@ import random
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch.nn.functional import cosine_similarity
-from transformers import PrinterCallback, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import Architecture
@@ -27,24 +29,26 @@ TARGETS = (
 RANK, ALPHA, DROPOUT = 16, 16, 0.05
 
 
-def target_layers(count):
+def target_layers(count: int) -> list[int]:
     """The target layers of a model with `count` layers, counted from 1."""
     return sorted({max(1, round(depth * count)) for depth in TARGETS})
 
 
-def coefficients(step, steps, strength):
+def coefficients(step: int, steps: int, strength: float) -> tuple[float, float]:
     """Weights of the rerouting and the retain loss at a step: strength · (1 − t/2T) and strength · t/2T."""
     progress = step / (2 * steps)
     return strength * (1 - progress), strength * progress
 
 
-def rerouting_loss(states, original, real):
+def rerouting_loss(
+    states: torch.Tensor, original: torch.Tensor, real: torch.Tensor
+) -> torch.Tensor:
     """Mean over layers and real positions of ReLU(cos(h, h_original)), in float32; states (layers, B, n, D), real (B, n)."""
     similarity = cosine_similarity(states.float(), original.float(), dim=-1).relu()
     return similarity[:, real].mean()
 
 
-def retain_loss(states, original, real):
+def retain_loss(states: torch.Tensor, original: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Mean over layers and real positions of ‖h − h_original‖, in float32; states (layers, B, n, D), real (B, n)."""
     return torch.linalg.vector_norm((states.float() - original.float())[:, real], dim=-1).mean()
 
@@ -69,12 +73,12 @@ class CircuitBreaker:
         self.tensors, self.model, self.facts = tensors, model, facts
 
     @property
-    def parameters(self):
+    def parameters(self) -> int:
         """Number of trained parameters."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     @contextmanager
-    def attached(self, model):
+    def attached(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         """The defended model for the length of a `with` block.
 
         Raises
@@ -93,13 +97,13 @@ class CircuitBreaker:
             model.eval()
             yield model
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write a safetensors file with the adapters and the model's fingerprint."""
         facts = {"model": self.model, "facts": self.facts}
         write_tensors(path, "circuit breaker", self.tensors, facts)
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> "CircuitBreaker":
         """Read a file written by `save`."""
         cure = "write it again with CircuitBreaker.save"
         with read_tensors(path, "circuit breaker", cure) as (tensors, facts):
@@ -107,17 +111,17 @@ class CircuitBreaker:
 
 
 def circuit_break(
-    model,
-    tokenizer,
-    harmful,
-    retain,
-    steps=150,
-    learning_rate=1e-4,
-    batch_size=16,
-    strength=10.0,
-    seed=0,
-):
-    """Train adapters that turn the states on harmful documents away from what they were and keep all others.
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: list[dict[str, str]],
+    retain: list[dict[str, str]],
+    steps: int = 150,
+    learning_rate: float = 1e-4,
+    batch_size: int = 16,
+    strength: float = 10.0,
+    seed: int = 0,
+) -> CircuitBreaker:
+    """Train adapters that turn the states on harmful documents away from what they were and keep all others (Zou et al. 2024).
 
     Parameters
     ----------
@@ -135,14 +139,9 @@ def circuit_break(
     SafetyNeuronError
         If a number is not positive, a document is empty, one-sided or longer than the context, or the training diverges.
     """
-    for name, value in (
-        ("steps", steps),
-        ("learning_rate", learning_rate),
-        ("batch_size", batch_size),
-        ("strength", strength),
-    ):
-        if not value > 0 or math.isinf(value):
-            raise SafetyNeuronError(f"{name} is {value}: it must be a positive number")
+    _check_positive(
+        steps=steps, learning_rate=learning_rate, batch_size=batch_size, strength=strength
+    )
     encoded = [
         [row["input_ids"] for row in encode_documents(model, tokenizer, documents)]
         for documents in (harmful, retain)
@@ -168,6 +167,12 @@ def circuit_break(
     return CircuitBreaker(
         tensors, before, {"seconds": time.monotonic() - started, "curve": trainer.curve}
     )
+
+
+def _check_positive(**numbers):
+    for name, value in numbers.items():
+        if not value > 0 or math.isinf(value):
+            raise SafetyNeuronError(f"{name} is {value}: it must be a positive number")
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 """What SN-Tune leaves behind: the change of the trained rows and columns, small enough to mail and easy to take back."""
 
 import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import Architecture
@@ -42,16 +45,16 @@ class NeuronDelta:
         return f"NeuronDelta({len(self.neurons)} neurons, {self.parameters} parameters, ‖ΔW‖ = {self.norm:.3g})"
 
     @property
-    def parameters(self):
+    def parameters(self) -> int:
         """Number of trained parameters."""
         return sum(value.numel() for value in self.values.values())
 
     @property
-    def norm(self):
+    def norm(self) -> float:
         """‖ΔW‖, the Frobenius norm of the whole change: 0 means that no update happened."""
         return sum(float(value.double().square().sum()) for value in self.values.values()) ** 0.5
 
-    def merge(self, model):
+    def merge(self, model: PreTrainedModel):
         """Add the change to the weights of `model`, which must be the one it was trained on.
 
         A model in half precision rounds the sum, and a change far smaller than the weight vanishes; where less than half
@@ -87,7 +90,7 @@ class NeuronDelta:
                 weight[channels] = after
         self._merged = (weakref.ref(model), originals)
 
-    def unmerge(self, model):
+    def unmerge(self, model: PreTrainedModel):
         """Put the original rows and columns back, bit for bit in every dtype.
 
         Raises
@@ -113,7 +116,7 @@ class NeuronDelta:
         self._merged = None
 
     @contextmanager
-    def merged(self, model):
+    def merged(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         """The tuned model for the length of a `with` block."""
         self.merge(model)
         try:
@@ -132,7 +135,7 @@ class NeuronDelta:
                 value.to(weight.device),
             )
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write a safetensors file with the trained rows, their channels, and the model's fingerprint."""
         tensors = {}
         for (projection, layer), value in self.values.items():
@@ -144,7 +147,7 @@ class NeuronDelta:
         write_tensors(path, "neuron delta", tensors, facts)
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> "NeuronDelta":
         """Read a file written by `save`."""
         cells, values = [], {}
         cure = "write it again with NeuronDelta.save"

@@ -1,17 +1,21 @@
 """SN-Tune: train only chosen rows and columns (Zhao et al. 2025, §3)."""
 
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, Architecture
 from safetyneuron.neurons.deactivation import check_shapes
 from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.neurons.identity import changed, identity
+from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.neurons.undisturbed import undisturbed
 from safetyneuron.neurons.weights import fingerprint, frozen
 from safetyneuron.tuning.delta import NeuronDelta
@@ -60,7 +64,7 @@ class TunedNeurons(nn.Module):
         return self.inside[0](**{name: x.to(device) for name, x in tensors.items()}, **options)
 
     @contextmanager
-    def added(self):
+    def added(self) -> Iterator["TunedNeurons"]:
         """The neurons' changes take part in the frozen model for the length of a `with` block."""
         model = self.inside[0]
         with frozen(model), changed(model, lambda: fingerprint(self)), ExitStack() as handles:
@@ -72,7 +76,7 @@ class TunedNeurons(nn.Module):
                 handles.callback(handle.remove)
             yield self
 
-    def values(self):
+    def values(self) -> dict[tuple[str, int], torch.Tensor]:
         """The changes by projection and layer, on the CPU."""
         return {key: value.detach().cpu().clone() for key, (_, _, value) in self.places.items()}
 
@@ -88,40 +92,34 @@ def _add_columns(channels, value, module, inputs, result):
 
 
 def sn_tune(
-    model,
-    tokenizer,
-    documents,
-    neurons,
-    epochs=1,
-    learning_rate=1e-6,
-    batch_size=8,
-    accumulation=1,
-    warmup_steps=0,
-    seed=0,
-    folder=None,
-):
-    """Train only `neurons` on `documents`; `model` is left as it was, to the last bit.
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[dict[str, str]],
+    neurons: NeuronSet,
+    epochs: int = 1,
+    learning_rate: float = 1e-6,
+    batch_size: int = 8,
+    accumulation: int = 1,
+    warmup_steps: int = 0,
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> NeuronDelta:
+    """Train only `neurons` on `documents`; `model` is left as it was, to the last bit (Zhao et al. 2025, §3).
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
+    model, tokenizer : transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
         Any dtype, also spread over devices.
-    tokenizer : transformers.PreTrainedTokenizerBase
     documents : list of dict
         `prompt` and `completion`, as from `load_documents`; the loss is taken on the completion.
     neurons : NeuronSet
         The rows and columns to train; biases stay.
     epochs, learning_rate : int, float
         The paper's values by default. AdamW without weight decay, linear decay of the rate, gradients clipped at 1.
-    batch_size, accumulation : int
-        Documents in a forward pass, and passes in an update.
-    warmup_steps : int
-        Updates during which the rate rises from 0.
-    seed : int
-        Order of the documents.
+    batch_size, accumulation, warmup_steps, seed : int
+        Documents in a forward pass, passes in an update, updates while the rate rises from 0, order of the documents.
     folder : path, optional
-        Where to write a checkpoint every 20 updates; if it holds one of the same training, it goes on from there to the
-        same result.
+        Where to write a checkpoint every 20 updates; one of the same training goes on from there to the same result.
 
     Returns
     -------
@@ -136,26 +134,15 @@ def sn_tune(
     check_shapes(Architecture(model), neurons)
     if not len(neurons):
         raise SafetyNeuronError("the neuron set is empty: select at least one neuron to tune")
-    updates = check_schedule(
-        len(documents), epochs, learning_rate, batch_size, accumulation, warmup_steps
-    )
-    data = encode_documents(model, tokenizer, documents)
-    schedule = {
-        "epochs": epochs,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-        "accumulation": accumulation,
-    }
-    schedule |= {"warmup_steps": warmup_steps, "seed": seed}
-    before = fingerprint(model)
+    schedule = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
+    schedule |= dict(accumulation=accumulation, warmup_steps=warmup_steps)
+    updates = check_schedule(len(documents), **schedule)
+    schedule |= {"seed": seed}
+    data, before = encode_documents(model, tokenizer, documents), fingerprint(model)
     task = [identity(model, tokenizer, __name__), neurons.digest()] if folder else []
     tuned, started = TunedNeurons(model, neurons), time.monotonic()
     with undisturbed(model), tuned.added():
         curve = train(tuned, tokenizer, data, folder, task, **schedule)
-    facts = schedule | {
-        "documents": len(documents),
-        "effective_updates": updates,
-        "seconds": time.monotonic() - started,
-        "curve": curve,
-    }
+    facts = {"documents": len(documents), "effective_updates": updates, "curve": curve}
+    facts |= schedule | {"seconds": time.monotonic() - started}
     return NeuronDelta(neurons, tuned.values(), before, facts)

@@ -10,8 +10,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -30,8 +33,15 @@ SCHEDULE = "linear"
 
 
 def fine_tune(
-    model, tokenizer, documents, lora_rank=None, epochs=1, learning_rate=1e-4, batch_size=8, seed=0
-):
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[dict[str, str]],
+    lora_rank: int | None = None,
+    epochs: int = 1,
+    learning_rate: float = 1e-4,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> PreTrainedModel:
     """A copy of `model` trained on `documents` in all its weights, or through LoRA on every projection.
 
     This is the downstream fine-tuning of §4, not a defence.
@@ -72,7 +82,7 @@ def fine_tune(
     return (tuned.merge_and_unload() if lora_rank else tuned).eval()
 
 
-def with_lora(model, rank, seed=0):
+def with_lora(model: PreTrainedModel, rank: int, seed: int = 0):
     """The model with a LoRA adapter of that rank on every projection (peft)."""
     from peft import LoraConfig, get_peft_model  # here, because importing it takes seconds
 
@@ -92,7 +102,14 @@ def with_lora(model, rank, seed=0):
         )
 
 
-def check_schedule(documents, epochs, learning_rate, batch_size, accumulation, warmup_steps):
+def check_schedule(
+    documents: int,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    accumulation: int,
+    warmup_steps: int,
+) -> int:
     """Number of effective updates; refuses a schedule without any."""
     if not learning_rate > 0 or math.isinf(learning_rate):
         raise SafetyNeuronError(
@@ -114,7 +131,14 @@ def check_schedule(documents, epochs, learning_rate, batch_size, accumulation, w
     return sum(rate > 0 for rate in rates)
 
 
-def learning_rates(documents, epochs, learning_rate, batch_size, accumulation, warmup_steps):
+def learning_rates(
+    documents: int,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    accumulation: int,
+    warmup_steps: int,
+) -> list[float]:
     """The learning rate of every update that the trainer will make."""
     updates = epochs * math.ceil(math.ceil(documents / batch_size) / accumulation)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=learning_rate)
@@ -126,7 +150,14 @@ def learning_rates(documents, epochs, learning_rate, batch_size, accumulation, w
     return rates
 
 
-def train(model, tokenizer, data, folder, identity, **schedule):
+def train(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: list[dict[str, list[int]]],
+    folder: str | Path | None,
+    identity: list,
+    **schedule,
+) -> list[dict[str, float]]:
     """Run the Hugging Face trainer over encoded documents and return the loss curve: a list of {step, loss, learning_rate}."""
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         checkpoint = _checkpoint(Path(place), digest(identity, data, schedule)) if folder else None
@@ -173,17 +204,17 @@ class OneDevice(TrainingArguments):
     """The trainer leaves the model where it lies and makes no copies of it on other GPUs."""
 
     @property
-    def n_gpu(self):
+    def n_gpu(self) -> int:
         """One even where there are more, so that the batch size is what was asked for."""
         return min(1, super().n_gpu)
 
     @property
-    def place_model_on_device(self):
+    def place_model_on_device(self) -> bool:
         """Never."""
         return False
 
 
-def quiet_settings(folder, model, seed):
+def quiet_settings(folder: str | Path, model: nn.Module, seed: int) -> dict:
     """What every training of this package asks of the trainer: a logged loss for each update, no bars, no reports, no files of its own."""
     return dict(
         output_dir=str(folder),
