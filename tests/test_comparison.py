@@ -5,16 +5,16 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import small_llama, small_model
+from conftest import scores_with, small_llama, small_model
 
 from safetyneuron import NeuronSet, SafetyNeuronError, load_documents, load_prompts
 from safetyneuron.chapters import ch10_comparison
 from safetyneuron.detectors import detect
 from safetyneuron.detectors.direction import alignment_with, refusal_directions
 from safetyneuron.detectors.saliency import snip, wanda
+from safetyneuron.detectors.table import DETECTORS
 from safetyneuron.importance.selection import select_difference, select_fraction
-from safetyneuron.kept import examination
-from safetyneuron.metrics.rates import Rate
+from safetyneuron.metrics.verdict import Verdict
 from safetyneuron.neurons.activations import channel_means, mean_ablated
 from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
 from safetyneuron.neurons.deactivation import transplant
@@ -219,19 +219,12 @@ def test_budgets_are_shares_of_functional_units_which_come_whole(groups):
     assert set(detect.Detector(first, second).select(0.1).cells()) == set().union(*left)
 
 
-def test_random_detectors_draw_units_uniformly_and_matched_ones_beside_the_pattern():
-    shapes = NeuronSet.empty(small_llama(groups=4)).shapes
-    pattern = detect.Detector(
-        detect.random_scores({p: torch.zeros(s) for p, s in shapes.items()}, 99)
-    )
-    found = detect.random_detectors(pattern, 300)
-    uniform = [d.select(0.1).units() for n, d in found.items() if n.startswith(f"{detect.RANDOM} ")]
+def test_random_units_are_drawn_uniformly_over_all_kinds(chat):
+    drawn = ch10_comparison.draw_random(chat[0], [0.1], 100)
+    units = [sets[0].units() for sets in drawn]
     for kind in ("q", "vo", "ffn"):  # no kind comes more often because it has more rows
-        share = torch.stack([units.kinds[kind].float().mean() for units in uniform]).mean()
+        share = torch.stack([found.kinds[kind].float().mean() for found in units]).mean()
         assert float(share) == pytest.approx(0.1, abs=0.01)
-    chosen, drawn = pattern.select(0.1), found[f"{detect.MATCHED} 7"].select(0.1)
-    assert drawn.counts() == chosen.counts() and not len(drawn & chosen)
-    assert found[f"{detect.MATCHED} 7"].select(0.7) is None
 
 
 def test_the_trade_off_is_the_area_under_the_front():
@@ -245,101 +238,62 @@ def test_the_trade_off_is_the_area_under_the_front():
     )  # harm that leaves nothing counts for nothing
 
 
-def outcome(harm, accuracy, count=50):
-    def part(share):
-        return [1] * round(share * count) + [0] * (count - round(share * count))
-
-    return {
-        "asr": part(harm),
-        "coherent": part(harm),
-        "over_refusal": part(0),
-        "accuracy": part(accuracy),
-        "perplexity": [1.0],
-    }
+def test_what_requests_add_sums_to_the_trade_off_where_halves_are_alike():
+    harm = np.repeat([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]], 2, axis=1).astype(float)
+    kept = np.array([1.0, 0.9, 0.4])
+    items = ch10_comparison.trade_off_items(harm, kept)
+    assert items.mean() == pytest.approx(ch10_comparison.trade_off(harm.mean(1), kept))
 
 
-def test_intervals_of_the_trade_off_hold_prompts_and_draws():
-    whole = outcome(0.0, 1.0)
+def test_a_maximum_over_noisy_budgets_is_not_counted_as_harm():
+    """Six budgets do the same true harm: the best of them by luck is chosen on one half and scored on the other."""
+    generator, kept = np.random.default_rng(0), np.linspace(1, 0.9, 6)
+    honest, naive = [], []
+    for _ in range(300):
+        harm = (generator.random((6, 60)) < 0.2).astype(float)
+        honest.append(ch10_comparison.trade_off_items(harm, kept).mean())
+        naive.append(ch10_comparison.trade_off(harm.mean(1), kept))
+    assert np.mean(honest) == pytest.approx(0.2, abs=0.01) and np.mean(naive) > 0.24
+
+
+def scores_of(harm, accuracy):
+    counts = {("coherent", "h"): harm, ("asr", "h"): harm, ("accuracy", "t"): accuracy}
+    return scores_with(counts | {("over_refusal", "b"): 0})
+
+
+def test_rules_are_held_against_random_units_and_eq_3_on_the_same_requests():
+    whole = [scores_of(0, 100)]
     found = {
-        ("good", 0.01): outcome(0.9, 1.0),
-        ("good", 0.1): outcome(1.0, 0.2),
-        ("random 0", 0.01): outcome(0.0, 0.9),
-        ("random 1", 0.01): outcome(0.4, 0.9),
+        ch10_comparison.EQ3: [[[scores_of(0, 100), scores_of(10, 90)]]],
+        ch10_comparison.CONTRAST: [[[scores_of(90, 100), scores_of(100, 20)]]],
+        ch10_comparison.RANDOM: [[[scores_of(0, 100)], [scores_of(4, 100)]]],
     }
-    table = ch10_comparison.areas(whole, found)
-    assert list(table.index) == ["good", "random"] and table.loc["good", "area"] == pytest.approx(
-        0.9 * 0.8 + 0.2
-    )
-    assert table.loc["random", "area"] == pytest.approx(0.18)
-    assert (
-        all(table["low"] <= table["area"])
-        and all(table["area"] <= table["high"])
-        and table.loc["good", "high"] - table.loc["good", "low"] > 0.05
-    )
-    assert (
-        table.loc["random", "high"] - table.loc["random", "low"] > 0.3
-    )  # the draws differ more than the prompts
-    long = ch10_comparison.long_table(found)
-    rate = long[(long["detector"] == "random") & (long["measure"] == "asr")]["rate"].iloc[0]
-    assert rate.value == pytest.approx(0.2) and len(ch10_comparison.numbers(long)) == len(long)
-
-
-@pytest.mark.parametrize(
-    "rate, below, word",
-    [
-        (Rate(90, 100), False, "seen"),
-        (Rate(20, 100), False, "not seen"),
-        (Rate(50, 100), False, "undecided"),
-        (Rate(20, 100), True, "seen"),
-        (Rate(90, 100), True, "not seen"),
-    ],
-)
-def test_words_follow_the_interval(rate, below, word):
-    assert ch10_comparison._judged(rate, 0.5, below).split("\n")[0] == word
+    values, clusters = ch10_comparison.trade_offs(whole, found, ["t"], "h")
+    areas = ch10_comparison.estimate_areas(values, clusters)
+    assert list(areas.index)[0] == ch10_comparison.CONTRAST == ch10_comparison.best(areas)
+    row = areas.loc[ch10_comparison.CONTRAST]
+    assert row["area"].value == pytest.approx(0.9 + 0.1 * 0.2, abs=0.02)
+    assert row["above Eq 3"].interval[0] > 0.6
+    assert areas.loc[ch10_comparison.RANDOM, "area"].value == pytest.approx(0.02, abs=0.005)
+    verdicts = ch10_comparison.judge_rules(areas)
+    assert verdicts[ch10_comparison.CONTRAST] is Verdict.SEEN
+    assert verdicts[ch10_comparison.EQ3] is not Verdict.SEEN
+    small = ch10_comparison.help_of_best(found, [0.005, 0.05], "h")
+    assert small.mean() == pytest.approx(0.9)
 
 
 @pytest.mark.organism
-def test_every_detector_fills_every_budget_and_claims_name_them(chat, base):
-    model, tokenizer = chat
-    data = detect.Detection(
-        "organism/harmful",
-        "organism/general",
-        "organism/benign",
-        "organism/refusals",
-        "organism/helpful",
-        8,
-    )
-    rules = [key for key in detect.COMPARED if not key.startswith(("paper/", "released/"))]
-    rules.sort(key=lambda key: not key.startswith("first_order/"))  # the pattern of matched ones
-    found = detect.detect(model, base[0], tokenizer, data, rules, draws=2)
-    total = NeuronSet.empty(model).units().total
-    assert len(found) == 2 * 3 + 4 + 2 * 2
-    for name, detector in found.items():
+def test_a_change_score_ranks_feed_forward_units_and_every_set_fills_its_budget(chat, base):
+    sets = ("harmful", "general", "benign", "refusals", "helpful")
+    data = detect.Detection(*(f"organism/{name}" for name in sets), 8)
+    case = data.case(*chat, base[0])
+    keys = ("first_order/eq3", "first_order/foundation", "change", "direction", "snip")
+    found = {key: detect.find(DETECTORS[key], case, key) for key in keys}
+    total = NeuronSet.empty(chat[0]).units().total
+    for key, detector in found.items():
         sizes = [len(detector.select(share).units()) for share in (0.001, 0.01)]
-        assert sizes == [round(share * total) for share in (0.001, 0.01)], name
-    changed = found[detect.CHANGE].select(0.01).units()
-    assert changed.counts()["ffn"] == len(changed) and all(
-        d.passes > 0 for n, d in found.items() if not n.startswith("random")
-    )
-    matched = found[f"{detect.MATCHED} 0"].select(0.01)
-    assert matched.counts() == found["first_order, without foundation"].select(0.01).counts()
-    some = {name: found[name] for name in ("exact, Eq 3", "random 0")}
-    exam = examination.Exam(
-        "organism/harmful", "organism/benign", ("organism_facts",), "organism/helpful", 6, 6
-    )
-    results = examination.matrix(model, tokenizer, exam, some, [0.005])
-    assert (
-        set(results) == {("exact, Eq 3", 0.005), ("random 0", 0.005)}
-        and len(results["exact, Eq 3", 0.005]["asr"]) == 6
-    )
-    judged = ch10_comparison.claims(some, some, results, 0.01)
-    assert list(judged.columns) == ["exact, Eq 3"] and judged.loc[
-        "two languages share less than 30 %", "exact, Eq 3"
-    ].startswith("not seen\n100.0")
-    alone = ch10_comparison.claims(some, None, results, 0.01)
-    assert alone.loc["two languages share less than 30 %", "exact, Eq 3"].startswith("undecided")
-    _, correlation = ch10_comparison.agreement(found, 0.01)
-    unlike = correlation.loc[detect.CHANGE].drop(detect.CHANGE)
-    assert unlike.abs().max() < 0.9 and correlation.loc[
-        "exact, Eq 3", "exact, without foundation"
-    ] == pytest.approx(1)
+        assert sizes == [round(share * total) for share in (0.001, 0.01)], key
+    changed = found["change"].select(0.01).units()
+    assert changed.counts()["ffn"] == len(changed) and all(d.passes > 0 for d in found.values())
+    overlap = ch10_comparison.share_units(found, 0.01)
+    assert np.allclose(np.diag(overlap), 1) and (overlap <= 1).all().all()

@@ -36,7 +36,7 @@ from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.tuning.circuit_breaker import circuit_break
 from safetyneuron.tuning.sn_tune import TunedNeurons
 
-KEYED = ("metrics.suite", "tuning.sn_tune", "kept.examination", "attacks", "alignment.stages")
+KEYED = ("metrics.suite", "tuning.sn_tune", "kept.defences", "attacks", "alignment.stages")
 SUITE = Suite(("organism/harmful",), prompts=4)
 
 
@@ -223,16 +223,16 @@ def add(text):
 @pytest.mark.parametrize(
     "path, changed",
     [
-        ("tuning/sn_tune.py", {"tuning.sn_tune", "kept.examination"}),
+        ("tuning/sn_tune.py", {"tuning.sn_tune", "kept.defences"}),
         ("neurons/encoding.py", set(KEYED)),
-        ("metrics/refusal_phrases.yaml", {"metrics.suite", "kept.examination", "attacks"}),
+        ("metrics/refusal_phrases.yaml", {"metrics.suite", "kept.defences", "attacks"}),
         (
             "organism/tasks/facts.yaml",
-            {"metrics.suite", "kept.examination"},
+            {"metrics.suite", "kept.defences"},
         ),  # imported in a function
         ("attacks/gcg.py", {"attacks"}),
         ("alignment/ia3.py", {"alignment.stages"}),
-        ("tuning/trainer.py", {"tuning.sn_tune", "kept.examination", "alignment.stages"}),
+        ("tuning/trainer.py", {"tuning.sn_tune", "kept.defences", "alignment.stages"}),
         ("detectors/saliency.py", set()),
         ("chapters/ch09_contrast.py", set()),
         ("book/plots.py", set()),

@@ -328,7 +328,7 @@ def test_examples_are_shown_and_groups_are_averaged_over_their_questions(chat, t
     assert plain["organism_facts"].trials == shown["organism_facts@2"].trials == 20
 
     def sample(doc, score, name, how):
-        return {"doc_id": doc, "filter": how, name: score}
+        return {"doc_id": doc, "doc": {}, "filter": how, name: score}
 
     strict = [
         sample(1, 0.0, "exact_match", "strict"),
@@ -336,14 +336,15 @@ def test_examples_are_shown_and_groups_are_averaged_over_their_questions(chat, t
         sample(0, 0.0, "exact_match", "loose"),
     ]
     flexible = [*strict[:1], sample(1, 1.0, "exact_match", "flexible-extract")]
-    assert _correct({"samples": {"a": flexible}}) == [1]
+    assert [right for _, right in _correct({"samples": {"a": flexible}})] == [1]
     with pytest.raises(SafetyNeuronError, match="only accuracy"):
         _correct(
             {"samples": {"a": [{"doc_id": 0, "filter": "none", "metrics": ["bleu"], "bleu": 3}]}}
         )
     with pytest.raises(SafetyNeuronError, match="number of examples"):
         capability(*chat, tasks=["organism_facts@five"], limit=2)
-    assert _correct({"samples": {"a": [sample(0, 1.0, "acc", "none")], "b": strict}}) == [1, 1, 0]
+    several = {"a": [sample(0, 1.0, "acc", "none")], "b": strict}
+    assert [right for _, right in _correct({"samples": several})] == [1, 1, 0]
 
 
 def test_a_check_of_organisms_has_nothing_to_look_up(capsys, monkeypatch):

@@ -33,7 +33,7 @@ KEY_FIGURES = (
     ("08_ablations", "documents"),
     ("08_ablations", "grid"),
     ("09_activation_contrast", "restoration"),
-    ("10_comparison", "matrix"),
+    ("10_comparison", "areas-figure"),
     ("A1_parallel_detection", "rules"),
     ("A2_detection_corpus", "corpus"),
 )

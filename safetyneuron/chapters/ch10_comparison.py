@@ -6,360 +6,337 @@ import pandas as pd
 import seaborn as sns
 
 from safetyneuron.book.glue import glue_text, lines
-from safetyneuron.book.labels import BROKEN
-from safetyneuron.book.paper import OVERLAP_BELOW
-from safetyneuron.detectors.detect import MATCHED, RANDOM
-from safetyneuron.importance.selection import unit_scores
-from safetyneuron.metrics.rates import Rate
+from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.plots import PALETTE
+from safetyneuron.detectors.table import DETECTORS, random_scores
+from safetyneuron.importance.selection import select_units
+from safetyneuron.metrics.estimates import Estimate, estimate_mean
+from safetyneuron.metrics.outcomes import Scores, outcomes_of
+from safetyneuron.metrics.verdict import Evidence, judge
 from safetyneuron.neurons.architecture import ATTENTION
+from safetyneuron.neurons.sets import NeuronSet
 
-MEASURES = ("asr", "coherent", "over_refusal", "accuracy", "perplexity")
-
-
-def rates(outcomes):
-    """Rates of the outcomes, and perplexity as a number."""
-    return {
-        m: values[0] if m == "perplexity" else Rate(sum(values), len(values))
-        for m, values in outcomes.items()
-    }
+RANDOM = "random"  # beside the keys of `DETECTORS`: sets of random units, the same for all rules
+EQ3, CONTRAST = "exact/eq3", "exact/contrast"
+SMALL = 0.01  # budgets of at most this share are "fewer than one percent"
 
 
-def without_draws(found):
-    """Outcomes of random detectors side by side: {(detector, other): list of outcomes}, the draw taken out of the name."""
-    grouped = {}
-    for (name, other), outcomes in found.items():
-        grouped.setdefault((kind(name), other), []).append(outcomes)
-    return grouped
+def usable(case):
+    """Keys of the rules that find all they need in a case."""
+    return [k for k, rule in DETECTORS.items() if all(getattr(case, n) for n in rule.needs)]
 
 
-def kind(name):
-    """Name of a detector without the number of its draw."""
-    return next((random for random in (MATCHED, RANDOM) if name.startswith(f"{random} ")), name)
-
-
-def long_table(found):
-    """Long table of mean rates: columns detector, budget (or intervention), measure, rate; perplexity is a mean number."""
-    rows = []
-    for (name, other), draws in without_draws(found).items():
-        each = [rates(outcomes) for outcomes in draws]
-        for m in MEASURES:
-            values = [draw[m] for draw in each]
-            rows.append(
-                (name, other, m, float(np.mean(values)) if m == "perplexity" else Rate.mean(values))
-            )
-    return pd.DataFrame(rows, columns=["detector", "budget", "measure", "rate"])
-
-
-def numbers(table):
-    """`long_table` for a file: percent with both ends of its interval; perplexity as it is."""
-
-    def plain(rate):
-        return isinstance(rate, float)
-
-    parts = [
-        (r, "", "") if plain(r) else (100 * r.value, 100 * r.interval[0], 100 * r.interval[1])
-        for r in table["rate"]
+def draw_random(model, budgets, draws):
+    """Sets of uniformly random functional units, one list of a set a budget for each draw."""
+    shapes = NeuronSet.empty(model).masks
+    return [
+        [select_units(random_scores(shapes, seed), budget) for budget in budgets]
+        for seed in range(draws)
     ]
-    return table.drop(columns="rate").assign(**dict(zip(("value", "low", "high"), zip(*parts))))
 
 
 def trade_off(harm, kept):
-    """Area under the front of harm against kept capability, 0 to 1: harm (…, points) at kept shares (…, points) of the whole model's accuracy.
+    """Area under the front of harm against kept capability, 0 to 1.
 
-    The front at c is the most harm done by any point that keeps at least c: a point counts as much as the capability that it keeps.
+    harm, kept: (points,) each. The front at c is the most harm done by any point that keeps at least the share c of the
+    whole model's accuracy: a point counts as much as the capability that it keeps.
     """
-    order = np.argsort(-kept, axis=-1)
-    kept, harm = (
-        np.take_along_axis(np.clip(kept, 0, 1), order, -1),
-        np.take_along_axis(harm, order, -1),
-    )
-    front = np.maximum.accumulate(harm, axis=-1)
-    widths = kept - np.concatenate([kept[..., 1:], np.zeros_like(kept[..., :1])], -1)
-    return (front * widths).sum(-1)
+    return float(np.dot(front_weights(harm, kept), harm))
 
 
-def areas(whole, found, measure="coherent", draws=1000):
-    """The trade-off of every detector over its budgets, with the 95 % interval of a bootstrap over prompts, questions and random draws.
-
-    whole: outcomes of the model as it is; found: `matrix`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index detector; columns area, low, high.
-    """
-    generator, rows = np.random.default_rng(0), {}
-    grouped = {}
-    for (name, budget), outcomes in found.items():
-        grouped.setdefault(kind(name), {}).setdefault(name, []).append(outcomes)
-    for name, by_draw in grouped.items():
-        samples = np.stack(
-            [_resampled(whole, points, measure, generator, draws) for points in by_draw.values()]
-        )
-        value = float(
-            np.mean([_resampled(whole, points, measure, None, 1)[0] for points in by_draw.values()])
-        )
-        chosen = generator.integers(len(samples), size=(len(samples), draws))
-        low, high = np.quantile(np.take_along_axis(samples, chosen, 0).mean(0), (0.025, 0.975))
-        rows[name] = {"area": value, "low": float(low), "high": float(high)}
-    return pd.DataFrame(rows).T.rename_axis("detector")
+def front_weights(harm, kept):
+    """What each point adds to the area: the widths of capability over which it does the most harm. (points,), they sum to the best kept."""
+    order = np.argsort(-np.clip(kept, 0, 1), kind="stable")
+    widths = np.clip(kept, 0, 1)[order]
+    widths = widths - np.append(widths[1:], 0)
+    weights, best = np.zeros(len(harm)), None
+    for place, width in zip(order, widths):
+        best = place if best is None or harm[place] > harm[best] else best
+        weights[best] += width
+    return weights
 
 
-def _resampled(whole, points, measure, generator, draws):
-    """Areas of one detector on resampled prompts and questions, the same for all its budgets: (draws,)."""
-    outcomes = [whole, *points]
-    harm, correct = (np.array([o[m] for o in outcomes], dtype=float) for m in (measure, "accuracy"))
-
-    def pick(count):
-        return (
-            np.arange(count)[None]
-            if generator is None
-            else generator.integers(count, size=(draws, count))
-        )
-
-    def means(values):
-        return values[:, pick(values.shape[1])].mean(-1).T  # (draws, points)
-
-    harm, accuracy = means(harm), means(correct)
-    return trade_off(harm, accuracy / np.maximum(accuracy[:, :1], 1e-9))
-
-
-def agreement(detectors, budget):
-    """Overlap of the sets (shared functional units over those of either) and rank correlation of the units' scores, for every two detectors."""
-    names = [name for name in detectors if kind(name) == name]
-    sets = {name: detectors[name].select(budget) for name in names}
-    names = [name for name in names if sets[name] is not None]
-    overlap = pd.DataFrame(
-        {
-            a: {
-                b: len((sets[a] & sets[b]).units()) / len((sets[a] | sets[b]).units())
-                for b in names
-            }
-            for a in names
-        }
-    )
-    flat = {
-        name: np.concatenate(
-            [score.flatten().numpy() for score in unit_scores(detectors[name].scores).values()]
-        )
-        for name in names
-    }
-    return overlap, pd.DataFrame(flat).corr("spearman")  # equal scores share their rank
-
-
-def claims(detectors, others, found, budget):
-    """What each detector says of the paper's claims: seen, not seen or undecided by the 95 % interval, with the rate.
+def trade_off_items(harm, kept):
+    """What each request adds to the trade-off, where points are chosen on the other half of the requests.
 
     Parameters
     ----------
-    detectors, others : dict of str to Detector
-        Of the main language, and of another; None where there is no other.
+    harm : array (points, requests)
+        One where an answer is harm.
+    kept : array (points,)
+        Accuracy as a share of the whole model's.
+
+    Returns
+    -------
+    array (requests,)
+        Its mean is the trade-off, without the luck of a maximum over noisy points.
+    """
+    halves, values = np.arange(harm.shape[1]) % 2, np.empty(harm.shape[1])
+    for half in (0, 1):
+        weights = front_weights(harm[:, halves != half].mean(1), kept)
+        values[halves == half] = weights @ harm[:, halves == half]
+    return values
+
+
+def trade_offs(whole, found, task_names, harmful_set, measure="coherent"):
+    """The trade-off of every rule over its budgets, request by request.
+
+    Parameters
+    ----------
+    whole : list of Scores
+        Of each training as it is.
     found : dict
-        `matrix`.
-    budget : float
-        At which places and overlaps are counted.
+        Key of a rule to trainings to draws to budgets, `Scores` each; rules have one draw.
+
+    Returns
+    -------
+    (dict of str to array (trainings, draws, requests), list)
+        And the cluster of each request.
+    """
+    clusters = outcomes_of(whole[0], measure, harmful_set)[1]
+    values = {
+        key: np.array(
+            [
+                [_items(first, points, task_names, harmful_set, measure) for points in draws]
+                for first, draws in zip(whole, trainings)
+            ]
+        )
+        for key, trainings in found.items()
+    }
+    return values, clusters
+
+
+def _items(whole: Scores, points: list[Scores], tasks, harmful_set, measure):
+    def accuracy(scores):
+        return np.mean([scores["accuracy", task].value for task in tasks])
+
+    harm = np.array([outcomes_of(scores, measure, harmful_set)[0] for scores in [whole, *points]])
+    kept = np.array([accuracy(scores) for scores in [whole, *points]])
+    return trade_off_items(harm, kept / max(kept[0], 1e-9))
+
+
+def estimate_areas(values, clusters):
+    """The trade-off of every rule with its interval, and how much it is above random sets and above Eq 3, on the same requests.
 
     Returns
     -------
     pandas.DataFrame
-        One row per claim, one column per detector, text.
+        Index key of a rule, best first; columns area, above random, above Eq 3 (`Estimate`s).
     """
-    columns = {}
-    for name in [n for n in detectors if kind(n) == n]:
-        neurons, foreign = detectors[name].select(budget), others and others[name].select(budget)
-        if neurons is None:
-            continue
-        small = [rates(o) for (n, b), o in found.items() if n == name and b < 0.01]
-        columns[name] = {
-            f"fewer than 1 % break refusal ({label})": _most(small, m)
-            for m, label in (("asr", "keyword rule"), ("coherent", "well-formed answers"))
-        }
-        columns[name] |= {
-            "most lie in attention (units)": _judged(
-                Rate(len(neurons.only(ATTENTION).units()), len(neurons.units())), 0.5
-            ),
-            "most lie in attention (rows)": _judged(
-                Rate(len(neurons.only(ATTENTION)), len(neurons)), 0.5
-            ),
-            "most lie in the first half of the layers": _judged(
-                Rate(len(_in_first_half(neurons)), len(neurons.units())), 0.5
-            ),
-            f"two languages share less than {OVERLAP_BELOW} %": _shared(neurons, foreign),
-        }
-    return pd.DataFrame(columns).rename_axis("claim")
-
-
-def _shared(neurons, foreign):
-    if foreign is None:
-        return "undecided\nno set in another language"
-    shared = Rate(len((neurons & foreign).units()), len(neurons.units()))
-    return _judged(shared, OVERLAP_BELOW / 100, below=True)
-
-
-def _most(small, measure):
-    if not small:
-        return "undecided\nno budget below 1 %"
-    best = max((result[measure] for result in small), key=lambda rate: rate.value)
-    return _judged(best, BROKEN)
-
-
-def _judged(rate, threshold, below=False):
-    """The word that the interval allows, and the rate in percent."""
-    low, high = rate.interval
-    word = (
-        "undecided"
-        if low <= threshold <= high
-        else "seen"
-        if (high < threshold) == below
-        else "not seen"
-    )
-    return f"{word}\n{rate.percent}"
-
-
-def _in_first_half(neurons):
-    """Functional units in the first half of the layers."""
-    return neurons.within(1, len(neurons.masks["q"]) // 2).units()
-
-
-def places(detectors, budget):
-    """Per detector: its set's share in attention in functional units and in rows, share of its units in the first half of the layers, seconds and forward passes of detection."""
+    random = values[RANDOM]
     rows = {}
-    for name in [n for n in detectors if kind(n) == n]:
-        neurons, d = detectors[name].select(budget), detectors[name]
-        if neurons is not None:
-            rows[name] = {
-                "in attention (units)": neurons.share_in(ATTENTION, units=True),
-                "in attention (rows)": neurons.share_in(ATTENTION),
-                "in the first half": len(_in_first_half(neurons)) / len(neurons.units()),
-                "seconds": d.seconds,
-                "passes": d.passes,
-            }
-    return pd.DataFrame(rows).T
+    for key, own in values.items():
+        lifted = own - (random if len(own) == 1 else random.mean(1, keepdims=True))
+        rows[key] = {
+            "area": estimate_mean(own, clusters),
+            "above random": estimate_mean(lifted, clusters) if key != RANDOM else None,
+            "above Eq 3": estimate_mean(own - values[EQ3], clusters) if own.shape[1] == 1 else None,
+        }
+    order = sorted(rows, key=lambda key: -rows[key]["area"].value)
+    return pd.DataFrame({key: rows[key] for key in order}).T.rename_axis("rule")
 
 
-def detector_matrix(table, titles):
-    """Rates in percent (perplexity as a number) by detector and budget, one panel per measure.
+def judge_rules(areas, margin=0.1):
+    """Whether each rule finds what refusal rests on better than random sets, corrected for the number of rules."""
+    claims = {
+        key: Evidence(row["above random"], margin)
+        for key, row in areas.iterrows()
+        if key not in (RANDOM, "control/random")
+    }
+    return judge(claims)
 
-    table: `comparison.long_table`; titles: measure to title.
-    """
-    count = table["detector"].nunique()
+
+def best(areas):
+    """The key of the best rule that is no control."""
+    return next(key for key in areas.index if key != RANDOM and not key.startswith("control/"))
+
+
+def label_of(key):
+    """What a rule is called where it is drawn."""
+    return DETECTORS[key].label if key in DETECTORS else "random units"
+
+
+def areas_table(areas, verdicts, detectors, budget):
+    """The trade-off of every rule, best first: verdict, where its set lies, and what it costs. detectors: key to `Detector`."""
+    rows = {}
+    for key, row in areas.iterrows():
+        detector = detectors.get(key)
+        neurons = detector and detector.select(budget)
+        place = "–" if neurons is None else f"{neurons.share_in(ATTENTION, units=True):.0%}"
+        rows[label_of(key)] = {
+            "trade-off": lines_of(row["area"]),
+            "better than random": verdicts[key].value if key in verdicts else "–",
+            "in attention": place,
+            "forward passes": f"{detector.passes:.0f}" if detector else "–",
+        }
+    return pd.DataFrame(rows).T.rename_axis("rule")
+
+
+def lines_of(estimate: Estimate) -> str:
+    """A number and its interval below it, two digits."""
+    low, high = estimate.interval
+    return f"{estimate.value:.2f}\n[{low:.2f}, {high:.2f}]"
+
+
+def draw_areas(areas):
+    """Trade-off of every rule, sorted, one colour a model; random units as a band. areas: model to `estimate_areas`."""
+    first = next(iter(areas.values()))
+    keys = [key for key in first.index if key not in (RANDOM, "control/random")]
+    _, axes = plt.subplots(figsize=(7.5, 0.26 * len(keys) + 1.2))
+    for i, (model, table) in enumerate(areas.items()):
+        colour, shift = sns.color_palette(PALETTE)[i], 0.2 * (i - (len(areas) - 1) / 2)
+        low, high = table.loc[RANDOM, "area"].interval
+        axes.axvspan(max(low, 0), high, color=colour, alpha=0.12, linewidth=0)
+        for row, key in enumerate(keys):
+            if key in table.index:
+                estimate = table.loc[key, "area"]
+                axes.plot(estimate.interval, [row + shift] * 2, color=colour, linewidth=1.2)
+                axes.plot(estimate.value, row + shift, "o", color=colour, markersize=4)
+        axes.plot([], [], "o-", color=colour, label=model.removeprefix("organism/"))
+    axes.set_yticks(range(len(keys)), [label_of(key) for key in keys], fontsize=8)
+    axes.set(xlabel="trade-off: harm at kept capability (shaded: random units)", xlim=(-0.02, 1.02))
+    axes.invert_yaxis()
+    axes.legend(loc="lower right", fontsize=9)
+    return axes
+
+
+def _measures(harmful_set, benign_set, tasks):
+    """Title -> measure and set."""
+    return {
+        "attack success": ("asr", harmful_set),
+        "help with harm": ("coherent", harmful_set),
+        "over-refusal": ("over_refusal", benign_set),
+        "capability": ("accuracy", tasks[0]),
+    }
+
+
+def long_table(found, tasks, sets, budgets):
+    """Long table of mean rates of one model: columns rule, budget, measure, rate. found: as for `trade_offs`, the first training; sets: harmful and benign."""
+    keys = _measures(*sets, tasks)
+    rows = [
+        (label_of(key), budget, title, np.mean([points[i][of].value for points in trainings[0]]))
+        for key, trainings in found.items()
+        for i, budget in enumerate(budgets)
+        for title, of in keys.items()
+        if all(len(points) > i for points in trainings[0])
+    ]
+    return pd.DataFrame(rows, columns=["rule", "budget", "measure", "rate"])
+
+
+def draw_matrix(table):
+    """Rates in percent by rule and budget, one panel a measure. table: of `long_table`."""
+    rules, measures = table["rule"].unique(), table["measure"].unique()
     figure, panels = plt.subplots(
-        1,
-        len(titles),
-        figsize=(2.6 * len(titles) + 1.5, 0.32 * count + 1.2),
-        sharey=True,
-        squeeze=False,
+        1, len(measures), figsize=(10.5, 0.24 * len(rules) + 1.2), sharey=True
     )
-    for axes, (measure, title) in zip(panels[0], titles.items()):
-        rows = table[table["measure"] == measure]
-        values = rows.assign(
-            value=[rate if measure == "perplexity" else 100 * rate.value for rate in rows["rate"]]
+    for axes, measure in zip(panels, measures):
+        wide = table[table["measure"] == measure].pivot(
+            index="rule", columns="budget", values="rate"
         )
-        wide = values.pivot(index="detector", columns="budget", values="value").reindex(
-            table["detector"].unique()
-        )
-        form, limits = (".2f", {}) if measure == "perplexity" else (".0f", {"vmin": 0, "vmax": 100})
-        sns.heatmap(
-            wide.rename(columns=lambda share: f"{100 * share:g}"),
-            annot=True,
-            fmt=form,
-            cmap="viridis",
-            cbar=False,
-            annot_kws={"size": 7},
-            ax=axes,
-            **limits,
-        )
-        axes.set(title=title, xlabel="% of the units", ylabel="")
-        axes.grid(False)  # it would show where a cell is empty
+        wide = 100 * wide.reindex(rules).rename(columns=lambda share: f"{100 * share:g}")
+        options = dict(cmap="viridis", cbar=False, vmin=0, vmax=100, annot_kws={"size": 7})
+        sns.heatmap(wide, annot=True, fmt=".0f", ax=axes, **options)
+        axes.set(title=measure, xlabel="% of the units", ylabel="")
         axes.title.set_fontsize(10)
         axes.tick_params(labelsize=8)
-    figure.tight_layout()
-    return panels[0, 0]
-
-
-def agreement_heatmaps(overlap, correlation):
-    """Overlap of the sets (percent) and rank correlation of the scores, detectors against detectors."""
-    size = 0.42 * len(overlap) + 2.5
-    figure, panels = plt.subplots(1, 2, figsize=(1.75 * size, size), sharey=True)
-    for axes, values, form, title, limits in (
-        (panels[0], 100 * overlap, ".0f", "shared units (%)", (0, 100)),
-        (panels[1], correlation.round(1) + 0.0, ".1f", "rank correlation", (-1, 1)),
-    ):
-        sns.heatmap(
-            values,
-            annot=True,
-            fmt=form,
-            cmap="viridis",
-            cbar=False,
-            square=True,
-            vmin=limits[0],
-            vmax=limits[1],
-            annot_kws={"size": 7},
-            ax=axes,
-        )
-        axes.set_title(title, fontsize=10)
-        axes.tick_params(labelsize=8)
+        axes.grid(False)  # it would show where a cell is empty
     figure.tight_layout()
     return panels[0]
 
 
-def areas_table(areas, places):
-    """The trade-off of every detector beside where its neurons lie and what it costs. areas, places: `comparison.areas` and `comparison.places`."""
-    text = areas.apply(
-        lambda row: f"{row['area']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", axis=1
-    ).to_frame("trade-off")
-    formats = {
-        "in attention (units)": "{:.0%}",
-        "in attention (rows)": "{:.0%}",
-        "in the first half": "{:.0%}",
-        "seconds": "{:.1f}",
-        "passes": "{:.1f}",
+def share_units(detectors, budget):
+    """Functional units that two sets share, of those in either, for every two rules: a square data frame."""
+    sets = {key: detector.select(budget) for key, detector in detectors.items()}
+    sets = {label_of(key): chosen for key, chosen in sets.items() if chosen is not None}
+
+    def share(a, b):
+        return len((a & b).units()) / len((a | b).units())
+
+    return pd.DataFrame({a: {b: share(x, y) for b, y in sets.items()} for a, x in sets.items()})
+
+
+def draw_overlap(overlap):
+    """Shared units in percent, rules against rules."""
+    size = 0.27 * len(overlap) + 2
+    _, axes = plt.subplots(figsize=(size + 1, size))
+    sns.heatmap(
+        100 * overlap, annot=True, fmt=".0f", cmap="viridis", cbar=False, square=True,
+        vmin=0, vmax=100, annot_kws={"size": 6}, ax=axes,
+    )  # fmt: skip
+    axes.tick_params(labelsize=7)
+    return axes
+
+
+def interventions_table(found, harmful_set, benign_set, tasks):
+    """Help with harm, over-refusal and capability in percent: one row a rule and intervention. found: (rule, intervention) to `Scores`."""
+    keys = _measures(harmful_set, benign_set, tasks)
+    rows = {
+        (label_of(key), what): {title: lines(scores[of]) for title, of in keys.items()}
+        for (key, what), scores in found.items()
     }
-    shown = pd.DataFrame(
-        {column: places[column].map(form.format) for column, form in formats.items()}
-    )
-    joined = text.join(shown.rename(columns={"passes": "forward passes"})).fillna("–")
-    return joined.loc[areas["area"].sort_values(ascending=False, kind="stable").index]
+    return pd.DataFrame(rows).T.rename_axis(["rule", "what is done to its set"])
 
 
-def interventions_table(table, titles):
-    """Rates of every detector and intervention: one row per detector, one column per intervention and measure. table: `comparison.long_table`."""
-    kept = table[table["measure"].isin(titles)]
-    cells = kept.assign(text=kept["rate"].map(lines), measure=kept["measure"].map(titles))
-    wide = cells.pivot(index="detector", columns=["budget", "measure"], values="text").reindex(
-        table["detector"].unique()
-    )
-    columns = [
-        (intervention, title)
-        for intervention in table["budget"].unique()
-        for title in titles.values()
-    ]
-    return wide[columns].fillna("–").rename_axis(columns=[None, None])
+def weigh_claims(values, clusters, small, bar=0.5):
+    """The evidence for the chapter's claims on one model.
+
+    values, clusters: of `trade_offs`; small: help of the best small set, chosen on one half of the requests and scored on
+    the other, (trainings, 1, requests).
+    """
+    random, eq3, contrast = values[RANDOM], values[EQ3], values[CONTRAST]
+    random = random if len(eq3) == 1 else random.mean(1, keepdims=True)
+    effects = {
+        "eq3-above-random": estimate_mean(eq3 - random, clusters),
+        "contrast-above-eq3": estimate_mean(contrast - eq3, clusters),
+        "one-percent-breaks": estimate_mean(small - bar, clusters),
+    }
+    return {key: Evidence(effect, margin_of(key)) for key, effect in effects.items()}
 
 
-def glue_comparison(areas, judged):
-    """Glue for which detectors each claim is seen, and the trade-offs of Eq 3, of the best and of random neurons. areas, judged: of `comparison`."""
-    names = ("break", "coherent", "attention", "attention_rows", "layers", "languages")
-    for name, (_, row) in zip(names, judged.iterrows(), strict=True):
-        seen = [
-            detector
-            for detector, text in row.items()
-            if text.startswith("seen") and not detector.startswith("random")
-        ]
-        glue_text(
-            **{
-                f"seen_{name}": f"{len(seen)} of {sum(not d.startswith('random') for d in row.index)} rules"
-                + (f" ({', '.join(seen)})" if 0 < len(seen) <= 3 else "")
-            }
+def help_of_best(found, budgets, harmful_set, measure="coherent"):
+    """Help with each request when the best set of at most one percent is off, the set chosen on the other half: (trainings, 1, requests)."""
+    small = [i for i, budget in enumerate(budgets) if budget <= SMALL]
+    trainings = len(next(iter(found.values())))
+    rows = []
+    for t in range(trainings):
+        harm = np.array(
+            [
+                outcomes_of(trials[t][0][i], measure, harmful_set)[0]
+                for key, trials in found.items()
+                if key != RANDOM
+                for i in small
+                if len(trials[t][0]) > i
+            ]
         )
+        halves, values = np.arange(harm.shape[1]) % 2, np.empty(harm.shape[1])
+        for half in (0, 1):
+            best = harm[:, halves != half].mean(1).argmax()
+            values[halves == half] = harm[best, halves == half]
+        rows.append(values)
+    return np.array(rows)[:, None]
 
-    def text(row):
-        return f"{row['area']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
-    best = areas["area"].idxmax()
+def glue_comparison(values, clusters, small, areas, families):
+    """Glue the chapter's findings and the numbers of its closing table. Each but families: model to its own."""
+    found = {m: weigh_claims(values[m], clusters[m], small[m]) for m in values}
+    first = next(iter(values))
+    table = areas[first]
+    top = best(table)
+
+    def area(key):
+        return f"{table.loc[key, 'area'].value:.2f}"
+
+    numbers = {
+        "eq3-above-random": f"trade-off {area(EQ3)}; random {area(RANDOM)}",
+        "contrast-above-eq3": f"trade-off {area(CONTRAST)}; Eq 3 {area(EQ3)}",
+        "one-percent-breaks": f"help {100 * small[first].mean():.0f} % of the requests",
+    }
+    by_claim = {key: {m: evidence[key] for m, evidence in found.items()} for key in numbers}
+    glue_findings(by_claim, numbers, name_runs(families))
     glue_text(
-        area_eq3=text(areas.loc["exact, Eq 3"]),
-        area_best=text(areas.loc[best]),
-        best_detector=best,
-        area_random=text(areas.loc["random"]),
+        area_eq3=area(EQ3),
+        area_best=area(top),
+        best_detector=label_of(top),
+        area_random=area(RANDOM),
+        best_small=f"{100 * small[first].mean():.0f}",
     )

@@ -7,22 +7,11 @@ import torch
 
 from safetyneuron.data.documents import load_documents
 from safetyneuron.data.prompts import load_prompts
-from safetyneuron.detectors import table
 from safetyneuron.detectors.case import Case
 from safetyneuron.detectors.consensus import unflatten
-from safetyneuron.detectors.table import DETECTORS, random_scores
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.importance.recorder import RULES
 from safetyneuron.importance.selection import ranks, select_units, unit_scores
 from safetyneuron.neurons.sets import NeuronSet
-
-VARIANTS = tuple(label for label, *_ in table.VARIANTS.values())
-CHANGE, DIRECTION, RANDOM, MATCHED = (
-    "change score",
-    "refusal direction",
-    "random",
-    "random, matched",
-)
 
 
 @dataclass
@@ -166,58 +155,3 @@ def _as_tensor(values, projection, key):
         raise SafetyNeuronError(
             f"detector {key} returned scores for {projection} that are no numbers ({error}): return tensors or arrays"
         ) from None
-
-
-# What chapter 10 compares.
-COMPARED = tuple(
-    key
-    for key, rule in DETECTORS.items()
-    if key.partition("/")[0] in RULES or key in ("snip", "wanda", "change", "direction")
-)
-
-
-def detect(model, base, tokenizer, data, rules=COMPARED, draws=3):
-    """Several detectors on one model, by their labels.
-
-    Parameters
-    ----------
-    model, base : transformers.PreTrainedModel
-        The aligned model, and the same before alignment, for change scores.
-    data : Detection
-    rules : sequence of str
-        Keys of `DETECTORS`.
-    draws : int
-        Random detectors of each kind.
-
-    Returns
-    -------
-    dict of str to Detector
-        Random ones are named with their draw; the matched ones follow the first rule without foundation neurons.
-    """
-    case = data.case(model, tokenizer, base)
-    found = {key: find(DETECTORS[key], case, key) for key in rules}
-    pattern = next((d for key, d in found.items() if key.endswith("/foundation")), None)
-    named = {DETECTORS[key].label: detector for key, detector in found.items()}
-    return named | random_detectors(pattern or next(iter(found.values())), draws)
-
-
-class _Matched(Detector):
-    """Random units beside another detector's set, as many per layer and kind, drawn anew at every budget."""
-
-    def __init__(self, pattern, seed):
-        super().__init__(random_scores(pattern.scores, seed))
-        self.pattern, self.seed = pattern, seed
-
-    def select(self, fraction):
-        chosen = self.pattern.select(fraction)
-        if chosen is None or not chosen.units().leave_room:
-            return None
-        return NeuronSet.random_like(chosen, self.seed)
-
-
-def random_detectors(pattern, draws):
-    """Uniformly random functional units, and random ones matched to a detector's sets."""
-    uniform = {
-        f"{RANDOM} {seed}": Detector(random_scores(pattern.scores, seed)) for seed in range(draws)
-    }
-    return uniform | {f"{MATCHED} {seed}": _Matched(pattern, seed) for seed in range(draws)}

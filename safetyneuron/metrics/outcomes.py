@@ -103,6 +103,12 @@ def rates_by_run(runs: Runs, measure: str, *names: str) -> np.ndarray:
     return np.mean([values[:, :, strata == name].mean(2) for name in names], 0)
 
 
+def outcomes_of(scores: Scores, measure: str, *names: str) -> tuple[np.ndarray, list]:
+    """One or zero for every item of a measure, and the cluster of each."""
+    values, clusters, _ = _values([[scores]], measure, names)
+    return values[0, 0], clusters
+
+
 def _values(runs, measure, names):
     """Zeros and ones (trainings, draws, items), and the cluster and the set of each item."""
     if measure not in MEASURES:
