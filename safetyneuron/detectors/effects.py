@@ -16,7 +16,7 @@ from safetyneuron.metrics.answer_class import answer_classes
 from safetyneuron.metrics.log_odds import Pair, weigh_pairs
 from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.deactivation import deactivate
-from safetyneuron.neurons.hooks import overwriting
+from safetyneuron.neurons.hooks import overwriting, reading
 from safetyneuron.neurons.sets import NeuronSet, Units
 
 Unit = tuple[str, int, int]  # kind, layer from 0, channel
@@ -203,7 +203,7 @@ class _Rows:
             self._lay_out(row, pair)
         for name in ("ids", "places", "seen", "read", "target", "written"):
             setattr(self, name, getattr(self, name).to(model.device))
-        self.states, self.options = self._run_whole()
+        self.states, self.options, self.channels = self._run_whole()
 
     def _lay_out(self, row, pair):
         """Fill in one row: tokens, positions, who sees whom, and where each token of the answers is read."""
@@ -221,15 +221,17 @@ class _Rows:
             self.written[row, side, : len(answer)] = True
 
     def _run_whole(self):
-        """What every layer of the whole model reads, and what else it is called with."""
+        """What every layer of the whole model and the last norm read, what layers are called with, and what down projections read."""
         states, options = [], []
+        last = len(self.architecture.layers) - 1
+        places = [("down", layer) for layer in range(last + 1)] + [("after", last)]
 
         def on_layer(_, inputs, named):
             named = dict(named)
             states.append(inputs[0] if inputs else named.pop("hidden_states"))
             options.append(named)
 
-        with ExitStack() as hooks:
+        with reading(self.model, places) as seen, ExitStack() as hooks:
             for layer in self.architecture.layers:
                 hooks.callback(layer.register_forward_pre_hook(on_layer, with_kwargs=True).remove)
             self.model.get_decoder()(
@@ -238,12 +240,11 @@ class _Rows:
                 attention_mask=self.seen,
                 use_cache=False,
             )
-        return states, options
+        return [*states, seen.pop(("after", last))], options, seen
 
     def likelihoods(self, layer, projection, channels, values):
         """(channels, rows, 2) with one channel of a projection overwritten in each copy of the rows."""
-        count = len(channels)
-        state, layers = _repeat(self.states[layer], count, len(self.ids)), self.architecture.layers
+        count, layers, changes = len(channels), self.architecture.layers, {}
 
         def overwrite(activations):
             new = activations.clone()
@@ -251,7 +252,12 @@ class _Rows:
             copies[torch.arange(count), :, :, channels] = values.to(new)[:, None, None]
             return new
 
-        with overwriting(self.model, {(projection, layer): overwrite}):
+        if projection == "down" and self.architecture.norm_after(layer, "down") is None:
+            state, layer = self._after_layer(layer, channels, values), layer + 1
+        else:
+            state = _repeat(self.states[layer], count, len(self.ids))
+            changes = {(projection, layer): overwrite}
+        with overwriting(self.model, changes):
             for l in range(layer, len(layers)):
                 named = {
                     name: _repeat(value, count, len(self.ids))
@@ -259,6 +265,13 @@ class _Rows:
                 }
                 state = layers[l](state, **named)
         return self._read_answers(state.view(count, *self.ids.shape, -1))
+
+    def _after_layer(self, layer, channels, values):
+        """The stream after a layer whose down projection reads another value in one channel: no need to run the layer, as it only adds up."""
+        read = self.channels["down", layer][..., channels].movedim(-1, 0)  # copies, rows, tokens
+        columns = self.architecture.place(layer, "down").weight[channels]  # copies, width
+        change = (values.to(read)[:, None, None] - read)[..., None] * columns[:, None, None]
+        return (self.states[layer + 1] + change).flatten(0, 1)
 
     def _read_answers(self, states):
         """Log-likelihoods of both answers from the states after the last layer: (copies, rows, 2)."""
