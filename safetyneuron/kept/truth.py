@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 
 from safetyneuron.cache import file_digest, remember
 from safetyneuron.data.prompts import load_prompts
-from safetyneuron.detectors.detect import DETECTORS, Detection, Detector, find
+from safetyneuron.detectors.detect import Detection, Detector, find
 from safetyneuron.detectors.effects import (
     Unit,
     all_units,
@@ -32,6 +32,7 @@ from safetyneuron.detectors.search import (
     shortest_breaking,
     without_spare,
 )
+from safetyneuron.detectors.table import DETECTORS
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.log_odds import Pair, choose_pairs, document_rows
 from safetyneuron.models import load_model
