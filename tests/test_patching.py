@@ -2,10 +2,9 @@ import copy
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from conftest import small_llama
+from conftest import scores_with, small_llama
 from safetensors.torch import save_file
 
 from safetyneuron import NeuronSet, Rate, SafetyNeuronError, load_documents, load_prompts
@@ -13,6 +12,7 @@ from safetyneuron.chapters import ch09_contrast
 from safetyneuron.detectors.change_scores import ChangeScores
 from safetyneuron.metrics import Suite, cost_by_name, mean_cost, perplexity, rule_cost
 from safetyneuron.metrics.suite import evaluate
+from safetyneuron.metrics.verdict import Verdict, judge
 
 SUITE = Suite(("organism/harmful",), "organism/benign", (), prompts=4)
 
@@ -43,19 +43,37 @@ def test_restored_is_the_share_of_the_gap_that_is_closed():
     )
 
 
-def test_the_curve_holds_both_models_and_every_condition(models, tokenizer, scores):
-    table = ch09_contrast.restoration(*models, tokenizer, SUITE, scores, [0.25, 1.0], 2)
-    assert set(table["condition"]) == {
-        "recipient",
-        "donor",
-        ch09_contrast.CHANGE,
-        ch09_contrast.RANDOM,
-        ch09_contrast.LAST,
+def test_the_share_restored_is_what_the_patch_closes_of_the_gap_in_every_training():
+    def runs(*hits):
+        return [[scores_with({("asr", "s"): h, ("helpful", "b"): 90})] for h in hits]
+
+    ends = {"recipient": runs(90, 80, 100), "donor": runs(10, 0, 0)}
+    share = ch09_contrast.estimate_restored(*ends.values(), runs(30, 20, 40), "s")
+    gaps, closed = [80, 80, 100], [60, 60, 60]
+    assert share.value == pytest.approx(sum(closed) / sum(gaps)) and share.trainings == 3
+    judged = {
+        ch09_contrast.CHANGE: runs(10, 0, 1),
+        ch09_contrast.RANDOM: [[*a, *b] for a, b in zip(runs(90, 80, 99), runs(88, 79, 100))],
+        ch09_contrast.LAST: runs(10, 0, 2),
     }
-    assert len(table) == 4 * (2 + (1 + 2 + 1) + (1 + 1))
-    assert len(ch09_contrast.over_draws(table)) == 4 * (2 + 3 + 2)
-    whole = table[(table["fraction"] == 1) & (table["measure"] == "asr")]["rate"]
-    assert len(set(whole)) == 1  # all neurons are all neurons, however they were chosen
+    verdicts = judge(ch09_contrast.weigh_claims(ends, judged, "s", "b"))
+    assert verdicts["patch-restores"] is verdicts["patch-above-random"] is Verdict.SEEN
+    assert verdicts["patch-above-last"] is not Verdict.SEEN
+    table = ch09_contrast.restored_table(ends, judged, "s")
+    assert table.loc[ch09_contrast.CHANGE, "by training"] == "100, 100, 99"
+
+
+def test_the_table_of_the_curve_holds_both_models_and_every_condition():
+    runs = [[scores_with({("asr", "s"): 50})]]
+    curves = {("a", 0.1): runs, ("a", 0.5): runs}
+    ends = {"recipient": runs, "donor": runs}
+    table = ch09_contrast.tabulate_restoration(curves, ends, [("asr", "s")])
+    assert table[["condition", "fraction"]].values.tolist() == [
+        ["recipient", 0.0],
+        ["donor", 0.0],
+        ["a", 0.1],
+        ["a", 0.5],
+    ]
 
 
 def test_controls_are_as_large_and_random_ones_lie_in_the_same_layers(scores):
@@ -239,7 +257,7 @@ def test_words_are_the_ends_of_the_projection(models, tokenizer, scores):
     ] == tokenizer.decode([int(effect.argmin())])
 
 
-def test_transfer_and_verdict_say_where_there_is_no_gap(models, tokenizer, scores, monkeypatch):
+def test_transfer_says_where_there_is_no_gap(models, tokenizer, scores):
     table = ch09_contrast.transfer(
         models[0],
         copy.deepcopy(models[0]),
@@ -253,34 +271,3 @@ def test_transfer_and_verdict_say_where_there_is_no_gap(models, tokenizer, score
         ch09_contrast.transfer_table(table).loc["organism/harmful, zh", "safety restored (%)"]
         == "no gap"
     )
-    said = {}
-    monkeypatch.setattr(ch09_contrast, "glue_list", lambda name, items: said.update({name: items}))
-
-    def rate(condition, fraction, hits, draw=0):
-        return (condition, fraction, draw, "asr", "s", Rate(hits, 200))
-
-    rows = [
-        rate("recipient", 0.0, 190),
-        rate("donor", 0.0, 0),
-        rate("a", 0.05, 2),
-        rate("b", 0.05, 190),
-        rate("b", 0.05, 152, 1),
-        rate("b", 0.1, 0),
-        rate("c", 0.05, 20),
-    ]
-    table = pd.DataFrame(rows, columns=["condition", "fraction", "draw", "measure", "set", "rate"])
-    ch09_contrast.glue_restoration(table, "s", 0.05)
-    a, b, c = said["verdict_restoration"]
-    assert "10 % [" in b and "from 0 to 20 % over 2 draws" in b and "draws" not in a
-    assert (
-        "more than 90 % is seen; 90 % is reached first at 5 %" in a
-        and "is not seen; 90 % is reached first at 10 %" in b
-        and "undecided" in c
-    )
-    ends = {"recipient": "donor", "donor": "recipient"}
-    ch09_contrast.glue_restoration(
-        table.assign(condition=table["condition"].replace(ends)), "s", 0.05
-    )
-    assert said["verdict_restoration"] == [
-        "Attack success of the donor is not measurably lower than the recipient's: there is no gap to close."
-    ]

@@ -10,14 +10,29 @@ import torch
 
 from safetyneuron.book import paper as reported
 from safetyneuron.book.glue import MEASURES, glue_list, glue_rates, glue_text
+from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import PALETTE, draw_bands, rate_panels
 from safetyneuron.book.verdicts import above
 from safetyneuron.data.prompts import has_languages, has_splits, load_prompts
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.metrics.estimates import (
+    Estimate,
+    chance_of_ranks,
+    estimate_ratio,
+    rank_among,
+)
+from safetyneuron.metrics.outcomes import (
+    Runs,
+    estimate_change,
+    estimate_rate,
+    outcomes_of,
+    rates_by_run,
+)
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_refusal
 from safetyneuron.metrics.safety import answers
 from safetyneuron.metrics.suite import evaluate
+from safetyneuron.metrics.verdict import Evidence, expect_kept
 from safetyneuron.neurons.activations import last_activations, mean_ablated
 from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.patching import patched_generation
@@ -48,35 +63,18 @@ def conditions(scores, fraction, draws):
     }
 
 
-def restoration(recipient, donor, tokenizer, suite, scores, fractions, draws):
-    """Rates against the share of feed-forward neurons that is patched.
+def tabulate_restoration(curves, ends, measures):
+    """Long table of the curves: columns condition, fraction, measure, set, rate; the models as they are at fraction 0.
 
-    Returns
-    -------
-    pandas.DataFrame
-        Columns condition, fraction, draw, measure, set, rate; the conditions `recipient` and `donor` are the models as they are.
+    curves: (condition, fraction) to `Runs`; ends: `recipient` and `donor` to `Runs`.
     """
+    everything = {(name, 0.0): runs for name, runs in ends.items()} | curves
     rows = [
-        (name, 0.0, 0, *key, rate)
-        for name, model in (("recipient", recipient), ("donor", donor))
-        for key, rate in evaluate(model, tokenizer, suite).items()
+        (condition, fraction, *key, estimate_rate(runs, *key))
+        for (condition, fraction), runs in everything.items()
+        for key in measures
     ]
-    for fraction in sorted(set(fractions)):
-        for name, sets in conditions(scores, fraction, draws).items():
-            for draw, neurons in enumerate(sets):
-                rates = patched_rates(recipient, donor, tokenizer, suite, neurons)
-                rows += [(name, fraction, draw, *key, rate) for key, rate in rates.items()]
-    return pd.DataFrame(rows, columns=["condition", "fraction", "draw", "measure", "set", "rate"])
-
-
-def over_draws(table):
-    """`restoration` with the mean rate over draws in place of each."""
-    columns = ["condition", "fraction", "measure", "set"]
-    return (
-        table.groupby(columns, sort=False)["rate"]
-        .agg(lambda rates: Rate.mean(list(rates)))
-        .reset_index()
-    )
+    return pd.DataFrame(rows, columns=["condition", "fraction", "measure", "set", "rate"])
 
 
 def alone(recipient, donor, tokenizer, suite, neurons):
@@ -142,12 +140,8 @@ def transfer(recipient, donor, tokenizer, suite, neurons, sets, draws):
         }
         found["patched"] = patched_rates(recipient, donor, tokenizer, asked, neurons)
         rates = {column: result["asr", name] for column, result in found.items()}
-        rates["random"] = Rate.mean(
-            [
-                patched_rates(recipient, donor, tokenizer, asked, other)["asr", name]
-                for other in others
-            ]
-        )
+        random = [patched_rates(recipient, donor, tokenizer, asked, other) for other in others]
+        rates["random"] = estimate_rate([random], "asr", name)
         share = restored(rates["recipient"], rates["donor"], rates["patched"])
         rows[f"{name}, {language}"] = rates | dict(zip(("restored", "low", "high"), share))
     return pd.DataFrame(rows).T.rename_axis("requests")
@@ -342,7 +336,7 @@ def change_scores_panels(scores, chosen):
 def restoration_curves(tables, measures):
     """Rates with their 95 % bands against the share of neurons patched: one row of panels per pair, one column per measure.
 
-    tables: name to the result of `patching.restoration`; measures: (measure, set) to panel title.
+    tables: name to the result of `tabulate_restoration`; measures: (measure, set) to panel title.
     """
 
     def draw(axes, chosen):
@@ -354,8 +348,7 @@ def restoration_curves(tables, measures):
         axes.set(xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
 
-    means = {name: over_draws(table) for name, table in tables.items()}
-    return rate_panels(means, measures, draw, "neurons patched (%)")
+    return rate_panels(tables, measures, draw, "neurons patched (%)")
 
 
 def cases_table(cases):
@@ -404,52 +397,90 @@ def alone_table(single):
     return pd.DataFrame(rows).set_index("neuron").rename_axis(None)
 
 
-RESTORED = {
-    CHANGE: "restored_chosen",
-    RANDOM: "restored_random",
-    LAST: "restored_last",
-}  # condition -> glued name
+def estimate_restored(recipient: Runs, donor: Runs, patched: Runs, name: str) -> Estimate:
+    """Share of the gap in attack success that the patch closes, with its interval over trainings and verbs.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If there is no gap on average.
+    """
+    before, after, closed = (
+        np.array([[outcomes_of(run, "asr", name)[0] for run in draws] for draws in runs])
+        for runs in (recipient, donor, patched)
+    )
+    clusters = outcomes_of(recipient[0][0], "asr", name)[1]
+    return estimate_ratio(before - closed.mean(1, keepdims=True), before - after, clusters)
 
 
-def glue_restoration(table, harmful_set, fraction):
-    """Glue how much safety every way of choosing restores at one share, and the smallest share tried that restores what the paper says."""
+def weigh_claims(ends, judged, harmful_set, benign_set):
+    """The evidence for the chapter's claims. ends: `recipient` and `donor` to `Runs`; judged: condition to `Runs` at the share that is judged."""
+    recipient, donor, patched = ends["recipient"], ends["donor"], judged[CHANGE]
+    restored = estimate_restored(recipient, donor, patched, harmful_set)
     wanted = reported.CHANGE_SCORES["restored"] / 100
-    rows = table[(table["measure"] == "asr") & (table["set"] == harmful_set)]
-    ends, parts = rows[rows["fraction"] == 0].set_index("condition")["rate"], []
-    if not above(ends["recipient"], ends["donor"]):
-        glue_text(**dict.fromkeys(RESTORED.values(), "no gap to close"))
-        return glue_list(
-            "verdict_restoration",
-            [
-                "Attack success of the donor is not measurably lower than the recipient's: there is no gap to close."
-            ],
-        )
+    above_random = estimate_change(judged[RANDOM], patched, "asr", harmful_set)
+    above_last = estimate_change(judged[LAST], patched, "asr", harmful_set)
+    kept = estimate_change(patched, recipient, "helpful", benign_set)
+    return {
+        "patch-restores": expect_kept(restored, -wanted),
+        "patch-above-random": Evidence(
+            above_random,
+            margin_of("patch-above-random"),
+            _rank_chance(patched, judged[RANDOM], harmful_set),
+        ),
+        "patch-above-last": Evidence(above_last, margin_of("patch-above-last")),
+        "patch-keeps-help": expect_kept(kept, 0.05),
+    }
 
-    def share(rate):
-        return restored(ends["recipient"], ends["donor"], rate)
 
-    for name, found in rows[rows["fraction"] > 0].groupby("condition", sort=False):
-        shares = {row.fraction: share(row.rate) for row in over_draws(found).itertuples()}
-        value, low, high = shares[fraction]
-        draws = [100 * share(rate)[0] for rate in found[found["fraction"] == fraction]["rate"]]
-        spread = (
-            f", from {min(draws):.0f} to {max(draws):.0f} % over {len(draws)} draws"
-            if len(draws) > 1
-            else ""
-        )
-        glue_text(
-            **{RESTORED.get(name, name): f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"}
-        )
-        enough = [share for share, (point, _, _) in shares.items() if point >= wanted]
-        smallest = (
-            f"reached first at {100 * min(enough):g} % of the neurons"
-            if enough
-            else "reached at no share tried"
-        )
-        seen = "seen" if low > wanted else "not seen" if high < wanted else "undecided"
-        parts.append(f"{name}: {100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}] of safety{spread} is restored by {100 * fraction:g} % of the neurons, so more than"
-                     f" {100 * wanted:.0f} % is {seen}; {100 * wanted:.0f} % is {smallest}.")  # fmt: skip
-    glue_list("verdict_restoration", parts)
+def _rank_chance(chosen, random, name):
+    """Probability that random sets stop as much harm among each other as the chosen set does among them."""
+    values, controls = (-rates_by_run(runs, "asr", name) for runs in (chosen, random))
+    ranks = [rank_among(value, row) for (value,), row in zip(values, controls)]
+    return chance_of_ranks(ranks, controls.shape[1])
+
+
+def restored_table(ends, judged, name):
+    """Attack success and the share of safety restored at the judged share, one row a condition, and every training's."""
+    rows = {}
+    for condition, runs in judged.items():
+        share = estimate_restored(ends["recipient"], ends["donor"], runs, name)
+        each = [
+            estimate_restored([a], [b], [c], name).value
+            for a, b, c in zip(ends["recipient"], ends["donor"], runs)
+        ]
+        low, high = share.interval
+        rows[condition] = {
+            "attack success": estimate_rate(runs, "asr", name).percent,
+            "safety restored, %": f"{100 * share.value:.0f} [{100 * low:.0f}, {100 * high:.0f}]",
+            "by training": ", ".join(f"{100 * value:.0f}" for value in each),
+        }
+    return pd.DataFrame(rows).T.rename_axis("patched")
+
+
+def glue_restoration(ends, judged, harmful_set, benign_set, families):
+    """Glue the chapter's findings, and how much safety every way of choosing restores."""
+    model = next(iter(families))
+    evidence = weigh_claims(ends, judged, harmful_set, benign_set)
+    shares = {
+        condition: estimate_restored(ends["recipient"], ends["donor"], runs, harmful_set)
+        for condition, runs in judged.items()
+    }
+    percent = {condition: f"{100 * share.value:.0f} %" for condition, share in shares.items()}
+    names = {CHANGE: "restored_chosen", RANDOM: "restored_random", LAST: "restored_last"}
+    glue_text(**{names[condition]: text for condition, text in percent.items()})
+    before, after = (
+        100 * estimate_rate(runs, "helpful", benign_set).value
+        for runs in (ends["recipient"], judged[CHANGE])
+    )
+    numbers = {
+        "patch-restores": f"{percent[CHANGE]} of safety",
+        "patch-above-random": f"random neurons restore {percent[RANDOM]}",
+        "patch-above-last": f"the last layers restore {percent[LAST]}",
+        "patch-keeps-help": f"helpful answers {before:.0f} → {after:.0f} %",
+    }
+    found = {key: {model: evidence[key]} for key in numbers}
+    glue_findings(found, numbers, name_runs(families))
 
 
 def glue_transfer(table):
