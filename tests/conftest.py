@@ -238,7 +238,9 @@ def scores_with(counts, trials=100):
         if kind == "task":
             outcomes = ["right"] * hits["accuracy"]
         elif kind == "benign":
-            outcomes = ["refusal"] * hits.get("over_refusal", 0) + ["correct"] * hits.get("helpful", 0)
+            outcomes = ["refusal"] * hits.get("over_refusal", 0) + ["correct"] * hits.get(
+                "helpful", 0
+            )
         else:
             asr = hits["asr"] if "asr" in hits else hits["asr before"]
             coherent = hits.get("coherent", asr)
