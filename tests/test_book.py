@@ -1,5 +1,6 @@
 """Every notebook in the smoke edition, built into the book; and the rules that keep notebooks readable."""
 
+import importlib
 import json
 import re
 import statistics
@@ -123,3 +124,10 @@ def test_every_chapter_has_the_same_skeleton(path):
     assert table.count("\n") >= 2 and "{glue:text}" in table and "{numref}" in table
     assert "```{admonition} Definition" in text
     assert path.stem == "00_organism" or "{term}" in text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_code_that_a_chapter_folds_under_a_call_exists(path):
+    for name in re.findall(r"\{source\} ([\w.]+)", path.read_text(encoding="utf-8")):
+        module, _, what = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), what), name
