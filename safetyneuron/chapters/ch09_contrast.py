@@ -38,6 +38,7 @@ from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.patching import patched_generation
 from safetyneuron.neurons.sets import NeuronSet
 
+NO_GAP = "no gap to close"
 CHANGE, RANDOM, LAST = "highest change scores", "random others in the same layers", "last layers"
 
 
@@ -397,18 +398,14 @@ def alone_table(single):
     return pd.DataFrame(rows).set_index("neuron").rename_axis(None)
 
 
-def estimate_restored(recipient: Runs, donor: Runs, patched: Runs, name: str) -> Estimate:
-    """Share of the gap in attack success that the patch closes, with its interval over trainings and verbs.
-
-    Raises
-    ------
-    SafetyNeuronError
-        If there is no gap on average.
-    """
+def estimate_restored(recipient: Runs, donor: Runs, patched: Runs, name: str) -> Estimate | None:
+    """Share of the gap in attack success that the patch closes, with its interval over trainings and verbs; None without a gap."""
     before, after, closed = (
         np.array([[outcomes_of(run, "asr", name)[0] for run in draws] for draws in runs])
         for runs in (recipient, donor, patched)
     )
+    if before.mean() <= after.mean():
+        return None
     clusters = outcomes_of(recipient[0][0], "asr", name)[1]
     return estimate_ratio(before - closed.mean(1, keepdims=True), before - after, clusters)
 
@@ -421,8 +418,8 @@ def weigh_claims(ends, judged, harmful_set, benign_set):
     above_random = estimate_change(judged[RANDOM], patched, "asr", harmful_set)
     above_last = estimate_change(judged[LAST], patched, "asr", harmful_set)
     kept = estimate_change(patched, recipient, "helpful", benign_set)
-    return {
-        "patch-restores": expect_kept(restored, -wanted),
+    found = {"patch-restores": expect_kept(restored, -wanted)} if restored else {}
+    return found | {
         "patch-above-random": Evidence(
             above_random,
             margin_of("patch-above-random"),
@@ -446,14 +443,13 @@ def restored_table(ends, judged, name):
     for condition, runs in judged.items():
         share = estimate_restored(ends["recipient"], ends["donor"], runs, name)
         each = [
-            estimate_restored([a], [b], [c], name).value
+            estimate_restored([a], [b], [c], name)
             for a, b, c in zip(ends["recipient"], ends["donor"], runs)
         ]
-        low, high = share.interval
         rows[condition] = {
             "attack success": estimate_rate(runs, "asr", name).percent,
-            "safety restored, %": f"{100 * share.value:.0f} [{100 * low:.0f}, {100 * high:.0f}]",
-            "by training": ", ".join(f"{100 * value:.0f}" for value in each),
+            "safety restored, %": share.percent if share else NO_GAP,
+            "by training": ", ".join(f"{100 * one.value:.0f}" if one else "–" for one in each),
         }
     return pd.DataFrame(rows).T.rename_axis("patched")
 
@@ -466,7 +462,7 @@ def glue_restoration(ends, judged, harmful_set, benign_set, families):
         condition: estimate_restored(ends["recipient"], ends["donor"], runs, harmful_set)
         for condition, runs in judged.items()
     }
-    percent = {condition: f"{100 * share.value:.0f} %" for condition, share in shares.items()}
+    percent = {c: f"{100 * share.value:.0f} %" if share else NO_GAP for c, share in shares.items()}
     names = {CHANGE: "restored_chosen", RANDOM: "restored_random", LAST: "restored_last"}
     glue_text(**{names[condition]: text for condition, text in percent.items()})
     before, after = (
@@ -479,7 +475,7 @@ def glue_restoration(ends, judged, harmful_set, benign_set, families):
         "patch-above-last": f"the last layers restore {percent[LAST]}",
         "patch-keeps-help": f"helpful answers {before:.0f} → {after:.0f} %",
     }
-    found = {key: {model: evidence[key]} for key in numbers}
+    found = {key: {model: evidence[key]} for key in numbers if key in evidence}
     glue_findings(found, numbers, name_runs(families))
 
 
