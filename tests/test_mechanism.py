@@ -6,6 +6,8 @@ from test_detection import random_profile
 from safetyneuron import NeuronSet, Rate
 from safetyneuron.book import glue, labels
 from safetyneuron.chapters import ch03_mechanism, ch04_languages
+from safetyneuron.metrics.outcomes import COLUMNS, Scores
+from safetyneuron.metrics.verdict import Verdict, judge
 from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
 
 
@@ -27,8 +29,9 @@ def test_structures_add_up_and_enrichment_is_one_for_everything(model, neurons):
         table.loc["gate", "share of its units"] <= table.loc["feed-forward", "share of its units"]
     )
     everything = NeuronSet({p: torch.ones_like(mask) for p, mask in neurons.masks.items()})
-    assert (ch03_mechanism.structures(everything)["enrichment"] == 1).all()
-    assert (ch03_mechanism.layers(everything)["enrichment"] == 1).all()
+    for column in ("enrichment", "enrichment of units"):
+        assert (ch03_mechanism.structures(everything)[column] == 1).all()
+        assert (ch03_mechanism.layers(everything)[column] == 1).all()
 
 
 def test_layers_count_what_lies_in_them(neurons):
@@ -37,6 +40,7 @@ def test_layers_count_what_lies_in_them(neurons):
         assert table.loc[layer, "neurons"] == sum(
             int(mask[layer - 1].sum()) for mask in neurons.masks.values()
         )
+    assert table["units"].sum() == len(neurons.units())
 
 
 def test_ranges_of_layers_split_a_set(neurons):
@@ -75,11 +79,69 @@ def test_overlap_is_the_share_of_the_second_set(model):
 @pytest.mark.parametrize("direction, expected", [("layers 1 to L", 2), ("layers L to the last", 1)])
 def test_breaking_layers_are_found_from_their_end(direction, expected):
     hits = {1: 10, 2: 90, 3: 95} if direction == "layers 1 to L" else {1: 90, 2: 30, 3: 10}
-    table = pd.DataFrame(
-        [(direction, layer, "asr", Rate(n, 100)) for layer, n in hits.items()],
-        columns=["direction", "layer", "measure", "rate"],
-    )
-    assert ch03_mechanism.broken_at(table, direction) == expected
+    rows = [("a", direction, layer, "asr", Rate(n, 100)) for layer, n in hits.items()]
+    rows += [("b", direction, layer, "asr", Rate(100, 100)) for layer in hits]
+    table = pd.DataFrame(rows, columns=["condition", "direction", "layer", "measure", "rate"])
+    assert ch03_mechanism.depth_of_collapse(table, "a", direction) == expected
+
+
+def scores_of(outcomes):
+    """`Scores` of one set `s` whose harmful requests, each of another verb, became of this."""
+    rows = [("harmful", "s", i, f"verb {i}", outcome) for i, outcome in enumerate(outcomes)]
+    return Scores(pd.DataFrame(rows, columns=COLUMNS))
+
+
+def one_run(*refused, help_with="other"):
+    """`Runs` of one draw a training, of 40 requests of which so many are refused."""
+    return [[scores_of(["refusal"] * n + [help_with] * (40 - n))] for n in refused]
+
+
+def test_a_sweep_is_the_mean_over_trainings_where_all_of_them_have_a_point():
+    swept = {("a", 0.01): one_run(40, 20), ("a", 0.02): one_run(0)}
+    table = ch03_mechanism.tabulate_sweep(one_run(40, 40), swept)
+    rates = table[table["measure"] == "asr"].set_index("fraction")
+    assert list(rates.index) == [0.0, 0.01]
+    assert rates.loc[0.01, "rate"].value == 0.25 and rates.loc[0.01, "by training"] == [0.0, 0.5]
+
+
+def test_classes_of_a_sweep_are_shares_of_all_trainings():
+    swept = {("a", 0.01): one_run(40, 20, help_with="verdict"), ("b", 0.01): one_run(0, 0)}
+    shares = ch03_mechanism.share_classes(swept, "a", "s")["1 %"]
+    assert shares["refusal"].value == 0.75 and shares["verdict"].value == 0.25
+    assert sum(share.value for share in shares.values()) == 1
+
+
+def mechanism(front, back):
+    """Arguments of `weigh_claims` where sets of at most one percent break nothing and that of 2 % all; random sets do nothing."""
+    refused, spared = one_run(*[0] * 5), one_run(*[40] * 5)
+    ways = (labels.EQ3, labels.SPECIFIC)
+    swept = {(way, share): spared for way in ways for share in (0.005, 0.01)}
+    swept |= {(way, 0.02): refused for way in ways}
+    ends = {
+        ch03_mechanism.FRONT: {1: front, 2: refused},
+        ch03_mechanism.BACK: {1: refused, 2: back},
+    }
+    depths = {
+        (labels.EQ3, end, layer): runs for end, of in ends.items() for layer, runs in of.items()
+    }
+    judged = {way: refused for way in ways} | {ch03_mechanism.FIRST_HALF: front}
+    nothing = [draws * 8 for draws in spared]
+    return swept, depths, judged, dict.fromkeys(judged, nothing)
+
+
+def test_claims_of_the_mechanism_follow_what_was_measured():
+    refused, spared = one_run(*[0] * 5), one_run(*[40] * 5)
+    attention = pd.DataFrame({"share of the set": [0.8, 0.82] * 2, "share of its units": [0.1, 0.12] * 2})  # fmt: skip
+    for front, back, expected in (
+        (refused, spared, Verdict.SEEN),
+        (spared, refused, Verdict.REVERSED),
+        (spared, spared, Verdict.NOT_SEEN),
+    ):
+        found = judge(ch03_mechanism.weigh_claims(*mechanism(front, back), attention, "s"))
+        assert found["front-carries"] == expected
+        assert found["small-share-breaks"] == Verdict.REVERSED  # what breaks is 2 %
+        assert found["attention-rows"] == Verdict.SEEN
+        assert found["attention-units"] == Verdict.REVERSED
 
 
 def test_downloaded_data_are_the_numbers(monkeypatch):
@@ -95,16 +157,19 @@ def test_downloaded_data_are_the_numbers(monkeypatch):
     assert read["rate low"][1] == pytest.approx(Rate(8, 100).interval[0])
 
 
-def test_places_of_several_models_keep_their_numbers(model, neurons):
+def test_places_of_several_models_and_trainings_keep_their_numbers(model, neurons):
     other = random_profile(model, 4).select(fraction=0.2)
     sets = {
-        "a": {labels.EQ3: neurons, labels.SPECIFIC: other},
-        "b": {labels.EQ3: other, labels.SPECIFIC: neurons},
+        "a": {labels.EQ3: [neurons, other], labels.SPECIFIC: [other, other]},
+        "b": {labels.EQ3: [other, other], labels.SPECIFIC: [neurons, neurons]},
     }
-    places = ch03_mechanism.places(sets, ch03_mechanism.structures)
-    assert places.loc[("a", labels.EQ3)].equals(ch03_mechanism.structures(neurons))
+    places = ch03_mechanism.count_places(sets, ch03_mechanism.structures)
+    assert places.loc[("a", labels.EQ3, 0)].equals(ch03_mechanism.structures(neurons))
     table = ch03_mechanism.places_table(places)
-    assert table.loc[("b", "q"), (labels.SPECIFIC, "neurons")] == str(neurons.counts()["q"])
-    assert list(table.columns.unique(0)) == [labels.EQ3, labels.SPECIFIC] and list(
-        table.loc["a"].index[:2]
-    ) == ["q", "k"]
+    share = f"{100 * neurons.share_in(['q']):.0f}"
+    assert table.loc[("b", "q"), (labels.SPECIFIC, "rows, %")] == share
+    ends = sorted(100 * x.share_in(["q"]) for x in (neurons, other))
+    assert table.loc[("a", "q"), (labels.EQ3, "rows, %")].endswith(
+        f"{ends[0]:.0f} to {ends[1]:.0f}"
+    )
+    assert list(table.loc["a"].index[:2]) == ["q", "k"]

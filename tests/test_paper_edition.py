@@ -136,6 +136,7 @@ SMALL |= {
     "sizes": [10, 100, 200],
     "n_score": 4,
     "fractions": [0.1],
+    "depth_fraction": 0.05,
     "n_guard": 20,
     "cost_model": "rule",
     "rerouting_rate": 1.0e-3,

@@ -10,6 +10,7 @@ from safetyneuron.metrics.estimates import (
     estimate_mean,
     estimate_ratio,
     rank_among,
+    score_best,
 )
 from safetyneuron.metrics.rates import bootstrap
 
@@ -124,6 +125,16 @@ def test_a_ratio_covers_its_truth():
         low, high = estimate_ratio(above, below).interval
         covered.append(low <= 0.5 <= high)
     assert 0.93 <= np.mean(covered) <= 0.97
+
+
+def test_the_best_of_several_is_scored_without_the_luck_of_the_choice():
+    generator = np.random.default_rng(0)
+    samples = (generator.random((2000, 8, 40)) < 0.3).astype(float)
+    assert np.mean([score_best(options).mean() for options in samples]) == pytest.approx(0.3, abs=0.006)  # fmt: skip
+    assert np.mean([options.mean(1).max() for options in samples]) > 0.38
+    options = np.zeros((3, 10))
+    options[1] = 1
+    assert score_best(options).tolist() == [1.0] * 10
 
 
 def test_ranks_are_uniform_under_chance():

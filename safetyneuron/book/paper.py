@@ -76,12 +76,15 @@ SLIPS = {
     (2, "Avg. Capability", "Llama3-8B-Instruction", "SN-Tune"): 70.6,
     (3, "Avg. Capability", "Mistral-7B-v0.1", "Origin."): 64.5,
 }
-# What §2.3.1 says in words about Figure 2: share of neurons (%) at the leap in harm and at the breakdown.
+# What §2.3.1 says in words about Figures 2 and 4: share of neurons (%) at the leap in harm and at the breakdown; first
+# layers (of 32) whose safety neurons must be off for a near-complete breakdown.
 MECHANISM = {
-    "Llama2-7B-Chat": {"onset": 0.3, "collapse": 0.4},
-    "Llama3-8B-Instruction": {"onset": 0.15, "collapse": 0.5},
-    "Mistral-7B-Instruct-v0.2": {"onset": 0.1, "collapse": 0.2},
+    "Llama2-7B-Chat": {"onset": 0.3, "collapse": 0.4, "layers": 10},
+    "Llama3-8B-Instruction": {"onset": 0.15, "collapse": 0.5, "layers": 16},
+    "Mistral-7B-Instruct-v0.2": {"onset": 0.1, "collapse": 0.2, "layers": 10},
 }
+MECHANISM_LAYERS = 32  # of each of these models
+ATTENTION = {"Llama2-7B-Chat": 77}  # % of the safety neurons that lie in attention (Figure 3)
 OVERLAP_BELOW = 30  # % (§2.3.2): the overlap of two languages' safety neurons is typically smaller
 # Chen et al. (2025): patching this share of the feed-forward neurons restores more than this share of safety (%).
 CHANGE_SCORES = {"neurons": 5, "restored": 90}

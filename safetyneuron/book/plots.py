@@ -114,7 +114,7 @@ def rate_panels(tables, measures, draw, xlabel):
 
 
 def draw_bands(axes, table, hue, x, scale=1):
-    """One line with a 95 % band per value of `hue`; marks repeat what colour says."""
+    """One line with a 95 % band per value of `hue`, and a dot a training where they are given; marks repeat what colour says."""
     marks = ("o", "s", "^", "D")
     for i, (name, rows) in enumerate(table.groupby(hue, sort=False)):
         places, color = rows[x] * scale, sns.color_palette(PALETTE)[i]
@@ -126,6 +126,8 @@ def draw_bands(axes, table, hue, x, scale=1):
             color=color,
             label=name,
         )
+        for place, trainings in zip(places, rows.get("by training", [])):
+            axes.scatter([place] * len(trainings), [100 * v for v in trainings], s=6, color=color, alpha=0.4, linewidth=0)  # fmt: skip
         low, high = zip(*(r.interval for r in rows["rate"]))
         axes.fill_between(
             places,
@@ -135,6 +137,22 @@ def draw_bands(axes, table, hue, x, scale=1):
             alpha=0.15,
             linewidth=0,
         )
+
+
+def label_curves(axes, gap=7):
+    """Write the label of every line beside its last point, at least `gap` percent apart."""
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    lines.sort(key=lambda line: line.get_ydata()[-1])
+    places = [line.get_ydata()[-1] for line in lines]
+    for i in range(1, len(lines)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    highest = 100
+    for i in reversed(range(len(lines))):
+        places[i] = min(places[i], highest)
+        highest = places[i] - gap
+    for line, place in zip(lines, places):
+        options = dict(color=line.get_color(), va="center", fontsize=8)
+        axes.text(line.get_xdata()[-1], place, f"  {line.get_label()}", **options)
 
 
 def attack_heatmaps(results, attacks, language):

@@ -15,7 +15,13 @@ from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import draw_dots
 from safetyneuron.importance.selection import select_without_foundation
 from safetyneuron.metrics.estimates import chance_of_ranks, rank_among
-from safetyneuron.metrics.outcomes import Runs, estimate_change, estimate_rate, rates_by_run
+from safetyneuron.metrics.outcomes import (
+    Runs,
+    estimate_change,
+    estimate_rate,
+    rank_chance,
+    rates_by_run,
+)
 from safetyneuron.metrics.verdict import Evidence, expect_kept
 
 ORIGIN, EQ3, SPECIFIC = "Origin.", "Deact-SN: Eq 3", "Deact-SN: Eq 3 without foundation"
@@ -145,13 +151,6 @@ def weigh_claims(conditions, harmful_set, tasks):
     kept = estimate_change(conditions[EQ3], conditions[ORIGIN], "accuracy", *tasks)
     found["eq3-capability"] = expect_kept(kept, 0.05)
     return found
-
-
-def rank_chance(chosen: Runs, random: Runs, measure: str, *names: str) -> float:
-    """Probability that random sets rank as high among each other as the chosen set does among them, over all trainings."""
-    values, controls = (rates_by_run(runs, measure, *names) for runs in (chosen, random))
-    ranks = [rank_among(value, row) for (value,), row in zip(values, controls)]
-    return chance_of_ranks(ranks, controls.shape[1])
 
 
 def rank_table(conditions, harmful_set):

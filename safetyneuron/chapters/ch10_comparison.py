@@ -6,11 +6,12 @@ import pandas as pd
 import seaborn as sns
 
 from safetyneuron.book.glue import glue_text, lines
+from safetyneuron.book.labels import SMALL
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import PALETTE
 from safetyneuron.detectors.table import DETECTORS, random_scores
 from safetyneuron.importance.selection import select_units
-from safetyneuron.metrics.estimates import Estimate, estimate_mean
+from safetyneuron.metrics.estimates import Estimate, estimate_mean, score_best
 from safetyneuron.metrics.outcomes import Scores, outcomes_of
 from safetyneuron.metrics.verdict import Evidence, judge
 from safetyneuron.neurons.architecture import ATTENTION
@@ -18,7 +19,6 @@ from safetyneuron.neurons.sets import NeuronSet
 
 RANDOM = "random"  # beside the keys of `DETECTORS`: sets of random units, the same for all rules
 EQ3, CONTRAST = "exact/eq3", "exact/contrast"
-SMALL = 0.01  # budgets of at most this share are "fewer than one percent"
 
 
 def usable(case):
@@ -308,11 +308,7 @@ def help_of_best(found, budgets, harmful_set, measure="coherent"):
                 if len(trials[t][0]) > i
             ]
         )
-        halves, values = np.arange(harm.shape[1]) % 2, np.empty(harm.shape[1])
-        for half in (0, 1):
-            best = harm[:, halves != half].mean(1).argmax()
-            values[halves == half] = harm[best, halves == half]
-        rows.append(values)
+        rows.append(score_best(harm))
     return np.array(rows)[:, None]
 
 

@@ -13,7 +13,12 @@ import numpy as np
 import pandas as pd
 
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.metrics.estimates import Estimate, estimate_mean
+from safetyneuron.metrics.estimates import (
+    Estimate,
+    chance_of_ranks,
+    estimate_mean,
+    rank_among,
+)
 
 COLUMNS = ("kind", "set", "item", "cluster", "outcome")
 HELP = ("correct", "wrong", "well formed")  # classes of answers that help with something
@@ -101,6 +106,13 @@ def rates_by_run(runs: Runs, measure: str, *names: str) -> np.ndarray:
     values, _, strata = _values(runs, measure, names)
     strata = np.array(strata)
     return np.mean([values[:, :, strata == name].mean(2) for name in names], 0)
+
+
+def rank_chance(chosen: Runs, random: Runs, measure: str, *names: str) -> float:
+    """Probability that random sets rank as high among each other as the chosen set does among them, over all trainings."""
+    values, controls = (rates_by_run(runs, measure, *names) for runs in (chosen, random))
+    ranks = [rank_among(value, row) for (value,), row in zip(values, controls)]
+    return chance_of_ranks(ranks, controls.shape[1])
 
 
 def outcomes_of(scores: Scores, measure: str, *names: str) -> tuple[np.ndarray, list]:

@@ -260,7 +260,7 @@ SUBTASKS = 57  # of MMLU, each asked as many questions as are given
 COLUMNS = 6  # of Tables 2 to 4
 CONDITIONS = {  # evaluations of a chapter for one model
     "02": lambda v: 1 + 2 * (1 + v["draws"]),
-    "03": lambda v: len(v["percents"]) * (2 + v["draws"]) + 64,
+    "03": lambda v: 2 * len(v["percents"]) + 3 * v["draws"] + 128,
     "04": lambda v: 6,
     "05": lambda v: COLUMNS * v["seeds"] * len(v["languages"]),
     "06": lambda v: COLUMNS * v["seeds"] * len(v["languages"]),
