@@ -115,7 +115,7 @@ def content(path):
     """What a file holds; seconds that were measured, and ratios of them, are left out."""
     if path.suffix == ".safetensors":
         with safe_open(path, "np") as stored:
-            return without_clock(json.dumps(stored.metadata())), {
+            return without_clock(json.dumps(stored.metadata(), sort_keys=True)), {
                 name: stored.get_tensor(name).tobytes() for name in stored.keys()
             }
     if path.suffix == ".zip":
@@ -139,6 +139,7 @@ def content(path):
 
 CLOCK = (
     r"\b\d+(\.\d)?(?= s\b)",  # prose: 1.3 s
+    r"\b\d+(?= (×|\\u00d7))",  # cost as a multiple of a forward pass
     r"(?<=>)\d+(\.\d)?(?=</p></td>|</td>)",  # cells of a table that hold nothing but a number: seconds and forward passes
     r"(?<=: )\d+\.\d(?=\n|</td>|\\n)",  # the page of all cells
     r'(?<=text\\": \\")\d+\.\d(?=\\")',  # and what it is made of

@@ -167,7 +167,7 @@ def areas_table(areas, verdicts, detectors, budget):
             "trade-off": lines_of(row["area"]),
             "better than random": verdicts[key].value if key in verdicts else "–",
             "in attention": place,
-            "forward passes": f"{detector.passes:.0f}" if detector else "–",
+            "cost, in forward passes": f"{detector.passes:.0f} ×" if detector else "–",
         }
     return pd.DataFrame(rows).T.rename_axis("rule")
 
