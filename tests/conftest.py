@@ -242,7 +242,7 @@ def scores_with(counts, trials=100):
                 "helpful", 0
             )
         else:
-            asr = hits["asr"] if "asr" in hits else hits["asr before"]
+            asr = hits["asr"]
             coherent = hits.get("coherent", asr)
             outcomes = ["correct"] * coherent + ["other"] * (asr - coherent)
         rest = {"task": "false", "benign": "other"}.get(kind, "refusal")

@@ -7,12 +7,13 @@ from test_detection import random_profile
 from safetyneuron import NeuronSet, Rate, SafetyNeuronError, load_documents
 from safetyneuron.attacks import GCG, PAIR, AttackResult, load_requests
 from safetyneuron.book import tables, verdicts
-from safetyneuron.chapters import ch05_sn_tune, ch08_ablations
+from safetyneuron.chapters import ch05_sn_tune, ch07_rsn_tune, ch08_ablations
 from safetyneuron.kept import defences
 from safetyneuron.kept.defences import Column
 from safetyneuron.metrics import Suite
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.neurons.weights import fingerprint
+from safetyneuron.tuning.trainer import fine_tune
 
 SUITE = Suite(("organism/harmful",), "organism/benign", (), prompts=4)
 LANGUAGES = ["en", "zh"]
@@ -96,13 +97,13 @@ def test_columns_hold_every_set_and_seed_and_are_made_once(
         results[defences.EQ3][0].parameters == len(sets[defences.EQ3]) * model.config.hidden_size
     )  # every row and column is as wide as the model
     assert fingerprint(model) == before
-    for name in ("sn_tune", "circuit_break", "attack"):
+    for name in ("train_neurons", "train_adapters", "search_and_judge"):
         monkeypatch.setattr(defences, name, None)
     assert run() == results
 
 
 def test_a_killed_run_keeps_every_attack_that_had_ended(model, tokenizer, monkeypatch):
-    asked, attack = [], defences.attack
+    asked, attack = [], defences.search_and_judge
 
     def stops_at_pair(model, tokenizer, requests, config, **options):
         asked.append(type(config).__name__)
@@ -110,7 +111,7 @@ def test_a_killed_run_keeps_every_attack_that_had_ended(model, tokenizer, monkey
             raise KeyboardInterrupt
         return attack(model, tokenizer, requests, config, **options)
 
-    monkeypatch.setattr(defences, "attack", stops_at_pair)
+    monkeypatch.setattr(defences, "search_and_judge", stops_at_pair)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             EXAMINATION.column(model, tokenizer)
@@ -127,32 +128,63 @@ def test_what_is_kept_of_an_attack_holds_no_text(model, tokenizer, tmp_path):
     )
 
 
-def test_downstream_names_the_papers_columns(model, tokenizer, sets, documents):
-    task = load_documents("organism/arithmetic")[:4]
-    results = defences.downstream(
-        model,
-        tokenizer,
-        SUITE,
-        ["en"],
-        documents,
-        task,
-        sets,
-        1,
-        {"learning_rate": 1e-2},
-        {"learning_rate": 1e-2, "lora_rank": 2},
-    )
-    assert list(results) == [
-        "Before",
-        "Origin.",
-        "SN-Tune",
-        "RSN-Tune",
-        "Random: like SN-Tune",
-        "Random: like RSN-Tune",
-    ]
-    assert results["SN-Tune"][0].parameters > 0 and results["Origin."][0].parameters == 0
-    assert (
-        results["Origin."][0].rates["asr before", "en"] == results["Before"][0].rates["asr", "en"]
-    )
+def test_a_copy_is_fine_tuned_and_asked_and_the_model_stays(model, tokenizer, monkeypatch):
+    task, before = load_documents("organism/arithmetic")[:4], fingerprint(model)
+    case = (model, tokenizer, SUITE, ["en"], task, {"learning_rate": 3e-1})
+    found = defences.score_fine_tuned(*case)
+    student = fine_tune(model, tokenizer, task, learning_rate=3e-1)
+    assert found.table.equals(defences.scores(student, tokenizer, SUITE, ["en"]).table)
+    assert not found.table.equals(defences.scores(model, tokenizer, SUITE, ["en"]).table)
+    assert fingerprint(model) == before
+    monkeypatch.setattr(defences, "fine_tune", None)  # the second time it is read
+    assert defences.score_fine_tuned(*case).table.equals(found.table)
+
+
+def downstream(asr, accuracy=80, trainings=3):
+    """Runs after fine-tuning with so much attack success, all trainings alike."""
+    rates = {("asr", "en"): asr, ("helpful", "en"): 90, ("accuracy", "t"): accuracy}
+    return [[scores_with(rates)]] * trainings
+
+
+LOST = {
+    ch07_rsn_tune.BEFORE: downstream(0),
+    ch07_rsn_tune.ORIGIN: downstream(70),
+    ch07_rsn_tune.SN: downstream(65),
+    ch07_rsn_tune.RSN: downstream(20, accuracy=60),
+    ch07_rsn_tune.EQUAL: downstream(75),
+    ch07_rsn_tune.RANDOM: downstream(50),
+}
+
+
+def test_the_sign_of_every_claim_of_chapter_07_is_that_of_the_claim():
+    effects = {
+        key: round(evidence.effect.value, 3)
+        for key, evidence in ch07_rsn_tune.weigh_claims(LOST, "en", "t").items()
+    }
+    assert effects == {
+        "finetuning-breaks": 0.7,
+        "finetuning-helps": 0.7,
+        "sn-keeps": 0.05,
+        "rsn-keeps": 0.5,
+        "rsn-above-sn": 0.45,
+        "equal-above-sn": -0.1,
+        "rsn-above-random": 0.3,
+        "rsn-learns": -0.15,  # twenty points lost, five allowed
+    }
+
+
+def test_what_keeps_safety_is_judged_only_where_some_was_lost():
+    unharmed = LOST | {ch07_rsn_tune.ORIGIN: downstream(5)}
+    judged = ch07_rsn_tune.weigh_claims(unharmed, "en", "t")
+    assert set(judged) == {"finetuning-breaks", "finetuning-helps", "rsn-learns"}
+
+
+def test_a_way_of_tuning_without_neurons_in_some_training_is_left_out(sets):
+    some, other = sets.values()
+    found = {ch07_rsn_tune.SN: some, ch07_rsn_tune.RSN: some - other, ch07_rsn_tune.EQUAL: other}
+    nothing = found | {ch07_rsn_tune.RSN: some - some}
+    assert ch07_rsn_tune.ways_of({"a": found}) == list(ch07_rsn_tune.TUNED)
+    assert ch07_rsn_tune.RSN not in ch07_rsn_tune.ways_of({"a": found, "b": nothing})
 
 
 def test_no_documents_is_the_model_as_it_is(model, tokenizer, sets, documents):
@@ -309,16 +341,3 @@ def test_too_few_documents_and_a_file_in_two_languages_are_refused(tmp_path):
     with pytest.raises(SafetyNeuronError, match="give one language"):
         defences.by_language(load_documents, str(path), 1, LANGUAGES)
     assert len(defences.by_language(load_documents, str(path), 1, ["en"])) == 1
-
-
-def test_a_suite_without_benign_requests_can_be_asked_after_fine_tuning(model, tokenizer):
-    suite = Suite(("organism/harmful",), prompts=2)
-    rates = defences.fine_tuned_scores(
-        model,
-        tokenizer,
-        suite,
-        ["en"],
-        load_documents("organism/arithmetic")[:2],
-        learning_rate=1e-3,
-    )
-    assert set(rates) == {("asr", "en"), ("coherent", "en"), ("asr before", "en")}

@@ -311,9 +311,9 @@ def test_an_attack_depends_on_the_weights_of_who_rewrites_and_judges(chat, base,
         made.append(1)
         return AttackResult({"keyword": [True]}, [1], [1], [[]])
 
-    monkeypatch.setattr(defences, "attack", attack)
+    monkeypatch.setattr(defences, "search_and_judge", attack)
     requests = load_requests("organism/harmful")[:1]
     for helper in (chat, base, chat):
         monkeypatch.setattr(rewriters, "_loaded", lambda name, helper=helper: helper)
-        defences.attacked(*base, requests, PAIR(1, 1, **whoever), 8)
+        defences.attack(*base, requests, PAIR(1, 1, **whoever), 8)
     assert len(made) == 2

@@ -170,7 +170,7 @@ def test_no_row_of_a_public_set_is_kept(tmp_path, monkeypatch, tokenizer):
     assert {document["completion"].split()[0] for document in documents} == {"quixotic"}
     evaluate(model, tokenizer, Suite(("paper/beavertails",), prompts=3))
     neurons = NeuronSet({p: ~mask for p, mask in NeuronSet.empty(model).masks.items()})
-    defences.tuned(model, tokenizer, documents[:2], neurons, learning_rate=1e-3)
+    defences.sn_tune(model, tokenizer, documents[:2], neurons, learning_rate=1e-3)
     kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert {path.parent.parent.name for path in kept} >= {"cache", "tuning"}
     assert not any(

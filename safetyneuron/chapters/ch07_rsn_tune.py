@@ -1,47 +1,228 @@
-"""Chapter 07, Table 4: what fine-tuning leaves of safety."""
+"""Chapter 07, Table 4: what fine-tuning on a harmless task leaves of safety."""
 
-from safetyneuron.book.glue import glue_list, glue_rates
-from safetyneuron.book.tables import language_rows, mean_rate, rate, side_by_side
-from safetyneuron.book.verdicts import change_sentence, mean_rates
-from safetyneuron.kept import defences
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from safetyneuron.book.glue import glue_text, lines, printed_cells
+from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.plots import draw_dots
+from safetyneuron.metrics.outcomes import Runs, estimate_change, estimate_rate
+from safetyneuron.metrics.verdict import Evidence, expect_kept
+
+BEFORE, ORIGIN, SN, RSN, EQUAL, RANDOM = "before", "origin", "sn", "rsn", "equal", "random"
+TUNED = (SN, RSN, EQUAL)
+CONDITIONS = (BEFORE, ORIGIN, *TUNED, RANDOM)
+WAYS = {
+    SN: "SN-Tune",
+    RSN: "RSN-Tune",
+    EQUAL: "RSN-Tune, as many neurons",
+    RANDOM: "random, as many as RSN-Tune",
+}
+LABELS = {BEFORE: "not fine-tuned", ORIGIN: "fine-tuned"}
+LABELS |= {condition: f"{way},\nthen fine-tuned" for condition, way in WAYS.items()}
+PAPER_COLUMNS = {BEFORE: "Before", ORIGIN: "Origin.", SN: "SN-Tune", RSN: "RSN-Tune"}
+PAPER_ROWS = {"attack success": "Harmful", "accuracy": "GSM8K"}
 
 
-def downstream_table(results, paper_model, task, languages):
-    """Paper's Table 4 beside the measurement. results: name of the run to `defences.downstream`."""
-    rows = [("Accuracy", f"{task} (paper: GSM8K)", "GSM8K", rate("accuracy", task))]
-    rows += [
-        ("Attack success before fine-tuning", l, None, rate("asr before", l)) for l in languages
-    ]
-    return side_by_side(4, results, paper_model, rows + language_rows(languages, "Harmful"))
+def ways_of(sets):
+    """The ways of tuning that have neurons left in every training. sets: training to way to `NeuronSet`."""
+    return [way for way in TUNED if all(len(ways[way]) for ways in sets.values())]
 
 
-def glue_downstream(results, languages, task):
-    """Glue what fine-tuning did to the model as it was and to the tuned ones. results: run to name to draws of `Column`."""
-    parts = []
-    for run, found in results.items():
-        rates = {name: mean_rates(draws) for name, draws in found.items()}
-        origin, sn, rsn = (rates[name] for name in (defences.ORIGIN, defences.SN, defences.RSN))
+def overlap_table(sets):
+    """Sizes of the sets in every training, and what they share."""
+    rows = {
+        name: {
+            "safety neurons": len(ways[SN]),
+            "foundation\nneurons too": len(ways[SN] - ways[RSN]),
+            "left for\nRSN-Tune": len(ways[RSN]),
+            "RSN-Tune, as many:\nshared with SN-Tune": len(ways[EQUAL] & ways[SN]),
+        }
+        for name, ways in sets.items()
+    }
+    return pd.DataFrame(rows).T.rename_axis("training")
 
-        def compare(after, before, label):
-            return change_sentence(
-                after, before, "asr", languages, label, "lower", "higher", "not different"
-            )
 
-        parts.append(f"{run}: {change_sentence(origin, rates[defences.BEFORE], 'asr', languages, 'attack success of the untuned model')}; "
-                     f"{change_sentence(origin, rates[defences.BEFORE], 'accuracy', [task], 'its accuracy')}.")  # fmt: skip
-        after = [
-            compare(rates[name], origin, f"{name} against Origin:")
-            for name in defences.DOWNSTREAM_NAMES.values()
-        ]
-        parts.append(
-            f"{run}, attack success after fine-tuning. {'; '.join(after)}; {compare(rsn, sn, 'RSN-Tune against SN-Tune:')}."
+def downstream_table(found, model, paper_model, language, task):
+    """Paper's Table 4 beside the measurement, in percent: a row a document set and condition.
+
+    found: document set that was fine-tuned on to condition to `Runs`; task: of capability.
+    """
+    printed, rows, cells = printed_cells(4, paper_model), {}, []
+    for lesson, conditions in found.items():
+        for condition, runs in conditions.items():
+            column = PAPER_COLUMNS.get(condition)
+            here = {
+                title: lines(estimate_rate(runs, *key)) if key in runs[0][0] else "–"
+                for title, key in measures_of(language, task).items()
+            }
+            theirs = printed if lesson == next(iter(found)) else {}  # the first is the paper's kind
+            paper = {f"paper:\n{t}": theirs.get((r, column), "–") for t, r in PAPER_ROWS.items()}
+            rows[lesson, LABELS[condition]] = here | paper
+            place = {"table": 4, "column": column, "model": model, "way": f"fine-tuned on {lesson}"}
+            cells += [
+                place | {"row": row, "text": here[title]}
+                for title, row in PAPER_ROWS.items()
+                if column
+            ]
+    table = pd.DataFrame(rows).T.rename_axis(["fine-tuned on", "%"])
+    table.attrs["cells"] = cells
+    return table
+
+
+def measures_of(language, task):
+    """Title of a column or panel to measure and set."""
+    return {
+        "attack success": ("asr", language),
+        "help with harm": ("coherent", language),
+        "helpful answers": ("helpful", language),
+        "accuracy": ("accuracy", task),
+    }
+
+
+def languages_table(found, earlier, languages):
+    """Attack success in every language: behind tuning, and after fine-tuning on each set of documents.
+
+    earlier: condition to `Runs` before fine-tuning; found: as for `downstream_table`.
+    """
+    parts = {"nothing": {BEFORE: found[next(iter(found))][BEFORE], **earlier}}
+    parts |= {
+        lesson: {c: runs for c, runs in conditions.items() if c != BEFORE}
+        for lesson, conditions in found.items()
+    }
+    rows = {
+        (lesson, WAYS.get(condition, "nothing")): {
+            language: lines(estimate_rate(runs, "asr", language))
+            if ("asr", language) in runs[0][0]
+            else "–"
+            for language in languages
+        }
+        for lesson, conditions in parts.items()
+        for condition, runs in conditions.items()
+    }
+    return pd.DataFrame(rows).T.rename_axis(["fine-tuned on", "tuned before by"])
+
+
+def price_table(found, earlier, languages):
+    """Over-refusal and helpful answers in every language behind tuning and before fine-tuning; arguments as for `languages_table`."""
+    titles = {"over_refusal": "refused", "helpful": "helped with"}
+    conditions = {BEFORE: found[next(iter(found))][BEFORE], **earlier}
+    rows = {
+        WAYS.get(condition, "nothing"): {
+            f"{title}, {language}": lines(estimate_rate(runs, measure, language))
+            for measure, title in titles.items()
+            for language in languages
+        }
+        for condition, runs in conditions.items()
+    }
+    return pd.DataFrame(rows).T.rename_axis("tuned by")
+
+
+def draw_downstream(found, language, task):
+    """Every training as a dot, random sets as small ones, the mean and its interval: a row of panels a document set, one a measure."""
+    figure, grid = plt.subplots(
+        len(found), 4, figsize=(9.5, 0.5 + 2.3 * len(found)), sharey="row", squeeze=False
+    )
+    for panels, (lesson, conditions) in zip(grid, found.items()):
+        for panel, (title, key) in zip(panels, measures_of(language, task).items()):
+            shown = {LABELS[c]: runs for c, runs in conditions.items() if key in runs[0][0]}
+            draw_dots(panel, shown, *key)
+            panel.set(xlim=(-3, 103), title=title if panels is grid[0] else "")
+            panel.title.set_fontsize(10)
+        panels[0].set_yticks(range(len(conditions)), [LABELS[c] for c in conditions], fontsize=8)
+        panels[0].set_ylabel(lesson, fontsize=9)
+        panels[0].invert_yaxis()
+    for panel in grid[-1]:
+        panel.set_xlabel("%")
+    figure.tight_layout()
+    return grid[0][0]
+
+
+def has_gap(conditions, language):
+    """Whether fine-tuning raised attack success by more than the margin, so that there was safety to keep."""
+    rise = estimate_change(conditions[ORIGIN], conditions[BEFORE], "asr", language)
+    return rise.value > margin_of("finetuning-breaks")
+
+
+def weigh_claims(conditions, language, task):
+    """The evidence for the chapter's claims on one model and one set of documents; what keeps safety only where some was lost.
+
+    conditions: condition to `Runs`.
+    """
+
+    def rise(key, after, before, measure="asr"):
+        change = estimate_change(conditions[after], conditions[before], measure, language)
+        return {key: Evidence(change, margin_of(key))}
+
+    found = rise("finetuning-breaks", ORIGIN, BEFORE)
+    found |= rise("finetuning-helps", ORIGIN, BEFORE, "coherent")
+    kept = {"sn-keeps": (ORIGIN, SN), "rsn-keeps": (ORIGIN, RSN), "rsn-above-sn": (SN, RSN)}
+    kept |= {"equal-above-sn": (SN, EQUAL), "rsn-above-random": (RANDOM, RSN)}
+    for key, (worse, better) in kept.items():
+        if has_gap(conditions, language) and {worse, better} <= set(conditions):
+            found |= rise(key, worse, better)
+    if RSN in conditions:
+        learnt = estimate_change(conditions[RSN], conditions[ORIGIN], "accuracy", task)
+        found["rsn-learns"] = expect_kept(learnt, 0.05)
+    return found
+
+
+def glue_downstream(results, families, language, task):
+    """Glue the findings of the chapter, and the values of its closing table.
+
+    results: model to document set to condition to `Runs`.
+    """
+    by_claim = {}
+    for model, lessons in results.items():
+        for lesson, conditions in lessons.items():
+            for key, evidence in weigh_claims(conditions, language, task).items():
+                by_claim.setdefault(key, {})[model, lesson] = evidence
+    lessons = next(iter(results.values()))
+    broken = [lesson for lesson, found in lessons.items() if has_gap(found, language)]
+    judged = broken[0] if broken else next(iter(lessons))
+    glue_text(broken=", ".join(broken) or "none of them", judged=judged)
+    glue_text(first=next(iter(lessons)))
+    parts = {
+        "first": (next(iter(lessons.values())), "asr", language),
+        "harm": (lessons[judged], "asr", language),
+        "accuracy": (lessons[judged], "accuracy", task),
+    }
+    for part, (found, *key) in parts.items():
+        for condition in (BEFORE, ORIGIN, *TUNED):
+            value = _percent(found[condition], *key) if condition in found else "–"
+            glue_text(**{f"{part}_{condition}": value})
+    numbers = _numbers(lessons, lessons[judged], language, task)
+    ordered = {key: by_claim[key] for key in numbers if key in by_claim}
+    glue_findings(ordered, numbers, name_runs(families))
+
+
+def _percent(runs: Runs, measure, name):
+    return f"{100 * estimate_rate(runs, measure, name).value:.0f}"
+
+
+def _numbers(lessons, judged, language, task):
+    """The number to remember of every claim. lessons: all document sets; judged: the conditions of the one that breaks safety."""
+
+    def change(measure, before=BEFORE, after=ORIGIN, name=language):
+        return "; ".join(
+            f"{_percent(found[before], measure, name)} → {_percent(found[after], measure, name)} % on {lesson}"
+            for lesson, found in lessons.items()
         )
-    glue_list("verdict_downstream", parts)
-    found = next(iter(results.values()))
-    for label, name in {
-        "before": defences.BEFORE,
-        "origin": defences.ORIGIN,
-        "sn": defences.SN,
-        "rsn": defences.RSN,
-    }.items():
-        glue_rates(**{f"harm_{label}": mean_rate(found[name], "asr", languages)})
+
+    def beside(first, second, label):
+        if {first, second} <= set(judged):
+            values = (_percent(judged[c], "asr", language) for c in (second, first))
+            return "attack success {} %; {} {} %".format(next(values), label, next(values))
+
+    numbers = {
+        "finetuning-breaks": f"attack success {change('asr')}",
+        "finetuning-helps": f"help {change('coherent')}",
+        "sn-keeps": beside(ORIGIN, SN, "without it"),
+        "rsn-keeps": beside(ORIGIN, RSN, "without it"),
+        "rsn-above-sn": beside(SN, RSN, "SN-Tune"),
+        "equal-above-sn": beside(SN, EQUAL, "SN-Tune"),
+        "rsn-above-random": beside(RANDOM, RSN, "random neurons"),
+    }
+    if RSN in judged:
+        numbers["rsn-learns"] = f"accuracy {change('accuracy', ORIGIN, RSN, task)}"
+    return numbers

@@ -7,7 +7,7 @@ import seaborn as sns
 from safetyneuron.book.glue import glue_list, glue_text
 from safetyneuron.book.plots import draw_bands, rate_panels
 from safetyneuron.book.verdicts import above
-from safetyneuron.kept.defences import tuned
+from safetyneuron.kept.defences import sn_tune
 from safetyneuron.metrics.suite import evaluate
 
 
@@ -47,7 +47,7 @@ def grid(model, tokenizer, suite, documents, neurons, epochs, rates, **schedule)
 def _tuned_rates(model, tokenizer, suite, documents, neurons, schedule):
     if not documents:
         return evaluate(model, tokenizer, suite)
-    with tuned(model, tokenizer, documents, neurons, **schedule).merged(model):
+    with sn_tune(model, tokenizer, documents, neurons, **schedule).merged(model):
         return evaluate(model, tokenizer, suite)
 
 

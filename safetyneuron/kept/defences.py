@@ -5,7 +5,8 @@ from itertools import chain
 
 import pandas as pd
 
-from safetyneuron.attacks import AttackResult, attack
+from safetyneuron.attacks import AttackResult
+from safetyneuron.attacks import attack as search_and_judge
 from safetyneuron.attacks.rewriters import helpers_digest
 from safetyneuron.cache import cache_folder, digest, kept_folder, remember
 from safetyneuron.data.prompts import has_languages, load_prompts
@@ -17,9 +18,10 @@ from safetyneuron.metrics.suite import Suite, evaluate, remember_scores
 from safetyneuron.neurons.identity import identity
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.reading import topic_of
-from safetyneuron.tuning.circuit_breaker import CircuitBreaker, circuit_break
+from safetyneuron.tuning.circuit_breaker import CircuitBreaker
+from safetyneuron.tuning.circuit_breaker import circuit_break as train_adapters
 from safetyneuron.tuning.delta import NeuronDelta
-from safetyneuron.tuning.sn_tune import sn_tune
+from safetyneuron.tuning.sn_tune import sn_tune as train_neurons
 from safetyneuron.tuning.trainer import fine_tune
 
 ORIGIN, CIRCUIT_BREAK, EQ3, SPECIFIC = (
@@ -32,13 +34,6 @@ RANDOM = {
     EQ3: "Random: like Eq 3",
     SPECIFIC: "Random: like without foundation",
 }  # the control of each set
-BEFORE, SN, RSN = "Before", "SN-Tune", "RSN-Tune"
-DOWNSTREAM_NAMES = {
-    EQ3: SN,
-    SPECIFIC: RSN,
-    RANDOM[EQ3]: "Random: like SN-Tune",
-    RANDOM[SPECIFIC]: "Random: like RSN-Tune",
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class Examination:
         """The column of a model as it stands; every attack's result is kept as soon as it is there."""
         asked = scores(model, tokenizer, self.suite, self.languages)
         results = {
-            name: attacked(model, tokenizer, self.requests, config, self.suite.answer_tokens)
+            name: attack(model, tokenizer, self.requests, config, self.suite.answer_tokens)
             for name, config in self.attacks.items()
         }
         rows = [row for name, r in results.items() for row in _rows(name, self.requests, r)]
@@ -121,8 +116,8 @@ def with_random(sets, seed):
     }
 
 
-def tuned(model, tokenizer, documents, neurons, **schedule):
-    """`sn_tune`, computed once and then read from the cache."""
+def sn_tune(model, tokenizer, documents, neurons, **schedule):
+    """`safetyneuron.sn_tune`, computed once and then read from the cache."""
     key = [
         identity(model, tokenizer, "safetyneuron.tuning.sn_tune"),
         documents,
@@ -132,13 +127,13 @@ def tuned(model, tokenizer, documents, neurons, **schedule):
     return _once(
         "tuning",
         key,
-        lambda: sn_tune(model, tokenizer, documents, neurons, **schedule),
+        lambda: train_neurons(model, tokenizer, documents, neurons, **schedule),
         NeuronDelta,
     )
 
 
-def broken(model, tokenizer, harmful, retain, **schedule):
-    """`circuit_break`, computed once and then read from the cache."""
+def circuit_break(model, tokenizer, harmful, retain, **schedule):
+    """`tuning.circuit_breaker.circuit_break`, computed once and then read from the cache."""
     key = [
         identity(model, tokenizer, "safetyneuron.tuning.circuit_breaker"),
         harmful,
@@ -148,7 +143,7 @@ def broken(model, tokenizer, harmful, retain, **schedule):
     return _once(
         "circuit_breaker",
         key,
-        lambda: circuit_break(model, tokenizer, harmful, retain, **schedule),
+        lambda: train_adapters(model, tokenizer, harmful, retain, **schedule),
         CircuitBreaker,
     )
 
@@ -161,8 +156,8 @@ def _once(kind, key, make, result):
     return result.load(folder / "result.safetensors")
 
 
-def attacked(model, tokenizer, requests, config, answer_tokens):
-    """`attack`, computed once and then read from the cache."""
+def attack(model, tokenizer, requests, config, answer_tokens):
+    """`attacks.attack`, computed once and then read from the cache."""
     key = [
         identity(model, tokenizer, "safetyneuron.attacks"),
         [asdict(request) for request in requests],
@@ -174,7 +169,9 @@ def attacked(model, tokenizer, requests, config, answer_tokens):
         **remember(
             "attacks",
             key,
-            lambda: asdict(attack(model, tokenizer, requests, config, answer_tokens=answer_tokens)),
+            lambda: asdict(
+                search_and_judge(model, tokenizer, requests, config, answer_tokens=answer_tokens)
+            ),
         )
     )
 
@@ -210,14 +207,14 @@ def columns(model, tokenizer, examination, documents, sets, seeds, breaking, **s
     """
     results = {ORIGIN: [examination.column(model, tokenizer)]}
     for seed in range(seeds):
-        breaker = broken(model, tokenizer, seed=seed, **breaking)
+        breaker = circuit_break(model, tokenizer, seed=seed, **breaking)
         with breaker.attached(model):
             column = examination.column(
                 model, tokenizer, breaker.facts["seconds"], breaker.parameters
             )
         results.setdefault(CIRCUIT_BREAK, []).append(column)
         for name, neurons in with_random(sets, seed).items():
-            delta = tuned(model, tokenizer, documents, neurons, seed=seed, **schedule)
+            delta = sn_tune(model, tokenizer, documents, neurons, seed=seed, **schedule)
             with delta.merged(model):
                 column = examination.column(
                     model, tokenizer, delta.facts["seconds"], delta.parameters
@@ -226,68 +223,19 @@ def columns(model, tokenizer, examination, documents, sets, seeds, breaking, **s
     return results
 
 
-def downstream(
-    model, tokenizer, suite, languages, documents, task_documents, sets, seeds, tuning, fine_tuning
-):
-    """What fine-tuning on a task leaves of safety (Table 4): Before, Origin, SN-Tune, RSN-Tune and their random controls.
-
-    The rates of a column hold `asr before` too, attack success after tuning and before fine-tuning.
-
-    Parameters
-    ----------
-    sets : dict of str to NeuronSet
-        Neurons of `SN-Tune: Eq 3`, and of `RSN-Tune` under `SN-Tune: without foundation`.
-    tuning, fine_tuning : dict
-        Schedules of `sn_tune` and of `fine_tune`.
-
-    Returns
-    -------
-    dict of str to list of Column
-    """
-    whole = scores(model, tokenizer, suite, languages)
-    results = {BEFORE: [Column(_with_before(whole, whole))]}
-    rest = (tokenizer, suite, languages, task_documents)
-    for seed in range(seeds):
-        schedule = fine_tuning | {"seed": seed}
-        results.setdefault(ORIGIN, []).append(Column(fine_tuned_scores(model, *rest, **schedule)))
-        for name, neurons in with_random(sets, seed).items():
-            delta = tuned(model, tokenizer, documents, neurons, seed=seed, **tuning)
-            with delta.merged(model):
-                column = Column(
-                    fine_tuned_scores(model, *rest, **schedule),
-                    delta.facts["seconds"],
-                    delta.parameters,
-                )
-            results.setdefault(DOWNSTREAM_NAMES[name], []).append(column)
-    return results
-
-
-def _with_before(after, before):
-    """Scores after fine-tuning, with what became of the harmful requests before it under a name of its own."""
-    table = before.table[before.table["kind"] == "harmful"].assign(kind="before")
-    return Scores(pd.concat([after.table, table], ignore_index=True))
-
-
-def fine_tuned_scores(model, tokenizer, suite, languages, task_documents, **schedule):
-    """`scores` of `fine_tune`'s copy of the model, and `asr before` it, computed once and then read from the cache."""
-    before = scores(model, tokenizer, suite, languages)
+def score_fine_tuned(model, tokenizer, suite, languages, task_documents, schedule):
+    """`scores` of `fine_tune`'s copy of the model, computed once and then read from the cache; the copy is dropped. schedule: options of `fine_tune`."""
     asked = [
         load_prompts(name, language=language)
         for name in suite.prompt_sets
         for language in languages
     ]
     made_by = ("safetyneuron.tuning.trainer", "safetyneuron.metrics.suite")
-    key = [
-        identity(model, tokenizer, *made_by),
-        asdict(suite),
-        languages,
-        asked,
-        task_documents,
-        schedule,
-    ]
+    key = [identity(model, tokenizer, *made_by), asdict(suite), languages, asked]
+    key += [task_documents, schedule]
 
     def compute():
-        tuned_model = fine_tune(model, tokenizer, task_documents, **schedule)
-        return scores(tuned_model, tokenizer, suite, languages).table.values.tolist()
+        student = fine_tune(model, tokenizer, task_documents, **schedule)
+        return scores(student, tokenizer, suite, languages).table.values.tolist()
 
-    return _with_before(remember_scores("downstream", key, compute), before)
+    return remember_scores("downstream", key, compute)
