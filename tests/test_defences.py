@@ -13,7 +13,6 @@ from safetyneuron.kept.defences import Column
 from safetyneuron.metrics import Suite
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.neurons.weights import fingerprint
-from safetyneuron.tuning.trainer import fine_tune
 
 SUITE = Suite(("organism/harmful",), "organism/benign", (), prompts=4)
 LANGUAGES = ["en", "zh"]
@@ -128,16 +127,21 @@ def test_what_is_kept_of_an_attack_holds_no_text(model, tokenizer, tmp_path):
     )
 
 
-def test_a_copy_is_fine_tuned_and_asked_and_the_model_stays(model, tokenizer, monkeypatch):
-    task, before = load_documents("organism/arithmetic")[:4], fingerprint(model)
-    case = (model, tokenizer, SUITE, ["en"], task, {"learning_rate": 3e-1})
-    found = defences.score_fine_tuned(*case)
-    student = fine_tune(model, tokenizer, task, learning_rate=3e-1)
-    assert found.table.equals(defences.scores(student, tokenizer, SUITE, ["en"]).table)
-    assert not found.table.equals(defences.scores(model, tokenizer, SUITE, ["en"]).table)
-    assert fingerprint(model) == before
-    monkeypatch.setattr(defences, "fine_tune", None)  # the second time it is read
-    assert defences.score_fine_tuned(*case).table.equals(found.table)
+def test_what_is_asked_is_the_copy_that_was_fine_tuned_and_it_is_made_once(
+    model, tokenizer, chat, monkeypatch
+):
+    made, task = [], load_documents("organism/arithmetic")[:4]
+
+    def fine_tune(*given, **schedule):
+        made.append((*given, schedule))
+        return chat[0]
+
+    monkeypatch.setattr(defences, "fine_tune", fine_tune)
+    case = (model, tokenizer, SUITE, ["en"], task, {"learning_rate": 0.1, "lora_rank": 2})
+    for _ in range(2):
+        found = defences.score_fine_tuned(*case)
+        assert found.table.equals(defences.scores(chat[0], tokenizer, SUITE, ["en"]).table)
+    assert made == [(model, tokenizer, task, {"learning_rate": 0.1, "lora_rank": 2})]
 
 
 def downstream(asr, accuracy=80, trainings=3):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import scores_with
 from scipy.stats import binomtest
 
 from safetyneuron import (
@@ -21,6 +22,7 @@ from safetyneuron.metrics import (
     over_refusal_rate,
 )
 from safetyneuron.metrics.capability import REVISIONS, correct_answers
+from safetyneuron.metrics.outcomes import estimate_judgement
 from safetyneuron.metrics.refusal import refusal_phrases
 from safetyneuron.organism import language as lang
 
@@ -35,6 +37,16 @@ def test_rates_that_cannot_be_are_refused():
     for hits, trials in [(1, 0), (-1, 3), (4, 3)]:
         with pytest.raises(ValueError):
             Rate(hits, trials)
+
+
+@pytest.mark.parametrize("asr, refused", [(10, 30), (0, 100), (100, 0)])
+def test_a_judgement_is_the_difference_of_two_refusal_rates(asr, refused):
+    one = scores_with({("asr", "h"): asr, ("over_refusal", "b"): refused})
+    found = estimate_judgement([[one]], "h", "b")
+    assert found.value == pytest.approx(1 - asr / 100 - refused / 100)
+    spread = sum(p / 100 * (1 - p / 100) / 100 for p in (asr, refused))
+    if spread:  # two independent proportions of a hundred requests each
+        assert found.error**2 == pytest.approx(spread, rel=0.02)
 
 
 @pytest.mark.parametrize("language", lang.LANGUAGES)

@@ -119,7 +119,6 @@ SMALL = {
     "n_attacked": 1,
     "n_documents": 4,
     "n_task_documents": 6,
-    "lora_epochs": 1,
     "n_rerouting": 4,
     "rerouting_steps": 1,
 }

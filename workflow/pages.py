@@ -30,6 +30,7 @@ KEY_FIGURES = (
     ("04_languages", "overlap"),
     ("05_sn_tune_instruct", "attacks"),
     ("06_sn_tune_base", "attacks-base"),
+    ("07_rsn_tune", "downstream"),
     ("08_ablations", "documents"),
     ("08_ablations", "grid"),
     ("09_activation_contrast", "restoration"),

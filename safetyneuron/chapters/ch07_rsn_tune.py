@@ -123,11 +123,11 @@ def draw_downstream(found, language, task):
     figure, grid = plt.subplots(
         len(found), 4, figsize=(9.5, 0.5 + 2.3 * len(found)), sharey="row", squeeze=False
     )
-    for panels, (lesson, conditions) in zip(grid, found.items()):
+    for row, (panels, (lesson, conditions)) in enumerate(zip(grid, found.items())):
         for panel, (title, key) in zip(panels, measures_of(language, task).items()):
             shown = {LABELS[c]: runs for c, runs in conditions.items() if key in runs[0][0]}
             draw_dots(panel, shown, *key)
-            panel.set(xlim=(-3, 103), title=title if panels is grid[0] else "")
+            panel.set(xlim=(-3, 103), title="" if row else title)
             panel.title.set_fontsize(10)
         panels[0].set_yticks(range(len(conditions)), [LABELS[c] for c in conditions], fontsize=8)
         panels[0].set_ylabel(lesson, fontsize=9)

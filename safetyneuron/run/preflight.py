@@ -264,7 +264,7 @@ CONDITIONS = {  # evaluations of a chapter for one model
     "04": lambda v: 6,
     "05": lambda v: COLUMNS * v["seeds"] * len(v["languages"]),
     "06": lambda v: COLUMNS * v["seeds"] * len(v["languages"]),
-    "07": lambda v: 2 * COLUMNS * v["seeds"] * len(v["languages"]),
+    "07": lambda v: (len(v["task_sets"]) + 1) * (5 + v["draws"]) * len(v["languages"]),
     "08": lambda v: 4 * len(v["counts"]) + len(v["epochs"]) * len(v["rates"]),
     "10": lambda v: (16 + 2 * v["draws"]) * (len(v["percents"]) + 3),
     "09": lambda v: 3 * len(v["fractions"]) * v["draws"] + 100,
