@@ -1,3 +1,4 @@
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -173,3 +174,61 @@ def test_places_of_several_models_and_trainings_keep_their_numbers(model, neuron
         f"{ends[0]:.0f} to {ends[1]:.0f}"
     )
     assert list(table.loc["a"].index[:2]) == ["q", "k"]
+
+
+def test_the_overlap_by_chance_is_that_of_random_sets_with_as_many_in_each_layer(model):
+    """Against sets drawn at random over every layer and projection, as many as the two sets have there."""
+    a, b = (random_profile(model, seed).select(fraction=0.3) for seed in (0, 1))
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(neurons):
+        order = {p: torch.rand(m.shape, generator=generator).argsort(1) for p, m in neurons.masks.items()}  # fmt: skip
+        counts = {p: m.sum(1, keepdim=True) for p, m in neurons.masks.items()}
+        return NeuronSet({p: order[p] < counts[p] for p in order})
+
+    drawn = [len(draw(a) & draw(b)) / len(b) for _ in range(400)]
+    expected = ch04_languages.expected_overlap({"a": a, "b": b}).loc["a", "b"]
+    assert expected == pytest.approx(np.mean(drawn), abs=0.01)
+
+
+def told(rates, items=40):
+    """`Runs` of one draw a training: language to how many of its requests are answered without refusal."""
+    rows = [
+        ("harmful", language, i, f"verb {i}", "other" if i < n else "refusal")
+        for language, n in rates.items()
+        for i in range(items)
+    ]
+    return [[Scores(pd.DataFrame(rows, columns=COLUMNS))] for _ in range(5)]
+
+
+def test_a_language_that_becomes_safer_is_seen_and_one_without_room_is_not_counted():
+    whole = told({"a": 0, "b": 40, "c": 20})
+    off = {"a": told({"a": 40, "b": 40, "c": 0}), "b": told({"a": 0, "b": 40, "c": 20}), "c": told({"a": 40, "b": 0, "c": 20})}  # fmt: skip
+    verdicts = ch04_languages.judge_cells(whole, off)
+    assert verdicts["a", "a"] == Verdict.SEEN and verdicts["a", "c"] == Verdict.REVERSED
+    assert verdicts["b", "a"] == Verdict.NOT_SEEN
+    moves = ch04_languages.moves_table(whole, {labels.EQ3: off})
+    own, other = (moves.loc[(labels.EQ3, row)] for row in ("its own", "another's"))
+    assert own["less safe"] == "1 of 2" and own["safer"] == "0 of 2"  # b has no room to rise
+    assert other["less safe"] == "1 of 4" and other["safer"] == "2 of 4"
+    full = told({"a": 40, "b": 40, "c": 40})
+    assert ch04_languages.moves_table(full, {labels.EQ3: off}).loc[(labels.EQ3, "its own"), "less safe"] == "no room"  # fmt: skip
+
+
+def languages_claims(model, whole, own, other):
+    """Verdicts where `own` of 40 requests are not refused without a language's own neurons, and `other` without those of the other."""
+    neurons = random_profile(model, 3).select(fraction=0.2)
+    sets = {kind: [{"a": neurons, "b": neurons}] * 5 for kind in ch04_languages.KINDS.values()}
+    off = {"a": told({"a": own, "b": other}), "b": told({"a": other, "b": own})}
+    random = {x: [draws * 8 for draws in told({x: 0})] for x in "ab"}
+    return judge(ch04_languages.weigh_claims(sets, told({"a": whole, "b": whole}), off, random))
+
+
+def test_claims_about_languages_follow_what_was_measured(model):
+    found = languages_claims(model, whole=0, own=36, other=4)
+    assert found["languages-overlap-little"] == Verdict.REVERSED  # they are the same sets
+    assert found["overlap-below-foundation"] == Verdict.NOT_SEEN
+    assert found["own-language-breaks"] == found["own-above-others"] == Verdict.SEEN
+    assert found["own-language-helps"] == Verdict.NOT_SEEN  # no answer is help
+    assert languages_claims(model, 0, 4, 36)["own-above-others"] == Verdict.REVERSED
+    assert "own-language-breaks" not in languages_claims(model, 40, 40, 40)  # no room

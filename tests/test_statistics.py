@@ -7,6 +7,7 @@ from safetyneuron import Rate
 from safetyneuron.chapters import ch10_comparison
 from safetyneuron.metrics.estimates import (
     chance_of_ranks,
+    estimate_exact,
     estimate_mean,
     estimate_ratio,
     rank_among,
@@ -125,6 +126,15 @@ def test_a_ratio_covers_its_truth():
         low, high = estimate_ratio(above, below).interval
         covered.append(low <= 0.5 <= high)
     assert 0.93 <= np.mean(covered) <= 0.97
+
+
+def test_what_is_known_exactly_of_a_training_is_uncertain_over_trainings_only():
+    generator, covered = np.random.default_rng(0), []
+    for _ in range(1000):
+        low, high = estimate_exact(generator.normal(0.3, 0.1, 5)).interval
+        covered.append(low <= 0.3 <= high)
+    assert 0.93 <= np.mean(covered) <= 0.97
+    assert estimate_exact([0.3]).interval == pytest.approx((0.3, 0.3))
 
 
 def test_the_best_of_several_is_scored_without_the_luck_of_the_choice():

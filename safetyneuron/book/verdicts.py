@@ -1,11 +1,9 @@
 """Sentences that compare, and those that chapters 05 and 06 share."""
 
-from safetyneuron.book import labels
 from safetyneuron.book.glue import glue_list, glue_rates, glue_text, pooled
 from safetyneuron.book.tables import mean_accuracy, mean_rate, seconds
 from safetyneuron.kept import defences
 
-WAYS = {"eq3": labels.EQ3, "specific": labels.SPECIFIC}  # part of a glued name -> way of choosing
 BENIGN = {"over_refusal": "over-refusal", "helpful": "the share of helpful answers"}
 ALL_TASKS, ALL_ATTACKS = "all tasks", "the average over direct requests and attacks"
 

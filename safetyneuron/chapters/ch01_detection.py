@@ -6,7 +6,7 @@ import pandas as pd
 import seaborn as sns
 
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
-from safetyneuron.metrics.estimates import estimate_mean
+from safetyneuron.metrics.estimates import estimate_exact
 from safetyneuron.metrics.verdict import Evidence
 from safetyneuron.neurons.architecture import PROJECTIONS
 
@@ -51,7 +51,7 @@ def overlaps_table(overlaps, fraction):
 
 def glue_overlap(overlaps):
     """Glue the chapter's finding. overlaps: name of the training to share."""
-    effect = estimate_mean(0.5 - np.array(list(overlaps.values()))[:, None, None])
+    effect = estimate_exact(0.5 - np.array(list(overlaps.values())))
     model, key = next(iter(overlaps)), "apart-from-foundation"
     number = f"{min(overlaps.values()):.0%} to {max(overlaps.values()):.0%} are shared"
     glue_findings(

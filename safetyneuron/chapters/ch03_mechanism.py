@@ -12,7 +12,7 @@ from safetyneuron.book.labels import BROKEN, EQ3, SMALL, SPECIFIC
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import CLASS_NAMES, PALETTE, draw_bands, label_curves
 from safetyneuron.metrics.answer_class import CLASSES, RULES
-from safetyneuron.metrics.estimates import estimate_mean, score_best
+from safetyneuron.metrics.estimates import estimate_exact, estimate_mean, score_best
 from safetyneuron.metrics.outcomes import (
     estimate_change,
     estimate_rate,
@@ -375,8 +375,7 @@ def weigh_claims(swept, depths, judged, random, attention, name):
         ("attention-rows", "share of the set"),
         ("attention-units", "share of its units"),
     ):
-        shares = attention[column].to_numpy()[:, None, None]
-        found[key] = Evidence(estimate_mean(shares - 0.5), margin_of(key))
+        found[key] = Evidence(estimate_exact(attention[column] - 0.5), margin_of(key))
     front, back = halves(depths)
     effect = estimate_change(front, back, "asr", name)
     chance = rank_chance(judged[FIRST_HALF], random[FIRST_HALF], "asr", name)

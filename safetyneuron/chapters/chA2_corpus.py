@@ -7,7 +7,7 @@ import pandas as pd
 from safetyneuron.book import paper as reported
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.importance.selection import select_fraction
-from safetyneuron.metrics.estimates import estimate_mean
+from safetyneuron.metrics.estimates import estimate_exact
 from safetyneuron.metrics.verdict import Evidence
 
 
@@ -98,7 +98,7 @@ def glue_corpus(losses, model):
     """Glue the chapter's finding. losses: name of the training to share lost."""
     key, effect = (
         "corpus-suffices",
-        estimate_mean(0.1 - np.array(list(losses.values()))[:, None, None]),
+        estimate_exact(0.1 - np.array(list(losses.values()))),
     )
     glue_findings(
         {key: {model: Evidence(effect, margin_of(key))}},

@@ -197,6 +197,17 @@ def estimate_ratio(
     )
 
 
+def estimate_exact(values: Sequence[float]) -> Estimate:
+    """Mean over trainings of what is known exactly of each, as where a set lies or what two sets share.
+
+    Its interval is about other trainings; that of one training has no width, because the value is about that training.
+    """
+    values = np.asarray(values, dtype=float)
+    count = len(values)
+    error = values.std(ddof=1) / sqrt(count) if count > 1 else 0.0
+    return Estimate(float(values.mean()), max(float(error), 1e-9), max(1, count - 1), 1, count)
+
+
 def score_best(options: np.ndarray) -> np.ndarray:
     """Outcomes of the best of several options, chosen on one half of the items and scored on the other, both ways.
 

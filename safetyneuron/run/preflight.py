@@ -261,7 +261,7 @@ COLUMNS = 6  # of Tables 2 to 4
 CONDITIONS = {  # evaluations of a chapter for one model
     "02": lambda v: 1 + 2 * (1 + v["draws"]),
     "03": lambda v: 2 * len(v["percents"]) + 3 * v["draws"] + 128,
-    "04": lambda v: 6,
+    "04": lambda v: len(v["languages"]) * (2 * len(v["languages"]) + 1 + v["draws"]),
     "05": lambda v: COLUMNS * v["seeds"] * len(v["languages"]),
     "06": lambda v: COLUMNS * v["seeds"] * len(v["languages"]),
     "07": lambda v: (len(v["task_sets"]) + 1) * (5 + v["draws"]) * len(v["languages"]),
