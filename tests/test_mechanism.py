@@ -215,6 +215,15 @@ def test_a_language_that_becomes_safer_is_seen_and_one_without_room_is_not_count
     assert ch04_languages.moves_table(full, {labels.EQ3: off}).loc[(labels.EQ3, "its own"), "less safe"] == "no room"  # fmt: skip
 
 
+def test_another_language_is_every_language_but_the_one_asked():
+    rises = {"a": 4, "b": 8, "c": 16}  # without the neurons of each, in every language alike
+    off = {name: told(dict.fromkeys(rises, n)) for name, n in rises.items()}
+    others = ch04_languages.of_others(off, ["a", "c"])
+    for language, expected in (("a", [8, 16]), ("c", [4, 8])):
+        rates = [draw["asr", language].value for draw in others[0]]
+        assert sorted(rates) == [n / 40 for n in expected]
+
+
 def languages_claims(model, whole, own, other):
     """Verdicts where `own` of 40 requests are not refused without a language's own neurons, and `other` without those of the other."""
     neurons = random_profile(model, 3).select(fraction=0.2)
