@@ -4,7 +4,6 @@ import functools
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from safetyneuron.cache import file_digest, remember
+from safetyneuron.cache import digest, file_digest, remember
 from safetyneuron.data.prompts import load_prompts
 from safetyneuron.detectors.detect import Detection, Detector, find
 from safetyneuron.detectors.effects import (
@@ -56,7 +55,7 @@ LIMIT = 512  # units that a detector may need to break refusal
 CLASSED = 100  # units of largest effect whose answers are read, and as many random ones
 TOP = 40  # units, about one in a hundred, of sets that are compared with the sum of single effects
 FOLDER = Path(__file__).parent.parent / "truth"  # where the finished tables are shipped
-SPENT: Counter = Counter()  # step -> seconds of processor time behind what was read so far
+SPENT: dict = {}  # (step, key) -> seconds of processor time behind what was read so far
 _PACKAGE, LOG_ODDS = "safetyneuron.detectors", "safetyneuron.metrics.log_odds"
 
 load = functools.lru_cache(maxsize=3)(load_model)
@@ -78,14 +77,15 @@ def _key(name, module, parts):
 
 
 def _kept(name, module, parts, compute):
-    """What `compute()` gives for a model, made once; the processor time that this took is added to `SPENT`."""
+    """What `compute()` gives for a model, made once; the processor time that this took goes into `SPENT`."""
 
     def make():
         started = time.process_time()
         return {"result": compute(), "seconds": time.process_time() - started}
 
-    entry = remember("truth", _key(name, f"{_PACKAGE}.{module}", parts), make)
-    SPENT[parts[0]] += entry["seconds"]
+    key = _key(name, f"{_PACKAGE}.{module}", parts)
+    entry = remember("truth", key, make)
+    SPENT[parts[0], digest(key)] = entry["seconds"]
     return entry["result"]
 
 
