@@ -1,17 +1,20 @@
 import json
 
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import scores_with, small_llama
 from test_detection import random_profile
 
-from safetyneuron import NeuronSet, Rate, SafetyNeuronError, load_documents
+from safetyneuron import SafetyNeuronError, load_documents
 from safetyneuron.attacks import GCG, PAIR, AttackResult, load_requests
-from safetyneuron.book import tables, verdicts
+from safetyneuron.book import defences as book
+from safetyneuron.book import paper as reported
 from safetyneuron.chapters import ch05_sn_tune, ch07_rsn_tune, ch08_ablations
 from safetyneuron.kept import defences
 from safetyneuron.kept.defences import Column
 from safetyneuron.metrics import Suite
-from safetyneuron.metrics.suite import evaluate
+from safetyneuron.metrics.outcomes import COLUMNS, Scores, estimate_judgement
 from safetyneuron.neurons.weights import fingerprint
 
 SUITE = Suite(("organism/harmful",), "organism/benign", (), prompts=4)
@@ -58,47 +61,42 @@ def breaking():
     }
 
 
-EXAMINATION = defences.Examination(
-    SUITE,
-    LANGUAGES,
-    load_requests("organism/harmful")[:2],
-    {"GCG": GCG(2, 4, 8, 3), "PAIR": PAIR(2, 2)},
-)
+REQUESTS = load_requests("organism/harmful")[:2]
+SEARCHES = {"GCG": GCG(2, 4, 8, 3), "PAIR": PAIR(2, 2)}
 
 
-def test_columns_hold_every_set_and_seed_and_are_made_once(
+def examine(model, tokenizer, trained=None):
+    """As the cells of chapters 05 and 06 do it."""
+    asked = defences.scores(model, tokenizer, SUITE, LANGUAGES)
+    found = {key: defences.attack(model, tokenizer, REQUESTS, s) for key, s in SEARCHES.items()}
+    return defences.join_column(asked, REQUESTS, found, trained)
+
+
+def test_what_is_trained_and_attacked_is_made_once_and_leaves_the_model(
     model, tokenizer, sets, documents, breaking, monkeypatch
 ):
-    before = fingerprint(model)
+    before, eq3 = fingerprint(model), sets[defences.EQ3]
 
     def run():
-        return defences.columns(
-            model, tokenizer, EXAMINATION, documents, sets, 2, breaking, learning_rate=1e-2
-        )
+        delta = defences.sn_tune(model, tokenizer, documents, eq3, learning_rate=1e-2)
+        with delta.merged(model):
+            tuned = examine(model, tokenizer, delta)
+        breaker = defences.circuit_break(model, tokenizer, **breaking)
+        with breaker.attached(model):
+            return tuned, examine(model, tokenizer, breaker)
 
-    results = run()
-    names = (defences.CIRCUIT_BREAK, *defences.RANDOM, *defences.RANDOM.values())
-    assert {name: len(draws) for name, draws in results.items()} == {
-        defences.ORIGIN: 1,
-        **dict.fromkeys(names, 2),
-    }
-    asked = {(m, l) for m in ("asr", "coherent", "over_refusal", "helpful") for l in LANGUAGES} | {
-        (m, a) for m in ("asr", "coherent") for a in ("GCG", "PAIR")
-    }
-    assert all(set(column.rates) == asked for draws in results.values() for column in draws)
-    tuned = results[defences.EQ3][0]
-    assert tuned.rates["asr", "GCG"].value == tuned.attacks["GCG"].rate("keyword").value
-    assert (
-        results[defences.CIRCUIT_BREAK][0].parameters > 0
-        and results[defences.CIRCUIT_BREAK][0].attacks != results[defences.ORIGIN][0].attacks
-    )
-    assert (
-        results[defences.EQ3][0].parameters == len(sets[defences.EQ3]) * model.config.hidden_size
-    )  # every row and column is as wide as the model
+    tuned, broken = run()
+    asked = {(m, l) for m in ("asr", "coherent", "over_refusal", "helpful") for l in LANGUAGES}
+    asked |= {(m, a) for m in ("asr", "coherent") for a in SEARCHES}
+    assert set(tuned.scores) == set(broken.scores) == asked
+    assert tuned.scores["asr", "GCG"].value == tuned.attacks["GCG"].rate("keyword").value
+    assert tuned.parameters == len(eq3) * model.config.hidden_size  # all are as wide as the model
+    assert broken.parameters > 0 and broken.seconds > 0
     assert fingerprint(model) == before
     for name in ("train_neurons", "train_adapters", "search_and_judge"):
         monkeypatch.setattr(defences, name, None)
-    assert run() == results
+    for again, first in zip(run(), (tuned, broken), strict=True):
+        assert again.scores.table.equals(first.scores.table) and again.attacks == first.attacks
 
 
 def test_a_killed_run_keeps_every_attack_that_had_ended(model, tokenizer, monkeypatch):
@@ -113,12 +111,12 @@ def test_a_killed_run_keeps_every_attack_that_had_ended(model, tokenizer, monkey
     monkeypatch.setattr(defences, "search_and_judge", stops_at_pair)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            EXAMINATION.column(model, tokenizer)
+            examine(model, tokenizer)
     assert asked == ["GCG", "PAIR", "PAIR"]
 
 
 def test_what_is_kept_of_an_attack_holds_no_text(model, tokenizer, tmp_path):
-    EXAMINATION.column(model, tokenizer)
+    examine(model, tokenizer)
     kept = [json.loads(path.read_text()) for path in (tmp_path / "attacks").glob("*.json")]
     assert len(kept) == 2 and all(
         set(entry) == {"result", "checksum"}
@@ -191,150 +189,134 @@ def test_a_way_of_tuning_without_neurons_in_some_training_is_left_out(sets):
     assert ch07_rsn_tune.RSN not in ch07_rsn_tune.ways_of({"a": found, "b": nothing})
 
 
-def test_no_documents_is_the_model_as_it_is(model, tokenizer, sets, documents):
-    table = ch08_ablations.by_documents(
-        model, tokenizer, SUITE, documents, [0, 2], sets, learning_rate=1e-2
-    )
-    whole = evaluate(model, tokenizer, SUITE)
-    rows = table[table["documents"] == 0]
-    assert len(table) == 2 * 2 * len(whole) and all(
-        whole[row.measure, row.set] == row.rate for row in rows.itertuples()
-    )
+def ablated(asr, over=0, accuracy=80, draws=1):
+    rates = {("asr", "h"): asr, ("over_refusal", "b"): over, ("accuracy", "t"): accuracy}
+    return [[scores_with(rates)] * draws] * 3
 
 
-def test_the_grid_has_a_row_per_cell_and_measure(model, tokenizer, sets, documents):
-    table = ch08_ablations.grid(
-        model, tokenizer, SUITE, documents, sets[defences.EQ3], [1, 2], [1e-3, 1e-2]
-    )
-    assert len(table) == 4 * len(evaluate(model, tokenizer, SUITE))
-    assert not table.duplicated(["epochs", "learning_rate", "measure", "set"]).any()
-
-
-def columns_of(asr, over, accuracy):
-    rates = {("over_refusal", "en"): over, ("helpful", "en"): 100 - over} | {
-        ("accuracy", t): accuracy for t in "abc"
+def test_the_sign_of_every_claim_of_chapter_08_is_that_of_the_claim():
+    eq3, random = defences.EQ3, defences.RANDOM[defences.EQ3]
+    varied = {
+        (eq3, 0): ablated(90),
+        (eq3, 40): ablated(30, over=20),
+        (random, 40): ablated(50, draws=8),
     }
-    rates |= {
-        ("asr", "en"): asr,
-        ("coherent", "en"): asr,
-        ("asr", "GCG"): 100,
-        ("coherent", "GCG"): 50,
+    varied[eq3, 200] = ablated(5, accuracy=60)
+    cells = {(1, 0.1): ablated(20), (10, 0.1): ablated(0, over=100, accuracy=10)}
+    found = ch08_ablations.weigh_claims(varied, cells, 0.1, 40, "h", "b", ["t"])
+    assert {key: round(evidence.effect.value, 3) for key, evidence in found.items()} == {
+        "documents-lower": 0.6,
+        "documents-judge": 0.4,  # from 10 - 0 to 70 - 20 points
+        "documents-above-random": 0.2,
+        "documents-enough": -0.15,  # 25 points still to gain, ten allowed
+        "documents-capability": -0.15,
+        "epochs-cost": 0.7,
+        "some-cell-judges": 0.3,
     }
+    assert found["documents-above-random"].rank_chance == pytest.approx(1 / 9**3)
+
+
+def test_the_best_cell_is_chosen_on_the_other_half():
+    """Cells that refuse at random: the best of twenty is no better than any, and on average the estimate says so."""
+    generator = np.random.default_rng(0)
+
+    def cell():
+        rows = [
+            (kind, name, i, f"{name} {i}", "refusal" if generator.random() < 0.5 else "other")
+            for kind, name in (("harmful", "h"), ("benign", "b"))
+            for i in range(60)
+        ]
+        return [[Scores(pd.DataFrame(rows, columns=COLUMNS))]]
+
+    grids = [{(1, rate): cell() for rate in range(20)} for _ in range(12)]
+    best = [max(estimate_judgement(r, "h", "b").value for r in cells.values()) for cells in grids]
+    found = [ch08_ablations.judge_best(cells, "h", "b").value + 0.5 for cells in grids]
+    assert np.mean(best) > 0.12 and abs(np.mean(found)) < 0.06
+
+
+def columns_of(asr, over, accuracy, help_=None, draws=1):
+    """Three trainings alike; direct attack success, over-refusal, accuracy; GCG always succeeds, half of the time with help."""
+    rates = {("over_refusal", "en"): over, ("helpful", "en"): 100 - over}
+    rates |= {("accuracy", t): accuracy for t in "abc"}
+    rates |= {("asr", "en"): asr, ("coherent", "en"): asr if help_ is None else help_}
+    rates |= {("asr", "GCG"): 100, ("coherent", "GCG"): 50}
     attacks = {
         "GCG": AttackResult({"keyword": [True], "coherent": [False]}, [1500], [30000], [[1.0]])
     }
-    return [Column(scores_with(rates), 3.25, 1234, attacks)]
+    return [[Column(scores_with(rates), attacks, 3.25, 1234)] * draws] * 3
 
 
 RESULTS = {
     defences.ORIGIN: columns_of(90, 0, 80),
-    defences.CIRCUIT_BREAK: columns_of(40, 0, 60),
+    defences.BREAKER: columns_of(40, 0, 60, help_=0),
     defences.EQ3: columns_of(2, 60, 80),
+    defences.RANDOM[defences.EQ3]: columns_of(3, 0, 79, draws=8),
     defences.SPECIFIC: columns_of(2, 0, 40),
-    defences.RANDOM[defences.EQ3]: columns_of(3, 0, 79),
-    defences.RANDOM[defences.SPECIFIC]: columns_of(89, 0, 79),
+    defences.RANDOM[defences.SPECIFIC]: columns_of(89, 0, 79, draws=8),
 }
-
-
-ASKED = ("abc", ["en"], ["GCG"])
+ASKED = (["en"], ["GCG"], list("abc"))
 
 
 def test_table_2_stands_beside_the_paper_with_its_slip():
-    table = tables.defence_table(2, {"m": RESULTS}, "Llama3-8B-Instruction", *ASKED)
-    paper = table["Paper", "Llama3-8B-Instruction"]
-    assert paper.loc[("Attack success", "direct, en")].tolist() == [
-        "30.0",
-        "0.0",
-        "0.0",
-    ] and paper.loc[("Accuracy", "c (paper: GSM8K)")].tolist() == ["63.2", "64.3", "69.6"]
-    assert paper.loc[("Attack success", "GCG, en")].tolist() == [
-        "74.0",
-        "3.0",
-        "4.0",
-    ] and paper.loc[("Attack success", "average with direct, en")].tolist() == [
-        "65.5",
-        "3.0",
-        "2.0",
-    ]
+    table = book.full_table(2, RESULTS, "m", "Llama3-8B-Instruction", ASKED)
+    paper = table["Llama3-8B-Instruction"]
+    assert paper.loc[("Attack success", "direct, en")].tolist() == ["30.0", "0.0", "0.0"]
+    assert paper.loc[("Accuracy", "c (paper: GSM8K)")].tolist() == ["63.2", "64.3", "69.6"]
+    assert paper.loc[("Attack success", "GCG, en")].tolist() == ["74.0", "3.0", "4.0"]
+    assert paper.loc[("Attack success", "average, en")].tolist() == ["65.5", "3.0", "2.0"]
     assert paper.loc[("Coherent compliance", "GCG, en")].tolist() == ["–"] * 3
     assert paper.loc[("Accuracy", "average"), "SN-Tune"] == "68.4*\n(its rows: 70.6)"
-    here = table["Here: m", "Eq 3", "SN-Tune"]
-    assert (
-        here["Attack success", "direct, en"].startswith("2.0\n[")
-        and here["Cost", "training, s (paper: min)"] == "3.2"
-    )
-    assert here["Attack success", "average with direct, en"].startswith("51.0\n[") and here[
-        "Coherent compliance", "average with direct, en"
-    ].startswith("26.0\n[")
-    assert here["Over-refusal", "en"].startswith("60.0") and here[
-        "Helpful answers", "en"
-    ].startswith("40.0")
+    here = table["here", "SN-Tune"]
+    assert here["Attack success", "direct, en"].startswith("2.0\n[")
+    assert here["Cost", "training, s (paper: min)"] == "3.2"
+    assert here["Attack success", "average, en"].startswith("51.0\n[")
+    assert here["Coherent compliance", "average, en"].startswith("26.0\n[")
+    assert here["Over-refusal", "en"].startswith("60.0")
+    assert here["Helpful answers", "en"].startswith("40.0")
 
 
-def test_table_3_marks_its_slip():
-    table = tables.defence_table(3, {"m": RESULTS}, "Mistral-7B-v0.1", *ASKED)
-    assert (
-        table.loc[("Accuracy", "average"), ("Paper", "Mistral-7B-v0.1", "Origin.")]
-        == "62.0*\n(its rows: 64.5)"
-    )
+def test_cells_for_the_page_of_all_carry_the_papers_rows_and_columns():
+    cells = book.full_table(2, RESULTS, "m", "Llama3-8B-Instruction", ASKED).attrs["cells"]
+    found = {(cell["row"], cell["column"]): cell["text"] for cell in cells}
+    assert found["Direct", "SN-Tune"].startswith("2.0\n[") and len(found) == len(cells)
+    assert found["Direct", "Circ-Break"].startswith("40.0\n[")
+    printed = reported.table(2)[["row", "column"]].itertuples(index=False, name=None)
+    assert set(found) <= set(printed)
+
+
+def test_the_headline_has_one_row_a_model_and_the_papers_three_numbers():
+    table = book.headline_table(3, RESULTS, "Mistral-7B-v0.1", ASKED)
+    assert len(table) == len(RESULTS) and len(table.columns) <= 6
+    assert table.loc["as it is"].iloc[-1] == "100.0; 100.0; 62.0*\n(its rows: 64.5)"
+    assert table.loc["random like SN-Tune"].iloc[-1] == "–; –; –"
 
 
 def test_costs_of_attacks_are_means_over_requests():
-    assert ch05_sn_tune.costs_of_attacks(RESULTS, ["GCG"])["Eq 3", "SN-Tune"].tolist() == [
-        "1,500\n30,000 tokens"
-    ]
+    table = ch05_sn_tune.costs_of_attacks(RESULTS, ["GCG"])
+    assert table.loc["SN-Tune", "GCG"] == "1,500\n30,000 tokens"
 
 
-def test_verdicts_say_what_changed_and_at_what_price(monkeypatch):
-    said = {}
-    monkeypatch.setattr(verdicts, "glue_list", lambda name, items: said.update({name: items}))
-    verdicts.glue_defence({"m": RESULTS}, *ASKED)
-    breaker, eq3, specific = said["verdict_defence"]
-    assert (
-        "attack success falls in en (90.0" in eq3
-        and "over-refusal rises in en (0.0" in eq3
-        and "seen, at the price" in eq3
-    )
-    assert "the average over direct requests and attacks (95.0" in eq3
-    assert (
-        "random neurons, attack success does not differ measurably" in eq3
-        and "random neurons, attack success is lower in en (89.0" in specific
-    )
-    assert "accuracy falls in all tasks (80.0" in specific and "not seen" in specific
-    assert "Circ-Break: attack success falls in en (90.0" in breaker and "random" not in breaker
-    verdicts.glue_differences({"m": RESULTS}, *ASKED)
-    eq3, _ = said["verdict_differences"]
-    assert (
-        "Circ-Break trains 3.2 s for 1,234 parameters, SN-Tune: Eq 3 3.2 s for 1,234 parameters"
-        in eq3
-    )
-    assert (
-        "over-refusal is lower in en (60.0" in eq3
-        and "the share of helpful answers is higher in en (40.0" in eq3
-        and "accuracy is lower in all tasks (80.0" in eq3
-        and "attack success is higher in en (2.0" in eq3
-    )
+@pytest.mark.parametrize("stage", ["aligned", "base"])
+def test_the_sign_of_every_claim_of_chapters_05_and_06_is_that_of_the_claim(stage):
+    found = book.weigh_claims(stage, RESULTS, *ASKED)
+    effects = {key: round(evidence.effect.value, 3) for key, evidence in found.items()}
+    own = {"aligned-price": -0.55} if stage == "aligned" else {"base-judges": 0.38}
+    assert effects == own | {
+        f"{stage}-refuses": 0.88,
+        f"{stage}-resists": 0.44,
+        f"{stage}-above-breaker": 0.19,
+        f"{stage}-above-breaker-help": -0.01,
+        f"{stage}-above-random": 0.01,
+        f"{stage}-capability": 0.05,
+    }
+    chance = found[f"{stage}-above-random"].rank_chance
+    assert chance == pytest.approx(1 / 9**3)  # the lowest of nine in three trainings
 
 
-def test_safety_that_rises_in_one_language_and_falls_in_another_is_not_seen():
-    def rates(en, zh):
-        return {
-            ("asr", "en"): Rate(en, 100),
-            ("asr", "zh"): Rate(zh, 100),
-            ("accuracy", "all tasks"): Rate(80, 100),
-        } | {("over_refusal", l): Rate(0, 100) for l in LANGUAGES}
-
-    assert verdicts._safer(rates(2, 10), rates(40, 10), LANGUAGES) == "seen"
-    assert verdicts._safer(rates(2, 60), rates(40, 10), LANGUAGES) == "not seen"
-
-
-def test_every_set_has_its_random_match(sets):
-    everything = defences.with_random(sets, 3)
-    for name, control in defences.RANDOM.items():
-        assert (
-            everything[control] == NeuronSet.random_like(sets[name], 3)
-            and everything[control].counts() == sets[name].counts()
-        )
+def test_classes_of_answers_are_counted_over_trainings():
+    shares = book.answer_shares(RESULTS, "en")
+    assert shares["SN-Tune"]["refusal"].value == 0.98 and shares["SN-Tune"]["refusal"].trials == 300
+    assert shares["Circ-Break"]["other"].value == 0.4
 
 
 def test_too_few_documents_and_a_file_in_two_languages_are_refused(tmp_path):

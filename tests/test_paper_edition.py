@@ -131,6 +131,7 @@ SMALL |= {
 SMALL |= {
     "percents": [1, 5],
     "counts": [0, 4],
+    "enough": 4,
     "rates": [1.0e-3],
     "sizes": [10, 100, 200],
     "n_score": 4,

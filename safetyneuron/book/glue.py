@@ -109,21 +109,9 @@ def glue_examples(name, model_name, prompts, texts):
     glue(name, table.set_table_attributes('class="dataframe texts"'), display=False)
 
 
-def pooled(draws, key):
-    """The rate of a measure over several results of `evaluate`. key: the measure, and one or more sets to average over."""
-    return estimate_rate([draws], *key)
-
-
 def lines(rate):
     """A rate as text, its interval on a line of its own."""
     return rate.percent.replace(" [", "\n[")
-
-
-def cell(draws, key):
-    """A table cell: percent, interval, and the range over draws where there are several, on lines of their own."""
-    text = lines(pooled(draws, key))
-    values = 100 * rates_by_run([draws], *key)[0]
-    return text if len(draws) == 1 else f"{text}\n{min(values):.1f} to {max(values):.1f}"
 
 
 def run_cell(runs, measure, *names):

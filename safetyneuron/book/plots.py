@@ -2,7 +2,6 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import seaborn as sns
 
 from safetyneuron.metrics.outcomes import estimate_rate, rates_by_run
@@ -153,36 +152,3 @@ def label_curves(axes, gap=7):
     for line, place in zip(lines, places):
         options = dict(color=line.get_color(), va="center", fontsize=8)
         axes.text(line.get_xdata()[-1], place, f"  {line.get_label()}", **options)
-
-
-def attack_heatmaps(results, attacks, language):
-    """Success in percent of direct requests and attacks on every column: one row of panels per model, one panel per judge.
-
-    results: model name to `defences.columns`; attacks: their names; language: that of the direct requests.
-    """
-    judges, asked = (
-        {"asr": "no refusal phrase", "coherent": "well-formed answer"},
-        {language: f"direct, {language}"} | {name: name for name in attacks},
-    )
-    height = 0.5 + 0.38 * sum(len(columns) + 2 for columns in results.values())
-    figure, panels = plt.subplots(
-        len(results), 2, figsize=(9, height), squeeze=False, sharex=True, sharey="row"
-    )
-    for row, (model, columns) in zip(panels, results.items()):
-        for axes, (measure, title) in zip(row, judges.items()):
-
-            def mean(draws, name):
-                return 100 * rates_by_run([[draw.rates for draw in draws]], measure, name).mean()
-
-            values = pd.DataFrame(
-                {
-                    label: {column: mean(draws, name) for column, draws in columns.items()}
-                    for name, label in asked.items()
-                }
-            )
-            sns.heatmap(
-                values, annot=True, fmt=".0f", vmin=0, vmax=100, cmap="viridis", cbar=False, ax=axes
-            )
-            axes.set_title(f"{model.removeprefix('organism/')}: {title}", fontsize=9)
-    figure.tight_layout()
-    return panels[0, 0]

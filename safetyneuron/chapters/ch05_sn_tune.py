@@ -1,11 +1,12 @@
 """Chapter 05, Table 2: figures and costs of its trainings and attacks."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from safetyneuron.book.defences import LABELS
 from safetyneuron.book.plots import PALETTE
-from safetyneuron.book.tables import two_line_heading
 
 
 def rerouting_curves(curve):
@@ -23,57 +24,53 @@ def rerouting_curves(curve):
     return panels[0]
 
 
-def search_curves(results, attack):
-    """Mean loss of an attack's best prompt against its step, one line per column, with 95 % bootstrap bands over requests.
+def search_curves(columns, attack):
+    """Mean loss of an attack's best prompt against its step, one line per condition, with 95 % bootstrap bands over requests.
 
-    results: name to draws of `Column`. A search that has ended keeps its last loss.
+    columns: condition to trainings to draws of `Column`. A search that has ended keeps its last loss.
     """
     curves = [
-        (column, i, curve)
-        for column, draws in results.items()
-        for draw in draws
-        for i, curve in enumerate(draw.attacks[attack].curves)
+        (_label(condition), i, curve)
+        for condition, trainings in columns.items()
+        for draws in trainings
+        if attack in draws[0].attacks
+        for i, curve in enumerate(draws[0].attacks[attack].curves)
     ]
     last = max(len(curve) for _, _, curve in curves)
     rows = [
-        (column, i, step, curve[min(step, len(curve) - 1)])
-        for column, i, curve in curves
+        (label, i, step, curve[min(step, len(curve) - 1)])
+        for label, i, curve in curves
         for step in range(last)
     ]
-    table = pd.DataFrame(rows, columns=["column", "request", "step", "loss"])
+    table = pd.DataFrame(rows, columns=["model", "request", "step", "loss"])
     table = table.groupby(
-        ["column", "request", "step"], sort=False, as_index=False
-    ).mean()  # seeds add no requests
+        ["model", "request", "step"], sort=False, as_index=False
+    ).mean()  # trainings add no requests
     _, axes = plt.subplots()
-    sns.lineplot(
-        table,
-        x="step",
-        y="loss",
-        hue="column",
-        style="column",
-        errorbar=("ci", 95),
-        seed=0,
-        ax=axes,
-    )
+    options = dict(x="step", y="loss", hue="model", style="model", errorbar=("ci", 95), seed=0)
+    sns.lineplot(table, ax=axes, **options)
     axes.set(xlabel=f"step of {attack}", ylabel="loss of the target (nats per token)", yscale="log")
     axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     return axes
 
 
-def costs_of_attacks(results, attacks):
-    """What the attacks spent on each column: queries and tokens per request. results: column name to draws of `Column`."""
+def costs_of_attacks(columns, attacks):
+    """What the attacks spent on each model: queries and tokens per request. columns: condition to trainings to draws of `Column`."""
 
-    def spent(draws, name, part):
-        return sum(
-            sum(getattr(draw.attacks[name], part)) / len(draw.attacks[name].queries)
-            for draw in draws
-        ) / len(draws)
+    def spent(trainings, name, part):
+        means = [np.mean(getattr(draws[0].attacks[name], part)) for draws in trainings]
+        return np.mean(means)
 
-    def text(draws, name):
-        return f"{spent(draws, name, 'queries'):,.0f}\n{spent(draws, name, 'tokens'):,.0f} tokens"
-
-    cells = {
-        two_line_heading(column): [text(draws, name) for name in attacks]
-        for column, draws in results.items()
+    rows = {
+        _label(condition): {
+            name: f"{spent(trainings, name, 'queries'):,.0f}\n{spent(trainings, name, 'tokens'):,.0f} tokens"
+            for name in attacks
+        }
+        for condition, trainings in columns.items()
+        if trainings[0][0].attacks
     }
-    return pd.DataFrame(cells, index=pd.Index(attacks, name="queries per request"))
+    return pd.DataFrame(rows).T.rename_axis("queries per request")
+
+
+def _label(condition):
+    return LABELS[condition].replace("\n", " ")

@@ -1,166 +1,217 @@
-"""Chapter 08, Figures 6 and 7: numbers of documents, shares and learning rates."""
+"""Chapter 08, Figures 6 and 7: numbers of documents, epochs and learning rates."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from safetyneuron.book.glue import glue_list, glue_text
+from safetyneuron.book.glue import glue_text
+from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import draw_bands, rate_panels
-from safetyneuron.book.verdicts import above
-from safetyneuron.kept.defences import sn_tune
-from safetyneuron.metrics.suite import evaluate
+from safetyneuron.kept.defences import EQ3, RANDOM, SPECIFIC
+from safetyneuron.metrics.estimates import Estimate, estimate_mean
+from safetyneuron.metrics.outcomes import (
+    Runs,
+    estimate_change,
+    estimate_judgement,
+    estimate_rate,
+    outcomes_of,
+    rank_chance,
+)
+from safetyneuron.metrics.verdict import Evidence, expect_kept
+
+LABELS = {EQ3: "Eq 3", SPECIFIC: "without foundation", RANDOM[EQ3]: "random, like Eq 3"}
 
 
-def by_documents(model, tokenizer, suite, documents, counts, sets, **schedule):
-    """Rates against the number of documents (Figure 6).
+def measures_of(harmful, benign, tasks):
+    """Panel title to measure and sets."""
+    return {
+        "attack success": ("asr", harmful),
+        "help with harm": ("coherent", harmful),
+        "over-refusal": ("over_refusal", benign),
+        "accuracy": ("accuracy", *tasks),
+    }
 
-    Returns
-    -------
-    pandas.DataFrame
-        Columns condition, documents, measure, set, rate; no documents means the model as it is.
-    """
-    rows = []
-    for name, neurons in sets.items():
-        for count in counts:
-            rates = _tuned_rates(model, tokenizer, suite, documents[:count], neurons, schedule)
-            rows += [(name, count, *key, rate) for key, rate in rates.items()]
+
+def first_draws(runs: Runs) -> Runs:
+    """The first draw of each training, the only one of random sets that is asked everywhere."""
+    return [draws[:1] for draws in runs]
+
+
+def tabulate_documents(varied, measures):
+    """Long table of Figure 6: columns condition, documents, measure, set, rate. varied: (condition, documents) to `Runs`."""
+    rows = [
+        (LABELS[condition], count, title, "", estimate_rate(first_draws(runs), *key))
+        for (condition, count), runs in varied.items()
+        for title, key in measures.items()
+    ]
     return pd.DataFrame(rows, columns=["condition", "documents", "measure", "set", "rate"])
 
 
-def grid(model, tokenizer, suite, documents, neurons, epochs, rates, **schedule):
-    """Rates for every number of epochs and learning rate (Figure 7).
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns epochs, learning_rate, measure, set, rate.
-    """
-    rows = []
-    for count in epochs:
-        for learning_rate in rates:
-            options = schedule | {"epochs": count, "learning_rate": learning_rate}
-            measured = _tuned_rates(model, tokenizer, suite, documents, neurons, options)
-            rows += [(count, learning_rate, *key, rate) for key, rate in measured.items()]
+def tabulate_grid(cells, measures):
+    """Long table of Figure 7: columns epochs, learning_rate, measure, set, rate. cells: (epochs, learning rate) to `Runs`."""
+    rows = [
+        (*place, title, "", estimate_rate(runs, *key))
+        for place, runs in cells.items()
+        for title, key in measures.items()
+    ]
     return pd.DataFrame(rows, columns=["epochs", "learning_rate", "measure", "set", "rate"])
 
 
-def _tuned_rates(model, tokenizer, suite, documents, neurons, schedule):
-    if not documents:
-        return evaluate(model, tokenizer, suite)
-    with sn_tune(model, tokenizer, documents, neurons, **schedule).merged(model):
-        return evaluate(model, tokenizer, suite)
-
-
 def documents_curves(tables, measures):
-    """Rates with their 95 % bands against the number of documents: one row of panels per model, one column per measure (Figure 6).
+    """Rates with their 95 % bands against the number of documents: one row of panels a model, one a measure.
 
-    tables: model name to the result of `defences.by_documents`; measures: (measure, set) to panel title.
+    tables: model to the result of `tabulate_documents`.
     """
-    return rate_panels(
-        tables,
-        measures,
-        lambda axes, rows: draw_bands(axes, rows, "condition", "documents"),
-        "documents",
-    )
+
+    def draw(axes, rows):
+        draw_bands(axes, rows, "condition", "documents")
+
+    return rate_panels(tables, {(title, ""): title for title in measures}, draw, "documents")
 
 
-def tuning_grids(tables, measures):
-    """Heat maps in percent over epochs and learning rates: one row per model, one column per measure (Figure 7).
+def draw_grids(tables, measures):
+    """Heat maps in percent over epochs and learning rates: one row a model, one panel a measure.
 
-    tables: model name to the result of `defences.grid`; measures: (measure, set) to panel title.
+    tables: model to the result of `tabulate_grid`.
     """
+    size = (2.6 * len(measures), 2.4 * len(tables))
     figure, panels = plt.subplots(
-        len(tables),
-        len(measures),
-        figsize=(3.2 * len(measures), 2.9 * len(tables)),
-        squeeze=False,
-        sharey=True,
+        len(tables), len(measures), figsize=size, squeeze=False, sharey=True
     )
-    for row, (model, table) in zip(panels, tables.items()):
-        for axes, ((measure, name), title) in zip(row, measures.items()):
-            chosen = table[(table["measure"] == measure) & (table["set"] == name)]
+    for row, (model, table) in enumerate(tables.items()):
+        for column, title in enumerate(measures):
+            axes, chosen = panels[row, column], table[table["measure"] == title]
             values = chosen.assign(rate=[100 * rate.value for rate in chosen["rate"]]).pivot(
                 index="epochs", columns="learning_rate", values="rate"
             )
             values.columns = [f"{rate:g}" for rate in values.columns]
-            sns.heatmap(
-                values, annot=True, fmt=".0f", vmin=0, vmax=100, cmap="viridis", cbar=False, ax=axes
-            )
-            axes.set(
-                xlabel="learning rate",
-                ylabel="epochs" if axes is row[0] else "",
-                title=f"{model.removeprefix('organism/')}: {title}",
-            )
-            axes.title.set_fontsize(9)
+            options = dict(annot=True, fmt=".0f", vmin=0, vmax=100, cmap="viridis", cbar=False)
+            sns.heatmap(values, ax=axes, **options)
+            axes.set(xlabel="learning rate" if row == len(tables) - 1 else "", ylabel="")
+            axes.set_title("" if row else title, fontsize=10)
+        panels[row, 0].set_ylabel(f"{model.removeprefix('organism/')}\nepochs", fontsize=9)
     figure.tight_layout()
     return panels[0, 0]
 
 
-def glue_documents(tables, measured_set):
-    """Glue the fewest documents at which attack success is measurably lower, for every model and condition."""
-    parts = []
-    for model, table in tables.items():
-        for condition, rows in table[
-            (table["measure"] == "asr") & (table["set"] == measured_set)
-        ].groupby("condition", sort=False):
-            before = rows.sort_values("documents")["rate"].iloc[0]
-            enough = rows[[above(before, rate) for rate in rows["rate"]]]["documents"].min()
-            last = rows[rows["documents"] == rows["documents"].max()]["rate"].iloc[0]
-            fewest = (
-                "at no number tried" if enough != enough else f"first at {enough:.0f} documents"
-            )
-            accuracy = table[
-                (table["measure"] == "accuracy") & (table["condition"] == condition)
-            ].sort_values("documents")["rate"]
-            kept = (
-                f"falls from {accuracy.iloc[0].percent} to {accuracy.iloc[-1].percent} %"
-                if above(accuracy.iloc[0], accuracy.iloc[-1])
-                else "does not fall measurably"
-            )
-            parts.append(
-                f"{model}, {condition}: attack success is measurably lower {fewest}, and {last.percent} % at the most; accuracy {kept}"
-            )
-            glue_text(
-                **{
-                    f"documents_{where}": f"{fewest} ({model})"
-                    for where, m in _ends(tables).items()
-                    if m == model and condition == table["condition"].iloc[0]
-                }
-            )
-    glue_list("verdict_documents", [f"{part}." for part in parts])
+def judge_best(cells, harmful, benign) -> Estimate:
+    """How much more often harmful requests are refused than harmless ones in the best cell, chosen on one half of both, scored on the other; less one half.
+
+    cells: (epochs, learning rate) to `Runs`.
+    """
+    places = list(cells)
+    clusters = [
+        cluster
+        for measure, name in (("asr", harmful), ("over_refusal", benign))
+        for cluster in outcomes_of(cells[places[0]][0][0], measure, name)[1]
+    ]
+    rows = []
+    for training in range(len(cells[places[0]])):
+        scores = [cells[place][training][0] for place in places]
+        refused = np.array([1 - outcomes_of(s, "asr", harmful)[0] for s in scores])
+        price = np.array([outcomes_of(s, "over_refusal", benign)[0] for s in scores])
+        rows.append(np.concatenate(_best_by_halves(refused, price)))
+    strata = ["harmful"] * refused.shape[1] + ["benign"] * price.shape[1]
+    return estimate_mean(2 * np.array(rows)[:, None] - 0.5, clusters, strata)
 
 
-def glue_grid(tables, harmful_set, benign_set, task):
-    """Glue how many cells of the grid bring harm below 10 %, in how many of them benign requests are answered, and where capability holds."""
-    parts = []
-    for model, table in tables.items():
-
-        def value(measure, name):
-            return (
-                table[(table["measure"] == measure) & (table["set"] == name)]["rate"]
-                .map(lambda rate: rate.value)
-                .to_numpy()
-            )
-
-        safe = value("asr", harmful_set) < 0.1
-        usable = safe & (value("over_refusal", benign_set) < 0.5)
-        accuracy = value("accuracy", task)
-        kept = safe & (accuracy > accuracy.max() - 0.1)
-        glue_text(
-            **{
-                f"grid_{where}": f"{safe.sum()} of {len(safe)} cells, {usable.sum()} of them usable ({model})"
-                for where, m in _ends(tables).items()
-                if m == model
-            }
-        )
-        parts.append(
-            f"{model}: attack success is below 10 % in {safe.sum()} of {len(safe)} cells; accuracy is within 10 points of the best cell in {kept.sum()} of these, and fewer"
-            f" than half of the benign requests are refused in {usable.sum()}; the lowest accuracy of the grid is {100 * accuracy.min():.0f} %"
-        )
-    glue_list("verdict_grid", [f"{part}." for part in parts])
+def _best_by_halves(refused, price):
+    """Outcomes in the cell that is best on the other half of the requests. refused, price: (cells, requests)."""
+    values = np.empty(refused.shape[1]), np.empty(price.shape[1])
+    parts = [np.arange(len(row)) % 2 for row in values]
+    for half in (0, 1):
+        own, other = ([part == h for part in parts] for h in (half, 1 - half))
+        best = (refused[:, other[0]].mean(1) - price[:, other[1]].mean(1)).argmax()
+        values[0][own[0]] = refused[best, own[0]]
+        values[1][own[1]] = -price[best, own[1]]
+    return values
 
 
-def _ends(tables):
-    """The first model, aligned, and the last, which is not."""
-    names = list(tables)
-    return {"first": names[0], "last": names[-1]}
+def weigh_claims(varied, cells, chosen_rate, enough, harmful, benign, tasks):
+    """The evidence for the chapter's claims on one model.
+
+    Parameters
+    ----------
+    varied : dict
+        (condition, documents) to `Runs`.
+    cells : dict
+        (epochs, learning rate) to `Runs`.
+    chosen_rate : float
+        The learning rate of the chapters before.
+    enough : int
+        Documents that should be enough.
+    """
+    counts = [count for condition, count in varied if condition == EQ3]
+    whole, some, most = (varied[EQ3, count] for count in (0, enough, max(counts)))
+    random = varied[RANDOM[EQ3], enough]
+    fewest, longest = (end(e for e, _ in cells) for end in (min, max))
+    once, often = (cells[epochs, chosen_rate] for epochs in (fewest, longest))
+    effects = {
+        "documents-lower": estimate_change(whole, some, "asr", harmful),
+        "documents-judge": estimate_judgement(some, harmful, benign, whole),
+        "documents-above-random": estimate_change(random, some, "asr", harmful),
+        "epochs-cost": estimate_change(once, often, "accuracy", *tasks),
+        "some-cell-judges": judge_best(cells, harmful, benign),
+    }
+    found = {key: Evidence(effect, margin_of(key)) for key, effect in effects.items()}
+    chance = rank_chance(some, random, "asr", harmful, lowest=True)
+    found["documents-above-random"] = Evidence(
+        effects["documents-above-random"], margin_of("documents-above-random"), chance
+    )
+    found["documents-enough"] = expect_kept(estimate_change(most, some, "asr", harmful), 0.1)
+    kept = estimate_change(most, whole, "accuracy", *tasks)
+    return found | {"documents-capability": expect_kept(kept, 0.05)}
+
+
+def glue_ablations(varied, grids, families, rates, enough, asked):
+    """Glue the findings of the chapter, and the values of its closing table.
+
+    varied, grids: model to its runs; rates: model to the learning rate of the chapters before; asked: harmful set, benign set, tasks.
+    """
+    harmful, benign, tasks = asked
+    by_claim, texts = {}, {}
+    for model in varied:
+        case = (varied[model], grids[model], rates[model], enough, *asked)
+        for key, evidence in weigh_claims(*case).items():
+            by_claim.setdefault(key, {})[model] = evidence
+        texts[model] = _numbers(*case)
+    numbers = {
+        key: "; ".join(f"{model.removeprefix('organism/')} {found[key]}" for model, found in texts.items())
+        for key in next(iter(texts.values()))
+    }  # fmt: skip
+    for place, model in {"first": next(iter(varied)), "last": list(varied)[-1]}.items():
+        found = texts[model]
+        glue_text(**{f"model_{place}": model, f"forty_{place}": found["documents-lower"]})
+        glue_text(**{f"capability_{place}": found["documents-capability"]})
+        glue_text(**{f"epochs_{place}": found["epochs-cost"]})
+        glue_text(**{f"best_{place}": found["some-cell-judges"]})
+    glue_findings({key: by_claim[key] for key in numbers}, numbers, name_runs(families))
+
+
+def _numbers(varied, cells, rate, enough, harmful, benign, tasks):
+    """The number to remember of every claim, for one model."""
+    most = max(count for _, count in varied)
+    fewest, longest = (end(e for e, _ in cells) for end in (min, max))
+
+    def percent(runs, measure, *names):
+        return f"{100 * estimate_rate(runs, measure, *names).value:.0f}"
+
+    def judged(count):
+        return f"{100 * estimate_judgement(varied[EQ3, count], harmful, benign).value:.0f}"
+
+    def change(measure, first, second, *names):
+        return f"{percent(varied[EQ3, first], measure, *names)} → {percent(varied[EQ3, second], measure, *names)} %"
+
+    random = percent(varied[RANDOM[EQ3], enough], "asr", harmful)
+    often = [percent(cells[epochs, rate], "accuracy", *tasks) for epochs in (fewest, longest)]
+    best = 100 * (judge_best(cells, harmful, benign).value + 0.5)
+    return {
+        "documents-lower": f"attack success {change('asr', 0, enough, harmful)}",
+        "documents-judge": f"told apart by {judged(0)} → {judged(enough)} points",
+        "documents-above-random": f"random {random} %, Eq 3 {percent(varied[EQ3, enough], 'asr', harmful)} %",
+        "documents-enough": f"attack success {change('asr', enough, most, harmful)}",
+        "documents-capability": f"accuracy {change('accuracy', 0, most, *tasks)}",
+        "epochs-cost": f"accuracy {often[0]} → {often[1]} %",
+        "some-cell-judges": f"told apart by {best:.0f} points",
+    }

@@ -12,21 +12,18 @@ from safetyneuron.book import paper as reported
 from safetyneuron.book.glue import MEASURES, glue_list, glue_rates, glue_text
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import PALETTE, draw_bands, rate_panels
-from safetyneuron.book.verdicts import above
 from safetyneuron.data.prompts import has_languages, has_splits, load_prompts
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.estimates import (
     Estimate,
-    chance_of_ranks,
     estimate_ratio,
-    rank_among,
 )
 from safetyneuron.metrics.outcomes import (
     Runs,
     estimate_change,
     estimate_rate,
     outcomes_of,
-    rates_by_run,
+    rank_chance,
 )
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_refusal
@@ -423,18 +420,11 @@ def weigh_claims(ends, judged, harmful_set, benign_set):
         "patch-above-random": Evidence(
             above_random,
             margin_of("patch-above-random"),
-            _rank_chance(patched, judged[RANDOM], harmful_set),
+            rank_chance(patched, judged[RANDOM], "asr", harmful_set, lowest=True),
         ),
         "patch-above-last": Evidence(above_last, margin_of("patch-above-last")),
         "patch-keeps-help": expect_kept(kept, 0.05),
     }
-
-
-def _rank_chance(chosen, random, name):
-    """Probability that random sets stop as much harm among each other as the chosen set does among them."""
-    values, controls = (-rates_by_run(runs, "asr", name) for runs in (chosen, random))
-    ranks = [rank_among(value, row) for (value,), row in zip(values, controls)]
-    return chance_of_ranks(ranks, controls.shape[1])
 
 
 def restored_table(ends, judged, name):
@@ -486,6 +476,11 @@ def glue_transfer(table):
     glue_text(
         transferred=f"{sum(gaps['restored'] > wanted)} of {len(gaps)} request sets with a gap"
     )
+
+
+def above(first, second):
+    """Whether the whole interval of `first` lies above that of `second`."""
+    return first.interval[0] > second.interval[1]
 
 
 def glue_general(rates):

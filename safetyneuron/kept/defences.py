@@ -14,9 +14,8 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.profile import measure_importance
 from safetyneuron.importance.selection import select_without_foundation
 from safetyneuron.metrics.outcomes import COLUMNS, Scores
-from safetyneuron.metrics.suite import Suite, evaluate, remember_scores
+from safetyneuron.metrics.suite import evaluate, remember_scores
 from safetyneuron.neurons.identity import identity
-from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.reading import topic_of
 from safetyneuron.tuning.circuit_breaker import CircuitBreaker
 from safetyneuron.tuning.circuit_breaker import circuit_break as train_adapters
@@ -24,47 +23,41 @@ from safetyneuron.tuning.delta import NeuronDelta
 from safetyneuron.tuning.sn_tune import sn_tune as train_neurons
 from safetyneuron.tuning.trainer import fine_tune
 
-ORIGIN, CIRCUIT_BREAK, EQ3, SPECIFIC = (
-    "Origin.",
-    "Circ-Break",
-    "SN-Tune: Eq 3",
-    "SN-Tune: without foundation",
-)
-RANDOM = {
-    EQ3: "Random: like Eq 3",
-    SPECIFIC: "Random: like without foundation",
-}  # the control of each set
+ORIGIN, BREAKER, EQ3, SPECIFIC = "origin", "breaker", "eq3", "specific"
+RANDOM = {EQ3: "random_eq3", SPECIFIC: "random_specific"}  # the control of each set
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: rates by (measure, language, task or attack), what the training cost, and results by attack."""
+    """One column of Tables 2 and 3: outcomes by language, task and attack, what each attack spent, and what the training cost."""
 
-    rates: Scores
+    scores: Scores
+    attacks: dict[str, AttackResult] = field(default_factory=dict)
     seconds: float = 0.0
     parameters: int = 0
-    attacks: dict = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Examination:
-    """What every column of Tables 2 and 3 is asked: the suite in each language, and every attack (name to its budget) on the requests."""
+def join_column(asked, requests, attacks, trained=None):
+    """The column of a model.
 
-    suite: Suite
-    languages: list
-    requests: list
-    attacks: dict
+    Parameters
+    ----------
+    asked : Scores
+        As from `scores`.
+    requests : list of Request
+        What was attacked.
+    attacks : dict of str to AttackResult
+    trained : NeuronDelta or CircuitBreaker, optional
+        What made the model.
 
-    def column(self, model, tokenizer, seconds=0.0, parameters=0):
-        """The column of a model as it stands; every attack's result is kept as soon as it is there."""
-        asked = scores(model, tokenizer, self.suite, self.languages)
-        results = {
-            name: attack(model, tokenizer, self.requests, config, self.suite.answer_tokens)
-            for name, config in self.attacks.items()
-        }
-        rows = [row for name, r in results.items() for row in _rows(name, self.requests, r)]
-        table = pd.concat([asked.table, pd.DataFrame(rows, columns=COLUMNS)], ignore_index=True)
-        return Column(Scores(table), seconds, parameters, results)
+    Returns
+    -------
+    Column
+    """
+    rows = [row for name, result in attacks.items() for row in _rows(name, requests, result)]
+    table = pd.concat([asked.table, pd.DataFrame(rows, columns=COLUMNS)], ignore_index=True)
+    cost = (trained.facts["seconds"], trained.parameters) if trained else (0.0, 0)
+    return Column(Scores(table), attacks, *cost)
 
 
 def _rows(name, requests, result):
@@ -109,13 +102,6 @@ def safety_sets(model, tokenizer, harmful_set, general_set, n_detect, languages,
     }
 
 
-def with_random(sets, seed):
-    """The sets, and random neurons outside each that match it unit by unit in every layer; SafetyNeuronError where too few are left."""
-    return sets | {
-        RANDOM[name]: NeuronSet.random_like(neurons, seed) for name, neurons in sets.items()
-    }
-
-
 def sn_tune(model, tokenizer, documents, neurons, **schedule):
     """`safetyneuron.sn_tune`, computed once and then read from the cache."""
     key = [
@@ -156,7 +142,7 @@ def _once(kind, key, make, result):
     return result.load(folder / "result.safetensors")
 
 
-def attack(model, tokenizer, requests, config, answer_tokens):
+def attack(model, tokenizer, requests, config, answer_tokens=None):
     """`attacks.attack`, computed once and then read from the cache."""
     key = [
         identity(model, tokenizer, "safetyneuron.attacks"),
@@ -185,42 +171,6 @@ def scores(model, tokenizer, suite, languages):
         table = evaluate(model, tokenizer, asked).table
         parts.append(table.assign(set=table["set"].where(table["kind"] == "task", language)))
     return Scores(pd.concat(parts, ignore_index=True))
-
-
-def columns(model, tokenizer, examination, documents, sets, seeds, breaking, **schedule):
-    """Origin, Circ-Break, SN-Tune with each set, and the random control of each (Tables 2 and 3).
-
-    Parameters
-    ----------
-    examination : Examination
-    sets : dict of str to NeuronSet
-        As from `safety_sets`.
-    seeds : int
-        Trainings per column, which differ in the order of the documents, in the adapters and in the random neurons.
-    breaking : dict
-        Options of `circuit_break`, documents included; `schedule` is SN-Tune's.
-
-    Returns
-    -------
-    dict of str to list of Column
-        One column per seed, one alone for the origin.
-    """
-    results = {ORIGIN: [examination.column(model, tokenizer)]}
-    for seed in range(seeds):
-        breaker = circuit_break(model, tokenizer, seed=seed, **breaking)
-        with breaker.attached(model):
-            column = examination.column(
-                model, tokenizer, breaker.facts["seconds"], breaker.parameters
-            )
-        results.setdefault(CIRCUIT_BREAK, []).append(column)
-        for name, neurons in with_random(sets, seed).items():
-            delta = sn_tune(model, tokenizer, documents, neurons, seed=seed, **schedule)
-            with delta.merged(model):
-                column = examination.column(
-                    model, tokenizer, delta.facts["seconds"], delta.parameters
-                )
-            results.setdefault(name, []).append(column)
-    return results
 
 
 def score_fine_tuned(model, tokenizer, suite, languages, task_documents, schedule):

@@ -100,19 +100,30 @@ def estimate_change(after: Runs, before: Runs, measure: str, *names: str) -> Est
     return estimate_mean(first - second, clusters, strata)
 
 
-def estimate_judgement(runs: Runs, harmful: str, benign: str) -> Estimate:
+def estimate_judgement(
+    runs: Runs, harmful: str, benign: str, before: Runs | None = None
+) -> Estimate:
     """How much more often requests of a harmful set are refused than those of a benign one: 1 for a judge, 0 for a habit of refusing.
+
+    before: runs of the same trainings, whose own difference is taken off, request by request.
 
     Raises
     ------
     SafetyNeuronError
         If the runs were not asked the same.
     """
+    values, clusters, strata = _judgements(runs, harmful, benign)
+    if before is not None:
+        values = values - _judgements(before, harmful, benign)[0]
+    return estimate_mean(values, clusters, strata)
+
+
+def _judgements(runs, harmful, benign):
+    """Items whose mean of means over both sets is the difference of the two refusal rates."""
     answered, first, _ = _values(runs, "asr", (harmful,))
     refused, second, _ = _values(runs, "over_refusal", (benign,))
-    both = 2 * np.concatenate([1 - answered, -refused], axis=2)  # the mean of two means, doubled
-    strata = ["harmful"] * len(first) + ["benign"] * len(second)
-    return estimate_mean(both, first + second, strata)
+    both = 2 * np.concatenate([1 - answered, -refused], axis=2)
+    return both, first + second, ["harmful"] * len(first) + ["benign"] * len(second)
 
 
 def rates_by_run(runs: Runs, measure: str, *names: str) -> np.ndarray:
@@ -122,9 +133,13 @@ def rates_by_run(runs: Runs, measure: str, *names: str) -> np.ndarray:
     return np.mean([values[:, :, strata == name].mean(2) for name in names], 0)
 
 
-def rank_chance(chosen: Runs, random: Runs, measure: str, *names: str) -> float:
-    """Probability that random sets rank as high among each other as the chosen set does among them, over all trainings."""
-    values, controls = (rates_by_run(runs, measure, *names) for runs in (chosen, random))
+def rank_chance(
+    chosen: Runs, random: Runs, measure: str, *names: str, lowest: bool = False
+) -> float:
+    """Probability that random sets rank as high (or low) among each other as the chosen set does among them, over all trainings."""
+    values, controls = (
+        rates_by_run(runs, measure, *names) * (-1 if lowest else 1) for runs in (chosen, random)
+    )
     ranks = [rank_among(value, row) for (value,), row in zip(values, controls)]
     return chance_of_ranks(ranks, controls.shape[1])
 

@@ -257,15 +257,15 @@ IMPORTANCE = (
 )
 CHOICES = 4  # sequences of a multiple-choice question
 SUBTASKS = 57  # of MMLU, each asked as many questions as are given
-COLUMNS = 6  # of Tables 2 to 4
+COLUMNS = 6  # of Tables 2 and 3, which are attacked
 CONDITIONS = {  # evaluations of a chapter for one model
     "02": lambda v: 1 + 2 * (1 + v["draws"]),
     "03": lambda v: 2 * len(v["percents"]) + 3 * v["draws"] + 128,
     "04": lambda v: len(v["languages"]) * (2 * len(v["languages"]) + 1 + v["draws"]),
-    "05": lambda v: COLUMNS * v["seeds"] * len(v["languages"]),
-    "06": lambda v: COLUMNS * v["seeds"] * len(v["languages"]),
+    "05": lambda v: (4 + 2 * v["draws"]) * len(v["languages"]),
+    "06": lambda v: (4 + 2 * v["draws"]) * len(v["languages"]),
     "07": lambda v: (len(v["task_sets"]) + 1) * (5 + v["draws"]) * len(v["languages"]),
-    "08": lambda v: 4 * len(v["counts"]) + len(v["epochs"]) * len(v["rates"]),
+    "08": lambda v: 3 * len(v["counts"]) + v["draws"] + len(v["epochs"]) * len(v["rates"]),
     "10": lambda v: (16 + 2 * v["draws"]) * (len(v["percents"]) + 3),
     "09": lambda v: 3 * len(v["fractions"]) * v["draws"] + 100,
 }
@@ -300,4 +300,4 @@ def _attack_sequences(values):
     one = (
         gcg.steps * (gcg.width + 3) + autodan.steps * autodan.population + pair.streams * pair.depth
     )
-    return COLUMNS * values["seeds"] * values["n_attacked"] * one
+    return COLUMNS * values["n_attacked"] * one
