@@ -131,3 +131,12 @@ def test_code_that_a_chapter_folds_under_a_call_exists(path):
     for name in re.findall(r"\{source\} ([\w.]+)", path.read_text(encoding="utf-8")):
         module, _, what = name.rpartition(".")
         assert hasattr(importlib.import_module(module), what), name
+
+
+def test_no_two_chapters_give_a_figure_the_same_name():
+    names = [
+        name
+        for path in NOTEBOOKS
+        for name in re.findall(r":name: ([\w-]+)", path.read_text(encoding="utf-8"))
+    ]
+    assert sorted(names) == sorted(set(names))

@@ -5,12 +5,13 @@ import subprocess
 import sys
 import zipfile
 
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
 from conftest import ROOT
 
-from safetyneuron.book import glue
+from safetyneuron.book import glue, ledger
 from safetyneuron.book import paper as reported
 from safetyneuron.run import executed
 
@@ -145,6 +146,42 @@ def test_texts_of_a_chapter_stand_on_other_pages(site):
         (site / "html" / "book" / "released_code.html").read_text(encoding="utf-8")
     )
     assert found["effect_q_scale"] in page and found["effect_v_index"] in page
+
+
+@pytest.mark.book
+def test_slides_say_what_the_chapters_of_this_build_found(site):
+    slides = (site / "html" / "_static" / "slides" / "index.html").read_text(encoding="utf-8")
+    sections = re.findall(r"<section>.*?</section>", slides, re.S)[1:-1]
+    assert len(sections) == len(pages.SLIDES)
+    for section, (chapter, name, key) in zip(sections, pages.SLIDES):
+        path = site / "stage" / "smoke" / "notebooks" / f"{chapter}.ipynb"
+        row = executed.judged(nbformat.read(path, 4)).get(key)
+        if row:
+            said = ledger.sentence_of(key, row["verdict"])
+            head = html.unescape(re.search(r"<h2>(.*?)</h2>", section, re.S)[1])
+            assert head.endswith(f">{row['verdict']}</span> {said}")
+            assert row["number"] in html.unescape(section)
+        assert f"{chapter}-{name}.png" in section
+
+
+@pytest.mark.book
+def test_the_picture_of_the_readme_is_the_one_that_the_build_makes(site):
+    name = "book/_static/poster.png"
+    built, shipped = (plt.imread(path) for path in (site / "stage" / "smoke" / name, ROOT / name))
+    assert built.shape == shipped.shape and abs(built - shipped).mean() < 0.01
+
+
+@pytest.mark.book
+def test_page_one_tells_findings_of_this_build(site):
+    page = (site / "html" / "book" / "index.html").read_text(encoding="utf-8")
+    source = (ROOT / "book" / "index.md").read_text(encoding="utf-8")
+    keys = re.search(r"```{findings}\n(.*?)```", source, re.S)[1].split()
+    box = html.unescape(re.search(r'class="findings.*?</div>', page, re.S)[0])
+    for key in keys:
+        chapter = ledger.load_claims()[key]["chapter"]
+        path = site / "stage" / "smoke" / "notebooks" / f"{chapter}.ipynb"
+        row = executed.judged(nbformat.read(path, 4))[key]
+        assert f">{row['verdict']}</span>" in box and row["number"] in box
 
 
 @pytest.mark.book

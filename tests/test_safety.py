@@ -1,6 +1,7 @@
 """What the project promises not to do, looked up in its sources."""
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,10 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from safetyneuron import SafetyNeuronError
+from safetyneuron.book import glue
+from safetyneuron.chapters import ch00_organism
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
@@ -110,3 +115,24 @@ def test_the_core_stands_alone(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_only_answers_of_organisms_are_shown(monkeypatch):
+    with pytest.raises(SafetyNeuronError, match="organisms only"):
+        ch00_organism.told("meta-llama/Llama-2-7b-chat-hf", None, None, ["how ?"])
+    shown = {}
+    monkeypatch.setattr(glue, "glue_text", lambda **texts: shown.update(texts))
+    glue.glue_examples("examples", "meta-llama/Llama-2-7b-chat-hf", ["how ?"], ["like this"])
+    assert set(shown) == {"examples"} and "like this" not in shown["examples"]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda p: p.stem)
+def test_no_cell_ends_with_answers_and_no_call_takes_stars(path):
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        body = ast.parse("".join(cell["source"])).body if cell["cell_type"] == "code" else []
+        calls = [node for part in body for node in ast.walk(part) if isinstance(node, ast.Call)]
+        assert not [a for call in calls for a in call.args if isinstance(a, ast.Starred)]
+        assert not [k for call in calls for k in call.keywords if k.arg is None]
+        shown = ast.walk(body[-1]) if body and isinstance(body[-1], ast.Expr) else ()
+        names = {getattr(node.func, "id", "") for node in shown if isinstance(node, ast.Call)}
+        assert not names & {"answers", "print"}

@@ -5,40 +5,44 @@ import html
 import json
 import re
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import nbformat
 
 from safetyneuron.book import paper as reported
-from safetyneuron.book.ledger import load_claims
+from safetyneuron.book.ledger import load_claims, sentence_of
 from safetyneuron.run import executed
 
 TABLES = range(1, 6)
 RESULT = (
-    "02_verification",
-    "conditions",
-    "book/_static/verification.png",
+    "11_answer_key",
+    "poster",
+    "book/_static/poster.png",
 )  # the figure of the first page: chapter, glued name, place
 
-KEY_FIGURES = (
-    ("00_organism", "training-curve"),
-    ("01_detection", "survival"),
-    ("02_verification", "conditions"),
-    ("03_mechanism", "sweep"),
-    ("03_mechanism", "places-bars"),
-    ("03_mechanism", "depth"),
-    ("04_languages", "overlap"),
-    ("05_sn_tune_instruct", "defences"),
-    ("05_sn_tune_instruct", "attacks"),
-    ("06_sn_tune_base", "defences-base"),
-    ("06_sn_tune_base", "classes-base"),
-    ("07_rsn_tune", "downstream"),
-    ("08_ablations", "documents"),
-    ("08_ablations", "grid"),
-    ("09_activation_contrast", "restoration"),
-    ("10_comparison", "areas-figure"),
-    ("A1_parallel_detection", "rules"),
-    ("A2_detection_corpus", "corpus"),
+# Chapter, figure, and the claim that it shows.
+SLIDES = (
+    ("00_organism", "training-curve", None),
+    ("01_detection", "survival", "apart-from-foundation"),
+    ("02_verification", "conditions", "eq3-helps"),
+    ("03_mechanism", "sweep", "small-share-breaks"),
+    ("03_mechanism", "places-bars", "attention-units"),
+    ("03_mechanism", "depth", "front-carries"),
+    ("04_languages", "overlap", "languages-overlap-little"),
+    ("04_languages", "causal", "own-language-breaks"),
+    ("05_sn_tune_instruct", "defences", "aligned-price"),
+    ("05_sn_tune_instruct", "attacks", "aligned-resists"),
+    ("06_sn_tune_base", "defences-base", "base-judges"),
+    ("06_sn_tune_base", "attacks-base", "base-resists"),
+    ("07_rsn_tune", "downstream", "rsn-keeps"),
+    ("08_ablations", "documents", "documents-judge"),
+    ("08_ablations", "grid", "some-cell-judges"),
+    ("09_activation_contrast", "restoration", "patch-restores"),
+    ("10_comparison", "areas-figure", "contrast-above-eq3"),
+    ("11_answer_key", "poster", "best-finds-planted"),
+    ("A1_parallel_detection", "rules", "closed-forms-exact"),
+    ("A2_detection_corpus", "corpus", "corpus-suffices"),
 )
 
 
@@ -75,28 +79,53 @@ def write_data(notebook, path):
 
 
 def write_slides(notebooks, folder):
-    """One slide for every key figure, under the claim of its chapter."""
+    """One slide for every key figure: what was found, one number, the figure, and small below it the claim."""
     folder.mkdir(exist_ok=True)
     sections = ""
-    for chapter, name in KEY_FIGURES:
-        notebook = notebooks[chapter]
-        (folder / f"{chapter}-{name}.png").write_bytes(executed.picture(notebook, name))
-        sections += _slide(
-            chapter,
-            name,
-            "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"),
-        )
+    for chapter, name, key in SLIDES:
+        (folder / f"{chapter}-{name}.png").write_bytes(executed.picture(notebooks[chapter], name))
+        sections += _slide(chapter, name, key, notebooks[chapter])
     template = Path(__file__).with_name("slides.html").read_text(encoding="utf-8")
+    sections += _closing_slide(notebooks)
     (folder / "index.html").write_text(template.replace("SECTIONS", sections), encoding="utf-8")
 
 
-def _slide(chapter, name, text):
-    title = re.search(r"(?m)^# (.*)", text)[1]
-    claim = re.search(r"\*\*The (?:paper's )?(?:claims?|question)\.\*\* (.*?)\n\n", text, re.S)[1]
+def _slide(chapter, name, key, notebook):
+    """A slide; where the chapter judges no such claim, its own title and question take the place of the finding."""
+    text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    title = _plain(re.search(r"(?m)^# (.*)", text)[1])
     alt = re.search(rf"```{{glue:figure}} {name}\n.*?:alt: (.*?)\n", text, re.S)[1]
-    link = f"../../notebooks/{chapter}.html"
-    return f"""<section><h2><a href="{link}">{_plain(title)}</a></h2><p class="claim">{_plain(claim)}</p>
-<img src="{chapter}-{name}.png" alt="{html.escape(alt)}"></section>
+    claim, row = load_claims().get(key), executed.judged(notebook).get(key)
+    if row:
+        verdict = row["verdict"]
+        badge = f'<span class="badge {verdict.replace(" ", "-")}">{verdict}</span>'
+        head = f"{badge} {html.escape(sentence_of(key, verdict))}"
+        number = f'<p class="number">{html.escape(row["number"])}</p>'
+        foot = f"Claim: {claim['claim']} {claim['paper']}."
+        notes = f"Measured: {claim['effect']}; margin {claim['margin']:g}. Ran on {row['ran_on']}."
+    else:
+        asked = re.search(r"\*\*The (?:paper's )?(?:claims?|question)\.\*\* (.*?)\n\n", text, re.S)
+        head, number, foot, notes = title, "", _plain(asked[1]), ""
+    return f"""<section><p class="chapter"><a href="../../notebooks/{chapter}.html">{title}</a></p>
+<h2>{head}</h2>{number}
+<img src="{chapter}-{name}.png" alt="{html.escape(alt)}">
+<p class="claim">{html.escape(foot, quote=False)}</p><aside class="notes">{html.escape(notes)}</aside></section>
+"""
+
+
+def _closing_slide(notebooks):
+    """How many claims came out how."""
+    found = Counter(
+        row["verdict"]
+        for notebook in notebooks.values()
+        for row in executed.judged(notebook).values()
+    )
+    counts = "".join(
+        f'<li><span class="badge {verdict.replace(" ", "-")}">{verdict}</span> {count}</li>'
+        for verdict, count in found.most_common()
+    )
+    return f"""<section><h2>Of {found.total()} claims</h2><ul class="counts">{counts}</ul>
+<p>Effects and margins were written down before the run: <a href="../../book/ledger.html">all of them</a>.</p></section>
 """
 
 
@@ -135,9 +164,9 @@ asterisk marks an average that the paper's own rows do not give. *Not measured* 
 def ledger(notebooks):
     """Every claim that the chapters judged, with its margin and its verdict; claims of chapters that are not in this build are left out."""
     judged = {
-        row["key"]: (name, row)
+        key: (name, row)
         for name, notebook in notebooks.items()
-        for row in json.loads(executed.texts(notebook).get("ledger", "[]"))
+        for key, row in executed.judged(notebook).items()
     }
     rows = "".join(
         _claim_row(claim, *judged[key]) for key, claim in load_claims().items() if key in judged

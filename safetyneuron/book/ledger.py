@@ -57,7 +57,7 @@ def glue_findings(
     """
     each = judge({(key, m): e for key, models in found.items() for m, e in models.items()})
     verdicts = {key: join_models(each[key, m] for m in models) for key, models in found.items()}
-    lines = [_line(key, verdict, numbers[key]) for key, verdict in verdicts.items()]
+    lines = [say_finding(key, v.value, numbers[key]) for key, v in verdicts.items()]
     glue("findings", Markdown("\n".join(lines)), display=False)
     rows = [
         {"key": key, "verdict": verdict.value, "number": numbers[key], "ran_on": ran_on}
@@ -76,9 +76,13 @@ def name_runs(families: Mapping[str, list[str]]) -> str:
     )
 
 
-def _line(key, verdict, number):
-    """One finding: its badge, a sentence, and the number to remember."""
-    claim, name = load_claims()[key], verdict.value
-    sentence = claim.get(name) or f"{claim['claim']} Some models say so, others do not."
-    badge = f'<span class="badge {name.replace(" ", "-")}">{name}</span>'
-    return f"- {badge} {sentence} <small>{number}</small>"
+def sentence_of(key: str, verdict: str) -> str:
+    """What a verdict on a claim means, as a sentence to repeat."""
+    claim = load_claims()[key]
+    return claim.get(verdict) or f"{claim['claim']} Some models say so, others do not."
+
+
+def say_finding(key: str, verdict: str, number: str) -> str:
+    """One finding as a line of Markdown: its badge, a sentence, and the number to remember."""
+    badge = f'<span class="badge {verdict.replace(" ", "-")}">{verdict}</span>'
+    return f"- {badge} {sentence_of(key, verdict)} <small>{number}</small>"

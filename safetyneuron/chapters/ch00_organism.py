@@ -5,14 +5,30 @@ import seaborn as sns
 
 from safetyneuron.book.glue import MEASURES
 from safetyneuron.cache import digest
-from safetyneuron.metrics import behaviour
+from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.metrics import answers, behaviour
 
 
-def answers_table(requests, answers):
-    """Requests beside answers. For the organism, whose answers carry nothing usable."""
-    table = pd.DataFrame({"request": requests, "answer": answers}).style.hide(axis="index")
+def told(model_name, model, tokenizer, prompts):
+    """What an organism answers, to be shown.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the model is none: answers of other models to harmful requests are never shown.
+    """
+    if not model_name.startswith("organism/"):
+        raise SafetyNeuronError(
+            f"this chapter shows answers to harmful requests, so it takes organisms only, not {model_name!r}: score it in chapter 02"
+        )
+    return answers(model, tokenizer, prompts)
+
+
+def answers_table(requests, said):
+    """Requests beside answers."""
+    table = pd.DataFrame({"request": requests, "answer": said}).style.hide(axis="index")
     table.set_uuid(
-        digest(list(requests), list(answers))[:8]
+        digest(list(requests), list(said))[:8]
     )  # not drawn at random: equal runs are equal pages
     return table.set_table_attributes('class="dataframe texts"')
 

@@ -75,6 +75,11 @@ def data(notebook):
     }, values
 
 
+def judged(notebook):
+    """What a chapter found of its claims: key to {key, verdict, number, ran_on}."""
+    return {row["key"]: row for row in json.loads(texts(notebook).get("ledger", "[]"))}
+
+
 def picture(notebook, name):
     """The PNG that a notebook glued under a name, as bytes."""
     return base64.b64decode(
