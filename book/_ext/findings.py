@@ -29,7 +29,8 @@ class Findings(Directive):
             if key not in rows:
                 raise self.error(f"chapter {chapter!r} does not judge {key!r}")
             line = say_finding(key, rows[key]["verdict"], rows[key]["number"])
-            lines.append(f"{line} [→](../notebooks/{chapter}.ipynb)")
+            number = chapter.partition("_")[0]
+            lines.append(f"{line} [chapter {number}](../notebooks/{chapter}.ipynb)")
         box = nodes.container(classes=["findings"])
         self.state.nested_parse(StringList(lines, source=""), self.content_offset, box)
         return [box]

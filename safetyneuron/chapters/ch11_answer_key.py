@@ -167,7 +167,9 @@ def glue_key(planted: pd.DataFrame, breaking: pd.DataFrame, single: dict, harmfu
 
     def help_without_second(name):
         scores = single.get((name, 2))
-        return "none found" if scores is None else f"help {scores['coherent', harmful].percent} %"
+        if scores is None:
+            return "none found"
+        return f"help {100 * scores['coherent', harmful].value:.0f} %"
 
     numbers = {
         "eq3-finds-planted": f"right for {auc(EQ3)} of the pairs; chance .50",
@@ -211,7 +213,7 @@ def draw_poster(summary: pd.DataFrame, needed: pd.Series):
     """
     keys = [key for key in summary.index if key != MASK]
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(5.2, 0.235 * len(keys) + 1.5), sharey=True, width_ratios=(3, 2)
+        1, 2, figsize=(5.4, 0.25 * len(keys) + 1.5), sharey=True, width_ratios=(3, 2)
     )
     colours = sns.color_palette(PALETTE)
     for row, key in enumerate(keys):
@@ -226,19 +228,19 @@ def draw_poster(summary: pd.DataFrame, needed: pd.Series):
             right.plot(count, row, "o", color=colour, markersize=4.5)
     left.axvline(0.5, color="black", linestyle=":", linewidth=1)
     right.axvline(needed[MASK], color=colours[3], linestyle="--", linewidth=1.2)
-    left.set_yticks(range(len(keys)), [label_of(key) for key in keys], fontsize=9)
+    left.set_yticks(range(len(keys)), [label_of(key) for key in keys], fontsize=10)
     left.set(xlabel="planted above decoy\n(dotted: guessing)", xlim=(0.4, 0.8))
-    right.set(xlabel=f"units switched off\n(✕: {LIMIT} fail)", xscale="log", xlim=(1, 2 * LIMIT))
+    right.set(xlabel=f"units off\n(✕: {LIMIT} fail)", xscale="log", xlim=(1, 2 * LIMIT))
     right.set_xticks([1, 10, 100], ["1", "10", "100"])
     left.set_title("planted safety", fontsize=10)
     right.set_title("natural safety", fontsize=10)
     note = f"mask: {needed[MASK]:.0f}"
-    right.text(needed[MASK], -1, note, color=colours[3], fontsize=9, ha="center", va="center")
+    right.text(needed[MASK], -1, note, color=colours[3], fontsize=10, ha="center", va="center")
     left.set_ylim(len(keys) - 0.4, -1.6)
     for axes in (left, right):
         axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="x", labelsize=9)
-        axes.xaxis.label.set_size(9)
+        axes.tick_params(axis="x", labelsize=10)
+        axes.xaxis.label.set_size(10)
     figure.tight_layout(w_pad=0.6)
     return left
 
