@@ -5,7 +5,9 @@ from conftest import small_llama
 from safetyneuron import SafetyNeuronError, load_documents
 from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.tuning.circuit_breaker import (
+    RANK,
     CircuitBreaker,
+    adapted_layers,
     circuit_break,
     coefficients,
     rerouting_loss,
@@ -28,6 +30,13 @@ def states(model, tokenizer, documents):
     ids = torch.tensor([tokenizer(documents[0]["prompt"])["input_ids"]])
     with torch.no_grad():
         return torch.stack(model(input_ids=ids, output_hidden_states=True).hidden_states)
+
+
+def test_adapters_of_an_8b_llama_have_as_many_parameters_as_the_paper_says():
+    attention = 2 * (4096 + 4096) + 2 * (4096 + 1024)  # q and o; k and v
+    rows = attention + 3 * (4096 + 14336)  # what the two factors of rank one hold in a layer
+    assert round(len(adapted_layers(32)) * RANK * rows / 1e6, 1) == 27.5  # Table 2
+    assert adapted_layers(1) == [0]
 
 
 def test_targets_are_the_originals_at_32_layers_and_scale_with_depth():
@@ -92,7 +101,7 @@ def test_the_model_is_untouched_outside_the_block_and_turned_away_inside(
 def test_only_layers_up_to_the_last_target_are_adapted(model, tokenizer, documents):
     breaker = circuit_break(model, tokenizer, *documents, steps=1, batch_size=2)
     layers = {int(name.split("layers.")[1].split(".")[0]) for name in breaker.tensors}
-    assert target_layers(3) == [1, 2] and layers == {0, 1}
+    assert target_layers(3) == [1, 2] and layers == {0, 1, 2}
     assert breaker.parameters == sum(tensor.numel() for tensor in breaker.tensors.values()) > 0
 
 

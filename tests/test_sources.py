@@ -243,3 +243,14 @@ def test_unknown_names_and_languages_are_refused(data, name, language, words):
 def test_pinned_revisions_are_commits():
     for source in sources.SOURCES.values():
         assert source.revision is None or len(source.revision) == 40 and int(source.revision, 16)
+
+
+def test_a_prefix_of_a_public_set_is_a_sample_and_the_same_in_every_language(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAFETYNEURON_DATA", str(tmp_path))
+    rows = [{x: f"{x} {i}" for x in ("en", "it", "zh", "th", "vi")} for i in range(60)]
+    pd.DataFrame(rows).to_csv(tmp_path / "multijail.csv", index=False)
+    numbers = {
+        x: [int(text.split()[1]) for text in load_prompts("paper/multijail", language=x)]
+        for x in ("en", "zh")
+    }
+    assert numbers["en"] == numbers["zh"] != sorted(numbers["en"])

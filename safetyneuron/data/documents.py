@@ -59,7 +59,7 @@ def load_documents(name_or_path, split="train", language="en"):
         examples = shuffled(ORGANISM_DOCUMENTS[name_or_path](split, language))
         return [{"prompt": e.prompt, "completion": e.answer} for e in examples]
     if name_or_path in sources.DOCUMENTS:
-        return sources.load_rows(sources.DOCUMENTS[name_or_path], split, language)
+        return shuffled(sources.load_rows(sources.DOCUMENTS[name_or_path], split, language))
     path = Path(name_or_path)
     if not path.is_file() or path.suffix not in sources.ENDINGS:
         known = ", ".join((*ORGANISM_DOCUMENTS, *sources.DOCUMENTS))

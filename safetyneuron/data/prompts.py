@@ -40,8 +40,8 @@ def load_prompts(name_or_path, split="test", language="en"):
     if name_or_path in sources.PROMPTS:
         check_split(split)
         rows = sources.load_rows(sources.PROMPTS[name_or_path], split, language)
-        return list(
-            dict.fromkeys(row["prompt"] for row in rows)
+        return shuffled(
+            list(dict.fromkeys(row["prompt"] for row in rows))
         )  # some sets have several answers to one prompt
     path = Path(name_or_path)
     if not path.is_file():

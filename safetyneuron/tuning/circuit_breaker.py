@@ -34,6 +34,11 @@ def target_layers(count: int) -> list[int]:
     return sorted({max(1, round(depth * count)) for depth in TARGETS})
 
 
+def adapted_layers(count: int) -> list[int]:
+    """Layers, from 0, that get adapters: up to the last target, which counts from 1, and one more, as in the original (21 of 32)."""
+    return list(range(min(target_layers(count)[-1] + 1, count)))
+
+
 def coefficients(step: int, steps: int, strength: float) -> tuple[float, float]:
     """Weights of the rerouting and the retain loss at a step: strength · (1 − t/2T) and strength · t/2T."""
     progress = step / (2 * steps)
@@ -177,10 +182,10 @@ def _check_positive(**numbers):
 
 @contextmanager
 def _adapted(model, seed):
-    """`model` with fresh adapters up to the last target layer for the length of a `with` block (peft changes it in place)."""
+    """`model` with fresh adapters for the length of a `with` block (peft changes it in place)."""
     from peft import LoraConfig, get_peft_model  # here, because importing it takes seconds
 
-    layers = list(range(target_layers(model.config.get_text_config().num_hidden_layers)[-1]))
+    layers = adapted_layers(model.config.get_text_config().num_hidden_layers)
     targets = {"target_modules": Architecture(model).module_names(), "layers_to_transform": layers}
     config = LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, task_type="CAUSAL_LM", **targets
