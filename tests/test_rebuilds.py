@@ -65,7 +65,10 @@ def planned(copy, path, change):
     [
         ("chapters/ch03_mechanism.py", {"03_mechanism"}),
         ("book/plots.py", CHAPTERS),
-        ("detectors/change_scores.py", {"09_activation_contrast", "10_comparison"}),
+        (
+            "detectors/change_scores.py",
+            {"09_activation_contrast", "10_comparison", "11_answer_key"},
+        ),
         ("cli.py", set()),
     ],
 )
