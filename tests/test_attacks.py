@@ -24,7 +24,8 @@ from safetyneuron.attacks import (
 from safetyneuron.attacks.autodan import cross
 from safetyneuron.attacks.gcg import Suffix, plain_tokens, swaps
 from safetyneuron.attacks.likelihood import TargetLoss
-from safetyneuron.neurons.encoding import encode_prompts
+from safetyneuron.metrics.safety import answer_length
+from safetyneuron.neurons.encoding import encode_prompts, fits
 from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.reading import read_answer, read_request, sentences
@@ -290,6 +291,23 @@ def test_autodan_does_not_follow_a_rewriter_that_changes_the_request(model, toke
     assert [attempt.prompt for attempt in config.search(model, tokenizer, requests)] == [
         request.prompt for request in requests
     ]
+
+
+def test_autodan_breeds_no_prompt_that_cannot_be_read_and_answered(model, tokenizer, requests):
+    seen, context = [], model.config.max_position_embeddings
+
+    class Doubles(TemplateRewriter):
+        def rewrite(self, request, prompt, draw, answer=None, score=None):
+            return f"{prompt} {prompt}"
+
+        def keeps(self, request, prompt):
+            seen.append(prompt)
+            return True
+
+    config = AutoDAN(steps=6, population=6, mutation=0.9, rewriter=Doubles())
+    for attempt in config.search(model, tokenizer, requests):
+        assert fits(model, tokenizer, attempt.prompt, room=answer_length(model))
+    assert max(len(tokenizer(prompt)["input_ids"]) for prompt in seen) > context / 2
 
 
 def test_a_chat_model_by_name_rewrites_and_judges(tmp_path, model, tokenizer, requests):

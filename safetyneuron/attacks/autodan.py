@@ -1,14 +1,17 @@
 """AutoDAN (Liu et al. 2024): a genetic search over whole prompts that make the target likely and read like language."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from safetyneuron.attacks.attack import Attempt
 from safetyneuron.attacks.likelihood import TargetLoss
 from safetyneuron.attacks.rewriters import ChatRewriter, TemplateRewriter, sentences
-from safetyneuron.neurons.encoding import encode_prompts
+from safetyneuron.metrics.safety import answer_length
+from safetyneuron.neurons.encoding import encode_prompts, fits
 from safetyneuron.progress import steps
 
 
@@ -30,41 +33,51 @@ class AutoDAN:
 
     def _evolve(self, model, tokenizer, request):
         draw = random.Random(f"{self.seed} {request.prompt}")
-        loss = TargetLoss(
-            model, tokenizer, tokenizer(request.target, add_special_tokens=False)["input_ids"]
-        )
-        population = [request.prompt] + [
-            self._rewritten(request.prompt, request.prompt, draw)
-            for _ in range(self.population - 1)
-        ]
-        curve = []
+        target = tokenizer(request.target, add_special_tokens=False)["input_ids"]
+        loss = TargetLoss(model, tokenizer, target)
+        room = max(len(target), answer_length(model))
+        breed = Breeder(self, request.prompt, partial(fits, model, tokenizer, room=room), draw)
+        population, curve = breed.first(), []
         while True:
             losses, written = loss(encode_prompts(model, tokenizer, population))
             order = losses.argsort(stable=True).tolist()
             curve.append(float(losses[order[0]]))
             if written[order[0]] or len(curve) > self.steps:
                 return Attempt(population[order[0]], loss.queries, loss.tokens, tuple(curve))
-            population = self._children(
-                request.prompt, [population[i] for i in order], losses[order], draw
-            )
+            population = breed.children([population[i] for i in order], losses[order])
 
-    def _children(self, request, parents, losses, draw):
+
+@dataclass(frozen=True)
+class Breeder:
+    """One generation of prompts from another; what asks for something else, or is too long to be answered, is not born."""
+
+    budget: AutoDAN
+    request: str
+    readable: Callable[[str], bool]
+    draw: random.Random
+
+    def first(self):
+        """The request, and ways to put it in other words."""
+        rest = range(self.budget.population - 1)
+        return [self.request] + [self._rewritten(self.request) for _ in rest]
+
+    def children(self, parents, losses):
         """The next generation: the elites first, then children of parents drawn by softmax(−loss). parents: best first."""
-        elites = max(1, round(self.elites * self.population))
-        weights, children = torch.softmax(-losses, 0).tolist(), []
-        for _ in range(self.population - elites):
+        budget, draw, weights = self.budget, self.draw, torch.softmax(-losses, 0).tolist()
+        elites, children = max(1, round(budget.elites * budget.population)), []
+        for _ in range(budget.population - elites):
             first, second = draw.choices(parents, weights, k=2)
-            child = cross(first, second, draw) if draw.random() < self.crossover else first
-            child = child if self.rewriter.keeps(request, child) else first
-            children.append(
-                self._rewritten(request, child, draw) if draw.random() < self.mutation else child
-            )
+            child = cross(first, second, draw) if draw.random() < budget.crossover else first
+            child = self._viable(child, first)
+            children.append(self._rewritten(child) if draw.random() < budget.mutation else child)
         return parents[:elites] + children
 
-    def _rewritten(self, request, prompt, draw):
-        """The prompt in other words; as it is, where these would ask for something else."""
-        new = self.rewriter.rewrite(request, prompt, draw)
-        return new if self.rewriter.keeps(request, new) else prompt
+    def _rewritten(self, prompt):
+        return self._viable(self.budget.rewriter.rewrite(self.request, prompt, self.draw), prompt)
+
+    def _viable(self, new, old):
+        """The new prompt, or the old one where it asks for something else or cannot be read."""
+        return new if self.budget.rewriter.keeps(self.request, new) and self.readable(new) else old
 
 
 def cross(first, second, draw):

@@ -34,6 +34,14 @@ def encode_prompts(
     return encoded
 
 
+def fits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, room: int = 0
+) -> bool:
+    """Whether the model can read a prompt and has `room` tokens left for its answer."""
+    context = model.config.get_text_config().max_position_embeddings
+    return len(_encode(tokenizer, prompt)) + room <= context
+
+
 def _encode(tokenizer, prompt):
     if not tokenizer.chat_template:
         return tokenizer(prompt)["input_ids"]
