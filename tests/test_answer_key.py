@@ -94,3 +94,22 @@ def test_rules_are_sorted_by_what_they_find(planted):
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == [chapter.label_of(key) for key in summary.index if key != MASK]
     assert sum(text.get_text() == "✕" for text in axes.figure.axes[1].texts) == 1
+
+
+@pytest.mark.organism
+def test_sets_that_other_papers_switch_off_are_as_large_as_they_say(chat):
+    units = pd.DataFrame(all_units(chat[0]), columns=["kind", "layer", "channel"])
+    ffn = (units["kind"] == "ffn").to_numpy()
+    order = np.random.default_rng(0).permutation(len(units)) + 1.0
+    ranks = units.assign(wanda=order, heads=np.where(order <= 40, 20.5, order))
+    ranks = ranks.assign(
+        cna=np.where(ffn, order, np.inf), perturbation=np.where(ffn, order, np.inf)
+    )
+    sets = chapter.sets_of_own_claims(chat[0], ranks)
+    sizes = {claim: len(neurons.units()) for claim, neurons in sets.items()}
+    assert sizes["cna-halves-refusal"] == max(1, round(0.001 * ffn.sum()))
+    assert sizes["fifty-change-the-form"] == 50 and sizes["one-head-breaks"] == 40
+    assert sizes["three-percent-breaks"] == round(0.03 * len(units))
+    first = units[ffn].iloc[np.argsort(order[ffn])[:50]]
+    chosen = sets["fifty-change-the-form"].units().kinds["ffn"]
+    assert all(chosen[layer, channel] for _, layer, channel in first.itertuples(index=False))

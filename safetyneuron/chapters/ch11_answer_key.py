@@ -1,5 +1,7 @@
 """Chapter 11: every detector against the answer key."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ from safetyneuron.detectors.effects import Unit, neurons_of
 from safetyneuron.detectors.table import DETECTORS
 from safetyneuron.kept.truth import GREEDY, LIMIT, MASK, NATURAL, PLANTED, read_truth
 from safetyneuron.metrics.estimates import Estimate, estimate_exact, estimate_mean
-from safetyneuron.metrics.outcomes import Scores, estimate_rate, outcomes_of
+from safetyneuron.metrics.outcomes import Scores, estimate_change, estimate_rate, outcomes_of
 from safetyneuron.metrics.verdict import Evidence
 
 NEVER = 1.5 * LIMIT  # where the poster puts rules that do not break refusal
@@ -150,9 +152,9 @@ def weigh_claims(planted: pd.DataFrame, single: dict[tuple, Scores], harmful: st
     }
 
 
-def glue_key(planted: pd.DataFrame, breaking: pd.DataFrame, single: dict, harmful: str) -> None:
-    """Glue the chapter's findings and the numbers that its prose quotes. single: as for `weigh_claims`."""
-    found = weigh_claims(planted, single, harmful)
+def glue_key(planted, breaking, single, whole, done, harmful) -> None:
+    """Glue the chapter's findings and the numbers that its prose quotes. single: as for `weigh_claims`; whole, done: for `weigh_own_claims`."""
+    found = weigh_claims(planted, single, harmful) | weigh_own_claims(whole, done, harmful)
     summary = summarise_planted(planted)
     best = next(key for key in summary.index if compete(key))
     needed = units_needed(breaking, NATURAL)
@@ -178,6 +180,11 @@ def glue_key(planted: pd.DataFrame, breaking: pd.DataFrame, single: dict, harmfu
         "best-finds-planted": f"{label_of(best)}: {auc(best)}",
         "eq3-agrees-with-effects": agreement(EQ3),
         "contrast-agrees-with-effects": agreement(CONTRAST),
+        **{
+            claim: f"{label_of(OWN_CLAIMS[claim][0])}: attack success "
+            f"{100 * scores['asr', harmful].value:.0f} %, help {100 * scores['coherent', harmful].value:.0f} %"
+            for claim, scores in done.items()
+        },
         "second-set-breaks": "; ".join(f"{SHORT[n]}: {help_without_second(n)}" for n in SHORT),
     }
     trainings = planted["training"].nunique()
@@ -378,6 +385,59 @@ def key_table(
             cells[title] = lines(rate)
         rows[what] = cells
     return pd.DataFrame(rows).T.rename_axis("switched off")
+
+
+OWN_CLAIMS = {
+    "cna-halves-refusal": (
+        "cna",
+        lambda units: max(1, round(0.001 * (units["kind"] == "ffn").sum())),
+    ),
+    "fifty-change-the-form": ("perturbation", lambda units: 50),
+    "one-head-breaks": ("heads", lambda units: None),
+    "three-percent-breaks": ("wanda", lambda units: round(0.03 * len(units))),
+}  # claim of a rule's authors -> the rule, and how many of its first units they switch off; all that tie for the first where None
+
+
+def sets_of_own_claims(model, ranks: pd.DataFrame) -> dict:
+    """What the authors of some rules switch off, as neurons. ranks: a table of ranks of the answer key."""
+    sets = {}
+    for claim, (rule, count) in OWN_CLAIMS.items():
+        order, number = ranks.sort_values(rule, kind="stable"), count(ranks)
+        first = order[order[rule] == order[rule].min()] if number is None else order[:number]
+        places = first[["kind", "layer", "channel"]].itertuples(index=False, name=None)
+        sets[claim] = neurons_of(model, places)
+    return sets
+
+
+def weigh_own_claims(whole: Scores, done: dict[str, Scores], harmful: str) -> dict:
+    """The evidence for what the authors of some rules claim, on one model. done: claim to what became of requests without its set."""
+    found = {}
+    for claim, scores in done.items():
+        rise = estimate_change([[scores]], [[whole]], "asr", harmful)
+        if claim == "cna-halves-refusal":
+            rise = replace(rise, value=rise.value - 0.5)
+        if claim == "fifty-change-the-form":
+            values, clusters = outcomes_of(scores, "asr", harmful)
+            helped, _ = outcomes_of(scores, "coherent", harmful)
+            rise = estimate_mean((values - helped)[None, None] - 0.5, clusters)
+        found[claim] = {NATURAL: Evidence(rise, margin_of(claim))}
+    return found
+
+
+def own_claims_table(
+    sets: dict, done: dict[str, Scores], harmful: str, benign: str
+) -> pd.DataFrame:
+    """What became of requests without each of these sets, in percent."""
+    rows = {
+        label_of(OWN_CLAIMS[claim][0]): {
+            "units off": f"{len(sets[claim].units())}",
+            "attack success": lines(scores["asr", harmful]),
+            "help with harm": lines(scores["coherent", harmful]),
+            "helpful answers": lines(scores["helpful", benign]),
+        }
+        for claim, scores in done.items()
+    }
+    return pd.DataFrame(rows).T.rename_axis("rule")
 
 
 def rules_table() -> pd.DataFrame:
