@@ -360,6 +360,7 @@ def test_the_check_passes_offline_with_local_folders_and_names_what_is_missing(
     offline, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("safetyneuron.run.rehearsal.CHAPTERS", {})  # tests/test_rehearsal.py
     path = tmp_path / "edition.yaml"
     edition = copy.deepcopy(EDITION)
     edition["notebooks"]["09_activation_contrast"]["cost_model"] = "rule"
@@ -372,8 +373,8 @@ def test_the_check_passes_offline_with_local_folders_and_names_what_is_missing(
     assert (
         "wikipedia (zh)" in table
         and "multijail (th)" in table
-        and "GPU hours" in table
-        and "gated" not in table
+        and "hours of one H100" in table
+        and "gated or missing" not in table
     )
     monkeypatch.setenv("SAFETYNEURON_DATA", str(tmp_path))
     monkeypatch.setenv("SAFETYNEURON_MODELS", str(tmp_path))

@@ -1,17 +1,35 @@
 """Rehearsal without the hardware: what imagined models are said to cost, against real runs of small shapes."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
+import yaml
+from conftest import ROOT
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from safetyneuron import measure_importance, sn_tune
+from safetyneuron import (
+    SafetyNeuronError,
+    change_scores,
+    measure_importance,
+    patched_generation,
+    sn_tune,
+)
+from safetyneuron.alignment.ia3 import GPU_BATCH, prefer
+from safetyneuron.detectors.case import Case
+from safetyneuron.detectors.table import DETECTORS
 from safetyneuron.metrics import answers
+from safetyneuron.metrics.capability import language_model
+from safetyneuron.metrics.perplexity import perplexity
+from safetyneuron.neurons.activations import channel_means
 from safetyneuron.organism.tokenizer import build_tokenizer
-from safetyneuron.run import stages
+from safetyneuron.run import preflight, rehearsal, stages
 from safetyneuron.run.imagined import GPUS, imagine_model
-from safetyneuron.run.stages import Subject
+from safetyneuron.run.stages import PATCHED, Subject
+from safetyneuron.tuning.circuit_breaker import circuit_break
 from safetyneuron.tuning.trainer import fine_tune
 
 SHAPE = dict(
@@ -24,24 +42,106 @@ SHAPE = dict(
     num_key_value_heads=2,
     max_position_embeddings=512,
 )
-CASES = {  # stage -> (items, tokens, new tokens, what really runs)
-    "importance": (8, 64, 0, lambda s, n: measure_importance(s.model, s.tokenizer, s.prompts(n))),
-    "answering": (8, 64, 40, lambda s, n: answers(s.model, s.tokenizer, s.prompts(n), s.new)),
-    "tuning": (
-        6,
+RANK, RULE = {"rank": 8}, {"rule": "attribution/mean"}
+
+
+def patched(s, n):
+    with patched_generation(s.model, s.other, s.neurons(PATCHED).only(["down"])):
+        answers(s.model, s.tokenizer, s.prompts(n), s.new)
+
+
+def rerouted(s, n):
+    documents = s.documents(16)
+    circuit_break(s.model, s.tokenizer, documents, documents, steps=n)
+
+
+def found(s, n):
+    documents = s.documents(n)
+    case = [s.model, s.tokenizer, *[s.prompts(n)] * 3, documents, documents]
+    DETECTORS[s.settings["rule"]].find(Case(*case))
+
+
+def preferred(s, n):
+    pairs = [
+        {"prompt": d["prompt"], "chosen": d["completion"], "rejected": d["completion"]}
+        for d in s.documents(GPU_BATCH * n)
+    ]
+    prefer(s.model, s.tokenizer, pairs, epochs=1, batch_size=GPU_BATCH)
+
+
+def weighed(s, n):
+    from lm_eval.api.instance import Instance
+
+    asked = [Instance("loglikelihood", {}, (p, " a a"), i) for i, p in enumerate(s.prompts(n))]
+    language_model(s.model, s.tokenizer).loglikelihood(asked, disable_tqdm=True)
+
+
+CASES = {  # stage -> (items, tokens, new tokens, settings, what really runs)
+    "importance": (
+        8,
+        64,
+        0,
+        {},
+        lambda s, n: measure_importance(s.model, s.tokenizer, s.prompts(n)),
+    ),
+    "answering": (8, 64, 40, {}, lambda s, n: answers(s.model, s.tokenizer, s.prompts(n), s.new)),
+    "patched_answering": (8, 64, 30, {}, patched),
+    "choosing": (8, 64, 0, {}, weighed),
+    "contrasting": (
+        8,
         64,
         30,
+        {},
+        lambda s, n: change_scores(s.model, s.other, s.tokenizer, s.prompts(n), s.new),
+    ),
+    "weighing": (
+        8,
+        64,
+        30,
+        {},
+        lambda s, n: perplexity(s.model, s.tokenizer, s.documents(n)),
+    ),
+    "averaging": (8, 64, 0, {}, lambda s, n: channel_means(s.model, s.tokenizer, s.prompts(n))),
+    "tuning": (
+        5,
+        64,
+        30,
+        {},
         lambda s, n: sn_tune(s.model, s.tokenizer, s.documents(8 * n), s.neurons()),
     ),
-    "fine_tuning": (6, 64, 30, lambda s, n: fine_tune(s.model, s.tokenizer, s.documents(8 * n))),
+    "fine_tuning": (
+        5,
+        64,
+        30,
+        {},
+        lambda s, n: fine_tune(s.model, s.tokenizer, s.documents(8 * n)),
+    ),
+    "fine_tuning, LoRA": (
+        5,
+        64,
+        30,
+        RANK,
+        lambda s, n: fine_tune(s.model, s.tokenizer, s.documents(8 * n), 8),
+    ),
+    "rerouting": (5, 64, 30, {}, rerouted),
+    "preferring": (4, 64, 30, {}, preferred),
+    "detecting": (8, 64, 10, RULE, found),
 }
 
 
-def subject(model, tokens, new, **settings):
-    return Subject(model, build_tokenizer(), GPUS["H100"], tokens, new, settings)
+def subject(make, tokens, new, settings):
+    """Two models of one shape, the second for what needs a partner."""
+    return Subject(make(), build_tokenizer(), GPUS["H100"], tokens, new, settings, make())
 
 
-def really(work, model):
+def real_model():
+    """A model with weights that, as imagined ones, never stops early."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE)).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def really(work, weights):
     """Operations and bytes at the peak of a real run, the second from what the allocator reports."""
     with FlopCounterMode(display=False) as operations:
         work()
@@ -52,19 +152,74 @@ def really(work, model):
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return operations.get_total_flops(), weights + peak
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_stage_costs_what_a_real_run_of_a_small_shape_costs(name):
-    count, tokens, new, run = CASES[name]
-    imagined = getattr(stages, name)(
-        subject(imagine_model(SHAPE, torch.float32), tokens, new), count
-    )
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE)).eval()
-    model.generation_config.eos_token_id = None  # as imagined models, it never stops early
-    there = subject(model, tokens, new)
-    operations, peak = really(lambda: run(there, count), model)
-    assert imagined.operations == pytest.approx(operations, rel=0.1)
-    assert imagined.peak == pytest.approx(peak, rel=0.1)
+    count, tokens, new, settings, run = CASES[name]
+    imagined = subject(lambda: imagine_model(SHAPE, torch.float32), tokens, new, settings)
+    cost = getattr(stages, name.partition(",")[0])(imagined, count)
+    there = subject(real_model, tokens, new, settings)
+    weights = 2 * rehearsal.weight_bytes(there.model)
+    operations, peak = really(lambda: run(there, count), weights)
+    assert cost.operations == pytest.approx(operations, rel=0.1)
+    assert cost.peak == pytest.approx(peak, rel=0.1)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """An edition with one chapter on one small model, which is there, and a GPU of any size."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(rehearsal, "SHAPES", tmp_path)
+    monkeypatch.setitem(rehearsal.BATCHES, "importance", 1)
+    monkeypatch.setenv("SAFETYNEURON_MODELS", str(tmp_path / "models"))
+    shape = {"licence": "none", "gated": False, "dtype": "float32", "config": SHAPE}
+    (tmp_path / "toy--model.json").write_text(json.dumps(shape))
+    folder = tmp_path / "models" / "toy" / "model"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+
+    def edition(memory):
+        monkeypatch.setitem(GPUS, "toy", replace(GPUS["H100"], memory=memory))
+        chapter = {"model_name": "toy/model", "n_detect": 20}
+        return {"hardware": "toy", "notebooks": {"01_detection": chapter}}
+
+    return edition
+
+
+def test_the_check_fails_where_a_stage_does_not_fit_the_edition_s_gpu(toy, capsys):
+    preflight.check(toy(2**30))
+    assert "does not fit" not in (table := capsys.readouterr().out) and "01_detection" in table
+    with pytest.raises(SafetyNeuronError, match="01_detection on toy/model"):
+        preflight.check(toy(2**24))
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_the_check_names_a_model_whose_shape_is_unknown(toy):
+    edition = toy(2**30)
+    edition["notebooks"]["01_detection"]["model_name"] = "toy/other"
+    with pytest.raises(SafetyNeuronError, match="toy--other.json"):
+        preflight.check(edition)
+
+
+def test_every_model_that_an_edition_names_has_a_shape():
+    for path in (ROOT / "workflow" / "editions").glob("*.yaml"):
+        for name in preflight.model_names(yaml.safe_load(path.read_text(encoding="utf-8"))):
+            assert rehearsal.shape_of(name)["config"]["hidden_size"]
+
+
+def test_a_batch_is_halved_until_it_fits():
+    gpu = GPUS["H100"]
+    job = rehearsal.Job("weighing", "toy", 64, 64, 30)
+
+    def cost(memory):
+        small = rehearsal.Rehearsal(replace(gpu, memory=memory))
+        small._models = {}
+        small.model = lambda *_, **__: model
+        return small.cost(job)
+
+    model = imagine_model(SHAPE, torch.float32)
+    whole, halved = cost(gpu.memory), cost(int(1.5 * rehearsal.weight_bytes(model)))
+    assert halved.peak < whole.peak and halved.operations == pytest.approx(whole.operations)

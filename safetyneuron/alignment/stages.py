@@ -36,12 +36,13 @@ class Stage:
     beta: float | None = None  # of DPO; supervised fine-tuning without
 
 
-# The paper's four models with its own schedule: three epochs, batches of 120, AdamW at 1e-3, β 0.1.
+# The paper's four models and a small one, with its own schedule: three epochs, batches of 120, AdamW at 1e-3, β 0.1.
 PAIRED = {
     "llama2-7b": "meta-llama/Llama-2-7b-hf@01c7f73d771dfac7d292323805ebc428287df4f9",
     "mistral-7b": "mistralai/Mistral-7B-v0.1@7231864981174d9bee8c7687c24c8344414eae6b",
     "gemma-7b": "google/gemma-7b@ff6768d9368919a1f025a54f9f5aa0ee591730bb",
     "qwen2.5-3b": "Qwen/Qwen2.5-3B@3aab1f1954e9cc14eb9509a215f9e5ca08227a9b",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B@060db6499f32faf8b98477b0a26969ef7d8b9987",
 }
 
 

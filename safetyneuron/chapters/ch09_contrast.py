@@ -1,5 +1,6 @@
 """Chapter 09: experiments of Chen et al. (2025) with patched activations."""
 
+import random
 from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
@@ -75,16 +76,19 @@ def tabulate_restoration(curves, ends, measures):
     return pd.DataFrame(rows, columns=["condition", "fraction", "measure", "set", "rate"])
 
 
+MOST = 200  # neurons that are patched alone; of a larger set so many are drawn
+
+
 def alone(recipient, donor, tokenizer, suite, neurons):
-    """Attack success with each neuron of the set patched alone, lowest first.
+    """Attack success with each neuron of the set patched alone, or `MOST` drawn from a larger one, lowest first.
 
     Returns
     -------
     pandas.DataFrame
         Columns layer (from 1), channel, rate.
     """
-    (name,), rows = suite.harmful, []
-    for cell in neurons.cells():
+    (name,), rows, cells = suite.harmful, [], list(neurons.cells())
+    for cell in random.Random(0).sample(cells, min(MOST, len(cells))):
         one, (_, layer, channel) = NeuronSet.from_cells(neurons.shapes, [cell]), cell
         asked = replace(suite, benign=None, tasks=())
         rates = patched_rates(recipient, donor, tokenizer, asked, one)

@@ -43,7 +43,6 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
         Every question and one or zero; for a group, of all its tasks.
     """
     import lm_eval  # here, because importing it takes seconds
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     from safetyneuron.organism.tasks import build
@@ -58,13 +57,12 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
             include_path=folder,
             include_defaults=not all(task.partition("@")[0] in ORGANISM_TASKS for task in tasks),
         )
-        batch_size = "auto" if model.device.type == "cuda" else 64
-        language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        asked = language_model(model, tokenizer)
         chat = tokenizer.chat_template is not None
 
         def ask(task):
             return lm_eval.evaluate(
-                language_model,
+                asked,
                 _loaded(manager, task),
                 limit=limit,
                 bootstrap_iters=0,
@@ -73,6 +71,15 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
             )
 
         return {task: _correct(ask(task)) for task in tasks}
+
+
+def language_model(model, tokenizer):
+    """A model as lm-eval asks it."""
+    from lm_eval.models.huggingface import HFLM
+
+    batch_size = "auto" if model.device.type == "cuda" else 64
+    with _quiet("lm_eval"):
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _loaded(manager, task):

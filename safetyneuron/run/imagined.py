@@ -21,20 +21,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 aten = torch.ops.aten
 GATHERS = ("embedding", "index", "index_select", "gather")  # read what they give, not the table
+COPIES = (
+    "_log_softmax",
+    "_softmax",
+)  # copy what does not lie in memory in order, inside the kernel
 YES = ("isfinite",)  # questions about numbers that the answer keeps going; all others are denied
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @dataclass(frozen=True)
 class GPU:
-    """What hours are reckoned from. memory in bytes, bandwidth in bytes a second, half and single in operations a second, launch in seconds."""
+    """What hours are reckoned from. memory in bytes, bandwidth in bytes a second, half and single in operations a second, launch in seconds a kernel."""
 
     name: str
     memory: int
     bandwidth: float
     half: float
     single: float
-    launch: float = 5e-6  # what the smallest kernel takes
+    launch: float = 15e-6  # between two kernels, from Python
 
     def seconds(self, operations, traffic, wide):
         """Time of one kernel: the longest of its arithmetic at `SHARE` of the peak, its reads and writes, and its launch."""
@@ -43,10 +47,12 @@ class GPU:
 
 
 SHARE = 0.4  # of the peak that arithmetic reaches
-# Data sheets: H100 SXM5 and T4; dense operations without sparsity, single precision without TF32.
+# Data sheets: H100 SXM5 and T4; memory as their driver reports it, dense operations, single precision without TF32.
 GPUS = {
-    "H100": GPU("H100 80 GB", 80 * 10**9, 3.35e12, 989e12, 67e12),
-    "T4": GPU("T4 16 GB", 15 * 2**30, 320e9, 65e12, 8.1e12),
+    "H100": GPU("H100 80 GB", int(79.1 * 2**30), 3.35e12, 989e12, 67e12),
+    "T4": GPU(
+        "T4 16 GB", int(14.7 * 2**30), 320e9, 8.1e12, 8.1e12
+    ),  # it has no bfloat16: as single
 }
 
 
@@ -131,6 +137,9 @@ class Meter(TorchDispatchMode):
         read = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
         if func._overloadpacket.__name__ in GATHERS:
             read = made
+        if func._overloadpacket.__name__ in COPIES and not read[0].is_contiguous():
+            copied = read[0].numel() * read[0].element_size()
+            self.cost.peak = max(self.cost.peak, self.live + copied)
         traffic = sum(stored_bytes(x) for x in (*read, *made))
         known = flop_registry.get(func._overloadpacket)
         operations = known(*args, **kwargs, out_val=result) if known else 0
@@ -215,11 +224,13 @@ def imagining(gpu: GPU) -> Iterator[Meter]:
         yield meter
 
 
-def imagine_model(shape: dict, dtype: torch.dtype) -> PreTrainedModel:
+def imagine_model(
+    shape: dict, dtype: torch.dtype, kind: type = AutoModelForCausalLM
+) -> PreTrainedModel:
     """A model of a shape (the fields of its config.json) whose weights have no content and take no memory."""
     config = AutoConfig.for_model(**shape)
     with _FAKE, contextlib.ExitStack() as back:
         back.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(dtype)
-        model = AutoModelForCausalLM.from_config(config)
+        model = kind.from_config(config)
     return model.eval()

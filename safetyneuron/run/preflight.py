@@ -1,14 +1,18 @@
-"""What an edition needs, looked up before a GPU hour is spent: models, data, memory, disk, and an estimate of the time."""
+"""What an edition needs, looked up before a GPU hour is spent: models, data, licences, disk, and by rehearsal memory and time."""
 
 import ast
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from safetyneuron.cache import cache_folder
 from safetyneuron.data import sources
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import local_model
+from safetyneuron.run.imagined import GPUS, SHARE, imagine_model
+from safetyneuron.run.rehearsal import USABLE, rehearse, shape_of, weight_bytes
 
 MODEL_PARAMETERS = ("models", "bases", "model_name", "attacker", "cost_model")
 SETS = sources.PROMPTS | sources.DOCUMENTS | sources.PREFERENCES
@@ -17,63 +21,69 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what, whether it is there, bytes on disk still to come, bytes of weights, and the cure if it is not."""
+    """One line of the report: what, whether it is there, bytes on disk still to come, its licence, and the cure if it is not there."""
 
     what: str
     status: str
     download: int = 0
-    weights: int = 0
+    licence: str = ""
     cure: str = ""
 
 
 def check(edition):
-    """Print one table of everything the edition names.
+    """Print what the edition names and whether it is there, then what every chapter takes on every model, rehearsed on shapes.
 
     Raises
     ------
     SafetyNeuronError
-        If something is missing or gated, or the disk is too small; the table says what to do.
+        If something is missing or gated, the disk is too small, or a stage does not fit the edition's GPU; the tables say what to do.
     """
-    wide = {
-        name
-        for values in edition["notebooks"].values()
-        if values.get("dtype") == "float32"
-        for name in model_names({"notebooks": {"": values}})
-    }
-    findings = [look_up_model(name, 2 if name in wide else 1) for name in model_names(edition)] + [
-        look_up_data(*key) for key in data_names(edition)
-    ]
+    findings = [look_up_model(name) for name in model_names(edition)]
+    findings += [look_up_data(*key) for key in data_names(edition)]
     if not findings:
         return print("nothing to look up: organisms are files of this package")
     width = max(len(finding.what) for finding in findings)
-    print(f"{'what':{width}}  {'status':18} {'disk GiB':>8} {'GPU GiB':>8}")
+    print(f"{'what':{width}}  {'status':18} {'disk GiB':>8}  licence")
     for f in findings:
-        print(
-            f"{f.what:{width}}  {f.status:18} {f.download / GIB:8.1f} {f.weights * HEADROOM / GIB:8.1f}"
-            + (f"  {f.cure}" if f.cure else "")
-        )
-    needed, free = (
-        sum(f.download for f in findings),
-        shutil.disk_usage(_existing(cache_folder())).free,
-    )
+        line = f"{f.what:{width}}  {f.status:18} {f.download / GIB:8.1f}  {f.licence}"
+        print(line + (f"; {f.cure}" if f.cure else ""))
+    needed = sum(f.download for f in findings)
+    free = shutil.disk_usage(_existing(cache_folder())).free
+    print(f"disk: {needed / GIB:.0f} GiB to download, {free / GIB:.0f} GiB free\n", flush=True)
+    wrong = [f.what for f in findings if f.cure] + _rehearsed(edition)
+    if wrong or needed > free:
+        reasons = ", ".join(wrong) or "the disk is too small"
+        raise SafetyNeuronError(f"not ready: {reasons}: see the table")
+
+
+def _rehearsed(edition):
+    """Print the rehearsal as it goes on; return what does not fit the GPU."""
+    gpu, large, sums = _gpu(edition), [], {False: 0.0, True: 0.0}
+    line = "{:24} {:44} {:>8} {:18} {:>9} {:>9} {:>9}".format
+    print(line("chapter", "model", "peak GiB", "at", "PFLOP", "TB", "hours"))
+    for row in rehearse(with_defaults(edition), gpu):
+        hours = row.cost.seconds / 3600
+        sums[row.attack] += hours
+        name = row.chapter + ", attacks" * row.attack
+        numbers = [f"{x:.2f}" for x in (row.cost.operations / 1e15, row.cost.traffic / 1e12, hours)]
+        model, peak = row.model.partition("@")[0], f"{row.cost.peak / GIB:.1f}"
+        fits = row.cost.peak <= USABLE * gpu.memory
+        print(line(name, model, peak, row.at, *numbers) + "  does not fit" * (not fits), flush=True)
+        large += [] if fits else [f"{name} on {model}"]
     print(
-        f"disk: {needed / GIB:.0f} GiB to download, {free / GIB:.0f} GiB free; GPU: {max(f.weights for f in findings) * HEADROOM / GIB:.0f} GiB for the largest model"
+        f"time: {sums[False]:.1f} hours of one {gpu.name}, and {sums[True]:.1f} for attacks, if arithmetic reaches {SHARE:.0%} of its peak ({gpu.half / 1e12:.0f} TFLOP/s in"
+        f" half precision, {gpu.single / 1e12:.0f} in single), memory {gpu.bandwidth / 1e12:.2f} TB/s, and a kernel takes {gpu.launch * 1e6:.0f} µs at least; loading is not counted"
     )
-    print(
-        f"time: about {gpu_hours(edition, {f.what: f.weights for f in findings}):.0f} GPU hours ({ASSUMPTION})"
-    )
-    missing = [f.what for f in findings if f.cure]
-    if missing or needed > free:
+    return large
+
+
+def _gpu(edition):
+    name = edition.get("hardware", "H100")
+    if name not in GPUS:
         raise SafetyNeuronError(
-            f"not ready: {', '.join(missing) or 'the disk is too small'}: see the table"
+            f"the edition names the hardware {name!r}: it must be one of {', '.join(GPUS)}"
         )
-
-
-HEADROOM = (
-    1.5  # beside weights: activations, caches and the measured rows; tests/benchmarks/RESULTS.md
-)
-THROUGHPUT = 1e14  # operations a second that a GPU reaches in half precision
-ASSUMPTION = f"at {THROUGHPUT:.0e} operations a second, which is not measured here; importance, training and attacks in forward passes from the benchmarks"
+    return GPUS[name]
 
 
 def _existing(path):
@@ -125,22 +135,27 @@ def data_names(edition):
     return list(found)
 
 
-def look_up_model(name, factor=1):
-    """Where a model is: in a local folder, or on the hub and open to this user. factor: bytes in memory for a stored one."""
+def look_up_model(name):
+    """Where a model is: in a local folder, or on the hub and open to this user; and its licence, where its shape is known."""
     repository, _, revision = name.partition("@")
+    try:
+        shape = shape_of(name)
+        licence = shape["licence"] + ", gated" * shape["gated"]
+    except SafetyNeuronError as error:
+        return Finding(name, "unknown shape", cure=str(error))
     folder = local_model(repository)
     if folder:
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         cure = "" if size else f"{folder} holds no .safetensors: convert it"
-        return Finding(name, "local" if size else "no safetensors", 0, factor * size, cure)
-    found = _on_hub(
-        name,
-        repository,
-        revision or None,
-        "model",
-        "put its folder into $SAFETYNEURON_MODELS/" + repository,
-    )
-    return replace(found, weights=factor * found.weights)
+        return Finding(name, "local" if size else "no safetensors", 0, licence, cure)
+    put = f"put its folder into $SAFETYNEURON_MODELS/{repository}"
+    found = _on_hub(name, repository, revision or None, "model", put)
+    return replace(found, download=found.download or stored_size(shape), licence=licence)
+
+
+def stored_size(shape):
+    """Bytes of a model's weights as they are stored."""
+    return weight_bytes(imagine_model(shape["config"], getattr(torch, shape["dtype"])))
 
 
 def look_up_data(name, language):
@@ -215,27 +230,7 @@ def _on_hub(what, repository, revision, kind, alternative):
         return Finding(
             what, "no safetensors", cure=f"convert {page} to safetensors, and {alternative}"
         )
-    return Finding(what, "on the hub" if revision else f"not pinned: {found.sha}", size, size)
-
-
-def gpu_hours(edition, weights):
-    """A rough estimate: sequences run through a model, times its weights; weights: model to bytes."""
-    operations = sum(
-        sequences(name, values) * TOKENS * _weights(values, weights)
-        for name, values in with_defaults(edition).items()
-    )
-    return operations / THROUGHPUT / 3600
-
-
-def _weights(values, weights):
-    """Operations for a token, two for each weight of two bytes, over all models of a chapter."""
-    names = values.get("models") or [values.get("model_name") or values.get("recipient", "")]
-    return sum(
-        weights.get(
-            name, max(weights.values()) if "/" in name and not name.startswith("organism/") else 0
-        )
-        for name in names
-    )
+    return Finding(what, "on the hub" if revision else f"not pinned: {found.sha}", size)
 
 
 def with_defaults(edition):
@@ -249,55 +244,3 @@ def with_defaults(edition):
             key: ast.literal_eval(value["default"]) for key, value in known.items()
         } | given
     return found
-
-
-TOKENS = 250  # of a request with its answer
-IMPORTANCE = (
-    5  # forward passes that `exact` costs a prompt, at 128 tokens (tests/benchmarks/RESULTS.md)
-)
-CHOICES = 4  # sequences of a multiple-choice question
-SUBTASKS = 57  # of MMLU, each asked as many questions as are given
-COLUMNS = 6  # of Tables 2 and 3, which are attacked
-CONDITIONS = {  # evaluations of a chapter for one model
-    "02": lambda v: 1 + 2 * (1 + v["draws"]),
-    "03": lambda v: 2 * len(v["percents"]) + 3 * v["draws"] + 128,
-    "04": lambda v: len(v["languages"]) * (2 * len(v["languages"]) + 1 + v["draws"]),
-    "05": lambda v: (4 + 2 * v["draws"]) * len(v["languages"]),
-    "06": lambda v: (4 + 2 * v["draws"]) * len(v["languages"]),
-    "07": lambda v: (len(v["task_sets"]) + 1) * (5 + v["draws"]) * len(v["languages"]),
-    "08": lambda v: 3 * len(v["counts"]) + v["draws"] + len(v["epochs"]) * len(v["rates"]),
-    "10": lambda v: (16 + 2 * v["draws"]) * (len(v["percents"]) + 3),
-    "09": lambda v: 3 * len(v["fractions"]) * v["draws"] + 100,
-}
-
-
-def sequences(name, values):
-    """Sequences that a chapter runs through each of its models: importance, evaluations, and the attacks of chapters 05 and 06."""
-    detected = (
-        IMPORTANCE
-        * values.get("n_detect", values.get("n_score", 0))
-        * 2
-        * len(values.get("languages", [1]))
-    )
-    sets = len(values.get("test_sets", [1])) + ("benign_set" in values)
-    tasks = sum(
-        SUBTASKS if str(task).startswith("mmlu") else 1
-        for task in values.get("tasks", [values.get("task")])
-    )
-    asked = sets * values.get("n_prompts", 0) + CHOICES * values.get("n_questions", 0) * tasks
-    return (
-        detected
-        + CONDITIONS.get(name[:2], lambda v: 1)(values) * asked
-        + (_attack_sequences(values) if "gcg" in values else 0)
-    )
-
-
-def _attack_sequences(values):
-    from safetyneuron.attacks import searches
-
-    configs = searches(values["gcg"], values["autodan"], values["pair"], "organism/templates", "en")
-    gcg, autodan, pair = configs.values()
-    one = (
-        gcg.steps * (gcg.width + 3) + autodan.steps * autodan.population + pair.streams * pair.depth
-    )
-    return COLUMNS * values["n_attacked"] * one

@@ -5,25 +5,39 @@ what one more turn costs is multiplied; nothing stops early. Texts have no conte
 """
 
 import io
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from safetyneuron.alignment import ia3
+from safetyneuron.attacks import GCG, AutoDAN, Request, rewriters
+from safetyneuron.detectors.case import Case
+from safetyneuron.detectors.change_scores import change_scores
+from safetyneuron.detectors.direction import refusal_directions
+from safetyneuron.detectors.table import DETECTORS
 from safetyneuron.importance.profile import measure_importance
 from safetyneuron.importance.recorder import Recorder
+from safetyneuron.metrics import cost as judges
+from safetyneuron.metrics.capability import language_model
+from safetyneuron.metrics.perplexity import perplexity
 from safetyneuron.metrics.safety import answers
+from safetyneuron.neurons.activations import channel_means, last_activations
 from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.encoding import encode_prompts
+from safetyneuron.neurons.patching import patched_generation
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.run.imagined import GPU, Cost, Meter, imagining
+from safetyneuron.tuning.circuit_breaker import circuit_break
 from safetyneuron.tuning.sn_tune import sn_tune
 from safetyneuron.tuning.trainer import fine_tune
 
-TUNED = 0.005  # share of the neurons that are tuned
+TUNED, PATCHED = 0.005, 0.05  # shares of neurons that are tuned, and of feed-forward ones patched
 
 
 @dataclass
@@ -39,6 +53,7 @@ class Subject:
     tokens: int
     new: int = 0
     settings: dict = field(default_factory=dict)
+    other: PreTrainedModel | None = None  # the donor, the aligned partner, the base model
 
     def prompts(self, count: int) -> list[str]:
         """So many different prompts of the length asked for."""
@@ -62,7 +77,8 @@ class Subject:
     def metered(self) -> Iterator[Meter]:
         """What runs in the block is measured, the model's weights held from the start."""
         with imagining(self.gpu) as meter, _unhashed(), _silent():
-            meter.hold([*self.model.parameters(), *self.model.buffers()])
+            for model in (self.model, *([self.other] if self.other else [])):
+                meter.hold([*model.parameters(), *model.buffers()])
             yield meter
 
     def measured(self, run: Callable) -> Cost:
@@ -72,9 +88,20 @@ class Subject:
         return meter.cost
 
     def looped(self, run: Callable, turns: float) -> Cost:
-        """The cost of `run(turns)`, from two turns and three."""
-        two, three = (self.measured(lambda: run(count)) for count in (2, 3))
-        return two + difference(three, two).times(turns - 2)
+        """The cost of `run(turns)`, from one turn and two."""
+        one, two = (self.measured(lambda: run(count)) for count in (1, 2))
+        return one + difference(two, one).times(turns - 1)
+
+    def trained(self, run: Callable, updates: float) -> Cost:
+        """The cost of a training of so many updates, from `run(2)`: the second one, with the optimiser's state, is multiplied."""
+        with self.metered() as meter:
+            handle = register_optimizer_step_post_hook(lambda *_: meter.lap())
+            try:
+                run(2)
+            finally:
+                handle.remove()
+        *before, first, second = meter.laps  # the schedule, too, is made with an optimiser
+        return sum(before, first) + second.times(updates - 1) + meter.cost
 
 
 def difference(more: Cost, less: Cost) -> Cost:
@@ -93,12 +120,18 @@ def _unhashed():
 
 @contextmanager
 def _silent():
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
+    """Nothing of what a run has to say is true of a model without weights."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def importance(subject: Subject, batch: int) -> Cost:
-    """`measure_importance` of one batch; of the groups of heads, whose rows of q and k `exact` measures one group after the other, one and two are run."""
+    """`measure_importance` of one batch; of the groups of heads, whose rows of q and k `exact` measures one group after the other, none and one are run."""
     prompts, rule = subject.prompts(batch), subject.settings.get("rule", "exact")
     groups = subject.model.config.num_key_value_heads
     width = Architecture(subject.model).widths["k"] // groups
@@ -112,8 +145,8 @@ def importance(subject: Subject, batch: int) -> Cost:
         with mock.patch.object(Recorder, "wanted_in", wanted):
             measure_importance(subject.model, subject.tokenizer, prompts, rule, progress=False)
 
-    one, two = (subject.measured(lambda: run(count)) for count in (1, 2))
-    return one + difference(two, one).times(subject.model.config.num_hidden_layers * groups - 1)
+    none, one = (subject.measured(lambda: run(count)) for count in (0, 1))
+    return none + difference(one, none).times(subject.model.config.num_hidden_layers * groups)
 
 
 def written(subject: Subject, run: Callable, new: int) -> Cost:
@@ -142,7 +175,7 @@ def tuning(subject: Subject, updates: float) -> Cost:
     def run(count):
         sn_tune(subject.model, subject.tokenizer, subject.documents(8 * count), neurons)
 
-    return subject.looped(run, updates)
+    return subject.trained(run, updates)
 
 
 def fine_tuning(subject: Subject, updates: float) -> Cost:
@@ -152,4 +185,170 @@ def fine_tuning(subject: Subject, updates: float) -> Cost:
     def run(count):
         fine_tune(subject.model, subject.tokenizer, subject.documents(8 * count), rank)
 
-    return subject.looped(run, updates)
+    return subject.trained(run, updates)
+
+
+def rerouting(subject: Subject, steps: float) -> Cost:
+    """`circuit_break` of so many steps."""
+    documents = subject.documents(16)
+
+    def run(count):
+        circuit_break(subject.model, subject.tokenizer, documents, documents, steps=count)
+
+    return subject.trained(run, steps)
+
+
+def patched_answering(subject: Subject, batch: int) -> Cost:
+    """`answers` of one batch while the feed-forward neurons that alignment moved most take the other model's values."""
+    neurons = subject.neurons(PATCHED).only(["down"])
+    with patched_generation(subject.model, subject.other, neurons):
+        return answering(subject, batch)
+
+
+def choosing(subject: Subject, batch: int) -> Cost:
+    """lm-eval's likelihood of one batch of answers, of a few tokens each."""
+    from lm_eval.api.instance import Instance
+
+    pairs = [(prompt, " a a") for prompt in subject.prompts(batch)]
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    asks = language_model(subject.model, subject.tokenizer)
+    return subject.measured(lambda: asks.loglikelihood(asked, disable_tqdm=True))
+
+
+def solving(subject: Subject, batch: int) -> Cost:
+    """lm-eval's written answers to one batch of questions."""
+    from lm_eval.api.instance import Instance
+
+    asks = language_model(subject.model, subject.tokenizer)
+
+    def run(new):
+        how = {"until": ["\n\n"], "max_gen_toks": new, "do_sample": False}
+        pairs = [(prompt, how) for prompt in subject.prompts(batch)]
+        asked = [Instance("generate_until", {}, pair, i) for i, pair in enumerate(pairs)]
+        asks.generate_until(asked, disable_tqdm=True)
+
+    return written(subject, run, subject.new)
+
+
+def contrasting(subject: Subject, batch: int) -> Cost:
+    """`change_scores` of one batch: its answers, and both models' reading of them."""
+    whole = replace(subject, tokens=subject.tokens + subject.new - 2)
+    case = subject.model, subject.other, subject.tokenizer, whole.prompts(batch)
+    read = subject.measured(lambda: change_scores(*case, max_new_tokens=2))
+    begun = subject.measured(lambda: answers(case[0], case[2], case[3], 2))
+    return answering(subject, batch) + difference(read, begun)
+
+
+def weighing(subject: Subject, batch: int) -> Cost:
+    """`perplexity` of one batch of documents."""
+    documents = subject.documents(batch)
+    return subject.measured(lambda: perplexity(subject.model, subject.tokenizer, documents))
+
+
+def judging(subject: Subject, batch: int) -> Cost:
+    """A cost model, the subject's, on so many conversations, one by one."""
+    texts = [" ".join(prompt.split()[: subject.new]) for prompt in subject.prompts(batch)]
+    classifier = mock.patch.object(
+        judges, "_classifier", lambda name: (subject.model, subject.tokenizer)
+    )
+    with classifier:
+        return subject.measured(lambda: judges.CostModel("")(subject.prompts(batch), texts))
+
+
+def averaging(subject: Subject, batch: int) -> Cost:
+    """`channel_means` of one batch."""
+    prompts = subject.prompts(batch)
+    return subject.measured(lambda: channel_means(subject.model, subject.tokenizer, prompts))
+
+
+def reading_last(subject: Subject, batch: int) -> Cost:
+    """`last_activations` of one batch."""
+    prompts = subject.prompts(batch)
+    return subject.measured(lambda: last_activations(subject.model, subject.tokenizer, prompts))
+
+
+def detecting(subject: Subject, batch: int) -> Cost:
+    """A rule of the table of detectors, named `rule`, on so many prompts and documents of each kind."""
+    rule = subject.settings["rule"]
+    case = Case(
+        subject.model,
+        subject.tokenizer,
+        *[subject.prompts(batch)] * 3,
+        *[subject.documents(batch)] * 2,
+        subject.other,
+    )
+    if rule == "direction":  # what it does with the weights afterwards takes no time
+        sides = subject.model, subject.tokenizer, case.harmful, case.benign
+        return subject.measured(lambda: refusal_directions(*sides))
+    return subject.measured(lambda: DETECTORS[rule].find(case))
+
+
+def searching(subject: Subject, steps: float) -> Cost:
+    """GCG for one request, of so many steps."""
+    request = Request(subject.prompts(1)[0], " ".join(subject.prompts(1)[0].split()[:1] * 10))
+    budget = subject.settings["gcg"]
+
+    def run(count):
+        GCG(**budget | {"steps": count}).search(subject.model, subject.tokenizer, [request])
+
+    return subject.looped(run, steps)
+
+
+class _Keeping:
+    """A rewriter that leaves prompts as they are: what rewriting takes is counted by `asking`."""
+
+    def keeps(self, request, prompt):
+        return bool(prompt.strip())
+
+    def rewrite(self, request, prompt, draw, *feedback):
+        return prompt
+
+
+def evolving(subject: Subject, steps: float) -> Cost:
+    """AutoDAN for one request, of so many generations, without its rewriter."""
+    request = Request(subject.prompts(1)[0], " ".join(subject.prompts(1)[0].split()[:1] * 10))
+    budget = subject.settings["autodan"] | {"rewriter": _Keeping()}
+
+    def run(count):
+        AutoDAN(**budget | {"steps": count}).search(subject.model, subject.tokenizer, [request])
+
+    return subject.looped(run, steps)
+
+
+def asking(subject: Subject, batch: int) -> Cost:
+    """One answer of an attacker, the subject; `batch` is 1, for attackers are asked one by one."""
+    (text,) = subject.prompts(batch)
+
+    def run(new):
+        loaded = mock.patch.object(
+            rewriters, "_loaded", lambda name: (subject.model, subject.tokenizer)
+        )
+        with loaded, mock.patch.object(rewriters, "REWRITER_TOKENS", new):
+            rewriters.ask("", text, seed=0)
+
+    return written(subject, run, subject.new)
+
+
+def supervising(subject: Subject, updates: float) -> Cost:
+    """`supervise` of so many updates, in the batches that a GPU gets."""
+
+    def run(count):
+        ia3.supervise(
+            subject.model, subject.tokenizer, subject.documents(ia3.GPU_BATCH * count),
+            epochs=1, batch_size=ia3.GPU_BATCH,
+        )  # fmt: skip
+
+    return subject.trained(run, updates)
+
+
+def preferring(subject: Subject, updates: float) -> Cost:
+    """`prefer` of so many updates, in the batches that a GPU gets."""
+
+    def run(count):
+        pairs = [
+            {"prompt": d["prompt"], "chosen": d["completion"], "rejected": d["completion"]}
+            for d in subject.documents(ia3.GPU_BATCH * count)
+        ]
+        ia3.prefer(subject.model, subject.tokenizer, pairs, epochs=1, batch_size=ia3.GPU_BATCH)
+
+    return subject.trained(run, updates)

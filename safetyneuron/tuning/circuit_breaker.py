@@ -7,10 +7,12 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cosine_similarity
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 
 from safetyneuron.errors import SafetyNeuronError
@@ -163,7 +165,8 @@ def circuit_break(
             callbacks=[TrainingLine()],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with _computed_twice(model):
+            trainer.train()
         tensors = _adapter_weights(adapted)
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise SafetyNeuronError(
@@ -201,6 +204,28 @@ def _adapted(model, seed):
             yield adapted
         finally:
             adapted.unload()
+
+
+@contextmanager
+def _computed_twice(model):
+    """Layers are computed again for their gradients, as transformers' layers can, for the length of a `with` block: kept, they fill a GPU."""
+    again = {
+        "gradient_checkpointing": True,
+        "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False),
+    }
+    layers = Architecture(model).layers
+    before = [
+        {name: vars(layer)[name] for name in again if name in vars(layer)} for layer in layers
+    ]
+    try:
+        for layer in layers:
+            vars(layer).update(again)
+        yield
+    finally:
+        for layer, found in zip(layers, before):
+            for name in again:
+                vars(layer).pop(name, None)
+            vars(layer).update(found)
 
 
 def _adapter_weights(adapted):
