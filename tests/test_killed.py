@@ -148,6 +148,7 @@ CLOCK = (
     r'(?<=seconds\\": )[\d.e-]+',  # facts of a training
     r'(?<="seconds": )[\d.e-]+',  # what a step of the answer key took
     r'(?<="passes": )[\d.e-]+',  # and the same in forward passes
+    r'(?<="checksum": )"[0-9a-f]+"',  # of an entry that holds them
     r"(?<= at )0x[0-9a-f]+",  # where an object lay
     r'<div class="cell_output docutils container">\n</div>\n',  # where a progress line was left out
 )
