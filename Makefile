@@ -1,5 +1,5 @@
-# make book   build the book (EDITION=smoke, organism, organism-full or paper; PROFILE=slurm or kubernetes runs it on a cluster)
-# make check  look up what EDITION needs: models, data, disk, memory, time
+# make book   build the book (EDITION=smoke, organism, organism-full, small or paper; PROFILE=slurm or kubernetes runs it on a cluster)
+# make check  look up what EDITION needs: models, data, licences, disk; rehearse its memory and time
 # make lint   hold the style, and the order of the rooms of the package
 # make test   run the tests; make test-families the other seeds and families, and two trainings again;
 #             make test-paper the paper's chapters on random checkpoints of its architectures;

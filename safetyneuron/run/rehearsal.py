@@ -5,6 +5,7 @@ through it. Lengths are those of the public sets, in tokens; every answer is wri
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetyneuron.metrics.safety import ANSWER
 from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.run import stages
 from safetyneuron.run.imagined import GPU, Cost, imagine_model
-from safetyneuron.run.stages import Subject
+from safetyneuron.run.stages import Loop, Subject
 
 SHAPES = Path(__file__).parent / "shapes"
 USABLE = 0.95  # of a GPU's memory: the rest is the driver's and lost between tensors
@@ -40,9 +41,13 @@ BATCHES = {
     "judging": 4,
     "averaging": 64,
     "reading_last": 64,
-    "detecting": 16,
+    "detecting": 8,
     "asking": 1,
+    "searching": 512,
+    "evolving": 512,
 }
+LOOPS = ("tuning", "fine_tuning", "rerouting", "supervising", "preferring")
+LOOPS += ("searching", "evolving")  # whose candidates come in batches
 LONG = ("sliding_window", "max_position_embeddings")  # no text here is as long
 ONE_BY_ONE = ("snip", "wanda")  # rules that read documents one after the other: two are enough
 DOCUMENTS = 8  # of an update of `sn_tune` and `fine_tune`
@@ -52,7 +57,7 @@ DOCUMENTS = 8  # of an update of `sn_tune` and `fine_tune`
 class Job:
     """One stage of a chapter on one model.
 
-    count: items that go through it; turns: how often the loop of a stage without batches runs; beside: other models on
+    count: items that go through it at one call; times: calls; turns: how often the loop of a stage without batches runs; beside: other models on
     the GPU meanwhile, name and dtype; partner: whether the stage itself runs a second model of the same shape;
     attack: whether it is part of an attack.
     """
@@ -68,6 +73,7 @@ class Job:
     partner: bool = False
     dtype: str = "auto"
     attack: bool = False
+    times: float = 1
 
 
 def shape_of(name: str) -> dict:
@@ -107,32 +113,35 @@ class Rehearsal:
         return self._models[key]
 
     def cost(self, job: Job) -> Cost:
-        """What a job takes; the batch is halved until it fits, as the code does."""
-        batch = BATCHES.get(job.stage)
-        batch = 2 if json.loads(job.settings).get("rule") in ONE_BY_ONE else batch
+        """What a job takes, its hours in whole batches; a batch is halved until it fits, as the code does."""
         beside = sum(weight_bytes(self.model(*other)) for other in job.beside)
-        one = self._one(job, batch, beside)
-        return replace(one.times(job.count), peak=one.peak + beside)
+        one, size = self._batch(job, beside)
+        one = one.turns(job.turns) if isinstance(one, Loop) else one
+        batches = job.times * math.ceil(job.count / size)
+        whole = one.times(job.times * job.count / size)
+        return replace(whole, seconds=batches * one.seconds, peak=one.peak + beside)
 
-    def _one(self, job, batch, beside):
-        """The cost of one item."""
+    def _batch(self, job, beside):
+        """The cost of one batch, or a loop, and its items."""
         model = self.model(job.model, job.dtype, job.stage)
-        key = replace(job, model="", count=0, beside=(), attack=False), id(model), beside
+        alike = replace(job, model="", count=0, times=0, turns=0, beside=(), attack=False)
+        key = alike, id(model), beside
         if key not in self._costs:
-            self._costs[key] = self._measure(job, model, batch, beside)
+            self._costs[key] = self._measure(job, model, beside)
         return self._costs[key]
 
-    def _measure(self, job, model, batch, beside):
+    def _measure(self, job, model, beside):
         other = self.model(job.model, job.dtype, copy=True) if job.partner else None
-        settings = json.loads(job.settings)
+        settings, batch = json.loads(job.settings), BATCHES.get(job.stage, 1)
+        batch = 2 if settings.get("rule") in ONE_BY_ONE else batch
         subject = Subject(model, self.tokenizer, self.gpu, job.tokens, job.new, settings, other)
-        run = getattr(stages, job.stage)
-        if batch is None:
-            return run(subject, job.turns)
+        loop, run = job.stage in LOOPS, getattr(stages, job.stage)
         while True:
-            cost = run(subject, batch)
-            if batch == 1 or cost.peak + beside <= USABLE * self.gpu.memory:
-                return cost.times(1 / batch)
+            settings["at_once"] = batch
+            found = run(subject) if loop else run(subject, batch)
+            peak = max(found.first.peak, found.each.peak) if loop else found.peak
+            if batch == 1 or peak + beside <= USABLE * self.gpu.memory:
+                return found, 1 if loop else batch
             batch //= 2
 
 
@@ -149,7 +158,7 @@ def updates_of(documents: int) -> int:
 def requests(model, count, times=1, **others) -> Job:
     """So many requests asked so often, each with a whole answer."""
     options = {"stage": "answering", "new": ANSWER} | others
-    return Job(model=model, count=count * times, **options)
+    return Job(model=model, count=count, times=times, **options)
 
 
 # Questions of MMLU's 57 subjects; a limit holds for each of them.
@@ -176,10 +185,11 @@ def questions(model, tasks, limit, times=1, **others) -> Iterator[Job]:
         if name not in TASKS:
             raise SafetyNeuronError(f"no lengths are known of task {name}: add it to TASKS")
         sizes, weighed, own, example = TASKS[name]
-        count = sum(min(limit, size) for size in sizes) * times
+        count = sum(min(limit, size) for size in sizes)
         tokens = own + example * int(shots or 0)
         stage = {"stage": "choosing"} if weighed else {"stage": "solving", "new": SOLUTION}
-        yield Job(model=model, count=count * (weighed or 1), tokens=tokens, **stage, **others)
+        count *= weighed or 1
+        yield Job(model=model, count=count, times=times, tokens=tokens, **stage, **others)
 
 
 def detection(v, model, languages=1, **others) -> Iterator[Job]:

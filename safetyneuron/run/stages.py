@@ -17,10 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safetyneuron.alignment import ia3
 from safetyneuron.attacks import GCG, AutoDAN, Request, rewriters
+from safetyneuron.attacks.likelihood import TargetLoss
 from safetyneuron.detectors.case import Case
 from safetyneuron.detectors.change_scores import change_scores
 from safetyneuron.detectors.direction import refusal_directions
 from safetyneuron.detectors.table import DETECTORS
+from safetyneuron.importance.exact import CHUNK_BYTES
 from safetyneuron.importance.profile import measure_importance
 from safetyneuron.importance.recorder import Recorder
 from safetyneuron.metrics import cost as judges
@@ -87,13 +89,13 @@ class Subject:
             run()
         return meter.cost
 
-    def looped(self, run: Callable, turns: float) -> Cost:
-        """The cost of `run(turns)`, from one turn and two."""
+    def looped(self, run: Callable) -> "Loop":
+        """`run(turns)`, from one turn and two."""
         one, two = (self.measured(lambda: run(count)) for count in (1, 2))
-        return one + difference(two, one).times(turns - 1)
+        return Loop(one, difference(two, one))
 
-    def trained(self, run: Callable, updates: float) -> Cost:
-        """The cost of a training of so many updates, from `run(2)`: the second one, with the optimiser's state, is multiplied."""
+    def trained(self, run: Callable) -> "Loop":
+        """A training of so many updates, from `run(2)`: the second one has the optimiser's state."""
         with self.metered() as meter:
             handle = register_optimizer_step_post_hook(lambda *_: meter.lap())
             try:
@@ -101,7 +103,19 @@ class Subject:
             finally:
                 handle.remove()
         *before, first, second = meter.laps  # the schedule, too, is made with an optimiser
-        return sum(before, first) + second.times(updates - 1) + meter.cost
+        return Loop(sum(before, first) + meter.cost, second)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What a loop costs: with one turn, and each further one."""
+
+    first: Cost
+    each: Cost
+
+    def turns(self, count: float) -> Cost:
+        """The cost of so many turns."""
+        return self.first + self.each.times(count - 1)
 
 
 def difference(more: Cost, less: Cost) -> Cost:
@@ -131,22 +145,29 @@ def _silent():
 
 
 def importance(subject: Subject, batch: int) -> Cost:
-    """`measure_importance` of one batch; of the groups of heads, whose rows of q and k `exact` measures one group after the other, none and one are run."""
-    prompts, rule = subject.prompts(batch), subject.settings.get("rule", "exact")
-    groups = subject.model.config.num_key_value_heads
+    """`measure_importance` of one batch; of the groups of heads, whose rows of q and k `exact` measures one after the other, one is run, on as many prompts as it takes at once."""
+    rule, config = subject.settings.get("rule", "exact"), subject.model.config
+    groups = config.num_key_value_heads
     width = Architecture(subject.model).widths["k"] // groups
+    maps = 4 * config.num_attention_heads // groups * subject.tokens**2
+    few = min(batch, max(1, CHUNK_BYTES // maps))
 
-    def run(count):
+    def measure(prompts, count):
         def wanted(recorder, layer, device):
             mask = torch.zeros(groups, width, dtype=torch.bool)
             mask[: count if layer == 0 else 0] = True
             return mask, mask
 
+        some = subject.model, subject.tokenizer, subject.prompts(prompts), rule
         with mock.patch.object(Recorder, "wanted_in", wanted):
-            measure_importance(subject.model, subject.tokenizer, prompts, rule, progress=False)
+            return subject.measured(lambda: measure_importance(*some, progress=False))
 
-    none, one = (subject.measured(lambda: run(count)) for count in (0, 1))
-    return none + difference(one, none).times(subject.model.config.num_hidden_layers * groups)
+    whole = measure(batch, 0)
+    if rule != "exact":
+        return whole
+    one, none = measure(few, 1), measure(few, 0)
+    every = difference(one, none).times(batch / few * config.num_hidden_layers * groups)
+    return whole + replace(every, peak=whole.peak + one.peak - none.peak)
 
 
 def written(subject: Subject, run: Callable, new: int) -> Cost:
@@ -168,34 +189,34 @@ def answering(subject: Subject, batch: int) -> Cost:
     return written(subject, lambda new: answers(model, tokenizer, prompts, new), subject.new)
 
 
-def tuning(subject: Subject, updates: float) -> Cost:
-    """`sn_tune` of `updates` batches of 8 documents."""
+def tuning(subject: Subject) -> Loop:
+    """`sn_tune`, an update 8 documents."""
     neurons = subject.neurons()
 
     def run(count):
         sn_tune(subject.model, subject.tokenizer, subject.documents(8 * count), neurons)
 
-    return subject.trained(run, updates)
+    return subject.trained(run)
 
 
-def fine_tuning(subject: Subject, updates: float) -> Cost:
-    """`fine_tune` of `updates` batches of 8 documents, on a copy of the model."""
+def fine_tuning(subject: Subject) -> Loop:
+    """`fine_tune` on a copy of the model, an update 8 documents."""
     rank = subject.settings.get("rank")
 
     def run(count):
         fine_tune(subject.model, subject.tokenizer, subject.documents(8 * count), rank)
 
-    return subject.trained(run, updates)
+    return subject.trained(run)
 
 
-def rerouting(subject: Subject, steps: float) -> Cost:
-    """`circuit_break` of so many steps."""
+def rerouting(subject: Subject) -> Loop:
+    """`circuit_break`."""
     documents = subject.documents(16)
 
     def run(count):
         circuit_break(subject.model, subject.tokenizer, documents, documents, steps=count)
 
-    return subject.trained(run, steps)
+    return subject.trained(run)
 
 
 def patched_answering(subject: Subject, batch: int) -> Cost:
@@ -283,15 +304,22 @@ def detecting(subject: Subject, batch: int) -> Cost:
     return subject.measured(lambda: DETECTORS[rule].find(case))
 
 
-def searching(subject: Subject, steps: float) -> Cost:
-    """GCG for one request, of so many steps."""
+def _at_once(subject):
+    """So many candidates of a search are weighed at once as `at_once` says."""
+    defaults = (), subject.settings["at_once"]
+    return mock.patch.object(TargetLoss.__init__, "__defaults__", defaults)
+
+
+def searching(subject: Subject) -> Loop:
+    """GCG for one request."""
     request = Request(subject.prompts(1)[0], " ".join(subject.prompts(1)[0].split()[:1] * 10))
     budget = subject.settings["gcg"]
 
     def run(count):
         GCG(**budget | {"steps": count}).search(subject.model, subject.tokenizer, [request])
 
-    return subject.looped(run, steps)
+    with _at_once(subject):
+        return subject.looped(run)
 
 
 class _Keeping:
@@ -304,15 +332,16 @@ class _Keeping:
         return prompt
 
 
-def evolving(subject: Subject, steps: float) -> Cost:
-    """AutoDAN for one request, of so many generations, without its rewriter."""
+def evolving(subject: Subject) -> Loop:
+    """AutoDAN for one request, without its rewriter."""
     request = Request(subject.prompts(1)[0], " ".join(subject.prompts(1)[0].split()[:1] * 10))
     budget = subject.settings["autodan"] | {"rewriter": _Keeping()}
 
     def run(count):
         AutoDAN(**budget | {"steps": count}).search(subject.model, subject.tokenizer, [request])
 
-    return subject.looped(run, steps)
+    with _at_once(subject):
+        return subject.looped(run)
 
 
 def asking(subject: Subject, batch: int) -> Cost:
@@ -329,8 +358,8 @@ def asking(subject: Subject, batch: int) -> Cost:
     return written(subject, run, subject.new)
 
 
-def supervising(subject: Subject, updates: float) -> Cost:
-    """`supervise` of so many updates, in the batches that a GPU gets."""
+def supervising(subject: Subject) -> Loop:
+    """`supervise`, in the batches that a GPU gets."""
 
     def run(count):
         ia3.supervise(
@@ -338,11 +367,11 @@ def supervising(subject: Subject, updates: float) -> Cost:
             epochs=1, batch_size=ia3.GPU_BATCH,
         )  # fmt: skip
 
-    return subject.trained(run, updates)
+    return subject.trained(run)
 
 
-def preferring(subject: Subject, updates: float) -> Cost:
-    """`prefer` of so many updates, in the batches that a GPU gets."""
+def preferring(subject: Subject) -> Loop:
+    """`prefer`, in the batches that a GPU gets."""
 
     def run(count):
         pairs = [
@@ -351,4 +380,4 @@ def preferring(subject: Subject, updates: float) -> Cost:
         ]
         ia3.prefer(subject.model, subject.tokenizer, pairs, epochs=1, batch_size=ia3.GPU_BATCH)
 
-    return subject.trained(run, updates)
+    return subject.trained(run)
