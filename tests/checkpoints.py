@@ -93,11 +93,6 @@ CHECKPOINTS = {
         llama,
         {"num_key_value_heads": 2, "sliding_window": 64},
     ),
-    "mistralai/Mixtral-8x7B-Instruct-v0.1": (
-        "mistral",
-        lambda: llama(LLAMA_2),
-        {"num_key_value_heads": 2},
-    ),  # dense here: it only rewrites
     "google/gemma-7b": ("gemma", gemma, {"head_dim": 16, "num_key_value_heads": 4}),
     "Qwen/Qwen2.5-3B": ("qwen2", qwen, {"num_key_value_heads": 2}),
 }

@@ -57,9 +57,10 @@ def check(edition):
 
 
 def _rehearsed(edition):
-    """Print the rehearsal as it goes on; return what does not fit the GPU."""
+    """Print the rehearsal; return what does not fit the GPU."""
     gpu, large, sums = _gpu(edition), [], {False: 0.0, True: 0.0}
     line = "{:24} {:44} {:>8} {:18} {:>9} {:>9} {:>9}".format
+    print(f"rehearsing {edition.get('edition', 'the chapters')}: some minutes", flush=True)
     print(line("chapter", "model", "peak GiB", "at", "PFLOP", "TB", "hours"))
     for row in rehearse(with_defaults(edition), gpu):
         hours = row.cost.seconds / 3600

@@ -6,7 +6,9 @@ through it. Lengths are those of the public sets, in tokens; every answer is wri
 
 import json
 import math
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,9 +142,12 @@ class Rehearsal:
             settings["at_once"] = batch
             found = run(subject) if loop else run(subject, batch)
             peak = max(found.first.peak, found.each.peak) if loop else found.peak
-            if batch == 1 or peak + beside <= USABLE * self.gpu.memory:
+            held, room = beside + weight_bytes(model), USABLE * self.gpu.memory
+            if batch == 1 or peak + beside <= room:
                 return found, 1 if loop else batch
-            batch //= 2
+            share = max(0.0, (room - held) / (peak + beside - held))  # of it that has room
+            while batch > 1 and share < 1:
+                batch, share = batch // 2, 2 * share
 
 
 def weight_bytes(model) -> int:
@@ -406,7 +411,7 @@ class Row:
     at: str  # the stage with the highest peak
 
 
-def rehearse(chapters: dict[str, dict], gpu: GPU) -> Iterator[Row]:
+def rehearse(chapters: dict[str, dict], gpu: GPU, cores: int = 2) -> Iterator[Row]:
     """Every chapter of an edition on every model, in the edition's order.
 
     chapters: name of a notebook to all its parameters; those on organisms alone need no GPU and are left out.
@@ -416,14 +421,37 @@ def rehearse(chapters: dict[str, dict], gpu: GPU) -> Iterator[Row]:
     SafetyNeuronError
         If there is no shape of a model, or no length of a task's questions.
     """
-    rehearsal = Rehearsal(gpu)
+    plans = {}
     for name, values in chapters.items():
         subjects = values.get("models") or [values.get("model_name") or values.get("recipient")]
-        if name[:2] not in CHAPTERS or any(str(x).startswith("organism/") for x in subjects):
-            continue
-        rows = {}
-        for job in CHAPTERS[name[:2]](values):
-            rows.setdefault((job.model, job.attack), []).append((rehearsal.cost(job), job.stage))
-        for (model, attack), parts in rows.items():
+        if name[:2] in CHAPTERS and not any(str(x).startswith("organism/") for x in subjects):
+            plans[name] = list(CHAPTERS[name[:2]](values))
+    costs = _costs([job for jobs in plans.values() for job in jobs], gpu, cores)
+    for name, jobs in plans.items():
+        for model, attack in dict.fromkeys((job.model, job.attack) for job in jobs):
+            parts = [(costs[j], j.stage) for j in jobs if (j.model, j.attack) == (model, attack)]
             at = max(parts, key=lambda part: part[0].peak)[1]
             yield Row(name, model, attack, sum((cost for cost, _ in parts), Cost()), at)
+
+
+def _costs(jobs, gpu, cores):
+    """Job to cost; models of one shape are measured in one process, for they share what is measured."""
+    groups = {}
+    for job in dict.fromkeys(jobs):
+        config = shape_of(job.model)["config"]
+        alike = [config[k] for k in sorted(config) if k not in LONG], job.dtype, job.attack
+        groups.setdefault(str(alike), []).append(job)
+    if len(groups) == 1:
+        return dict(zip(jobs, _cost_each(jobs, gpu)))
+    largest_first = sorted(groups.values(), key=len, reverse=True)
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(_cost_each, largest_first, [gpu] * len(groups)))
+    return {
+        job: cost for some, costs in zip(largest_first, found) for job, cost in zip(some, costs)
+    }
+
+
+def _cost_each(jobs, gpu):
+    """The cost of each job, in one process."""
+    rehearsal = Rehearsal(gpu)
+    return [rehearsal.cost(job) for job in jobs]
