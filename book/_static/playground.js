@@ -1,141 +1,173 @@
-// The page "Playground": the organism in the browser, with switches before its neurons.
-const files = new URL("./playground/", import.meta.url);
-const runtime = new URL("./runtime/", import.meta.url);
-const find = (name) => document.getElementById(`play-${name}`);
-const read = async (name) => (await fetch(new URL(name, files))).json();
-const make = (tag, text, options = {}) => Object.assign(document.createElement(tag), { textContent: text }, options);
+// The page "Playground": an organism in the browser, with switches before its neurons.
+import { Board, SAID } from "./lab/board.js";
+import { find, make, percent } from "./lab/dom.js";
+import { drawCard, drawMap, drawNeurons, moveAmong } from "./lab/map.js";
+import { Organism, loadPage } from "./lab/organism.js";
+import { placesOff, presetState, readState, writeState } from "./lab/state.js";
 
-async function load() {
-  const [ort, { Tokenizer }] = await Promise.all([import(`${runtime}ort.wasm.bundle.min.mjs`), import(`${runtime}tokenizers.min.mjs`)]);
-  ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", runtime).href };
-  ort.env.wasm.numThreads = 1; // more need headers that static hosts do not send
-  const names = ["organism.json", "tokenizer.json", "tokenizer_config.json"];
-  const [facts, ...words] = await Promise.all(names.map(read));
-  const session = await ort.InferenceSession.create(new URL("organism.onnx", files).href);
-  return new Playground(ort, session, new Tokenizer(...words), facts);
+class Lab {
+  constructor(parts) {
+    Object.assign(this, parts, { parts, organisms: new Map(), open: "", wholes: new Map() });
+    this.usual = this.page.presets[0].state;
+    this.state = readState(location.hash, this.page, this.usual);
+    this.act = {
+      skip: (name) => this.change({ skip: toggled(this.state.skip, name) }),
+      flip: (name) => this.change({ flip: toggled(this.state.flip, name) }),
+      choose: (neuron) => this.change({ neuron }),
+      open: (name) => ((this.open = this.open === name ? "" : name), this.change({})),
+    };
+  }
+
+  get counts() {
+    return [0, ...this.page.counts];
+  }
+
+  setCount(count) {
+    this.change({ count });
+  }
+
+  // A model, loaded once.
+  load(key) {
+    if (!this.organisms.has(key)) this.organisms.set(key, Organism.load(key, this.parts));
+    return this.organisms.get(key);
+  }
+
+  change(some) {
+    this.state = readState(writeState({ ...this.state, ...some }), this.page, this.usual);
+    history.replaceState(null, "", writeState(this.state));
+    return this.update();
+  }
+
+  // Draw the latest state: a slider sends many, only the last is worth an answer.
+  update() {
+    const mine = (this.latest = (this.latest ?? 0) + 1);
+    const last = () => mine === this.latest && this.show();
+    return (this.running = (this.running ?? Promise.resolve()).then(last).catch(report));
+  }
+
+  async show() {
+    const { state } = this;
+    setControls(this);
+    if (!this.organisms.has(state.model)) find("status").textContent = "Loading the model …";
+    const organism = (this.organism = await this.load(state.model));
+    find("status").textContent = "";
+    const off = placesOff(state, organism);
+    drawSettings(this, off);
+    this.board?.draw();
+    const problem = complaint(organism, state.ask.trim());
+    find("unknown").textContent = problem.text;
+    if (problem.stop) return;
+    const whole = await this.whole(organism, state.ask.trim());
+    const changed = await organism.answer(state.ask.trim(), { off, strength: state.strength / 100 });
+    drawAnswer(organism, "whole", state.ask, whole.text);
+    drawAnswer(organism, "changed", state.ask, changed.text);
+    drawWords(organism, whole, changed);
+    await this.drawNeurons(organism, off, whole, changed);
+  }
+
+  // The answer of the model as it is, kept for the latest request.
+  async whole(organism, request) {
+    const key = `${organism.key} ${request}`;
+    if (!this.wholes.has(key)) this.wholes = new Map([[key, await organism.answer(request)]]);
+    return this.wholes.get(key);
+  }
+
+  async drawNeurons(organism, off, whole, { fired }) {
+    const { state } = this;
+    const place = state.neuron ? organism.place(state.neuron) : -1;
+    if (place >= 0) this.open ||= state.neuron.split(".").slice(0, 2).join(".");
+    const hit = off.filter((one) => whole.fired[one]).length;
+    find("overlap").textContent = off.length ? `Of the ${off.length} neurons that are off, ${hit} fire on this request in the whole model.` : "";
+    drawMap(organism, { off, fired, skip: state.skip, open: this.open }, this.act);
+    const truth = this.open || place >= 0 ? await organism.readTruth() : null;
+    const alone = place >= 0 ? (await organism.answer(state.ask.trim(), { off: [place] })).text : "";
+    const shown = { off, fired, open: this.open, neuron: state.neuron, truth, alone };
+    drawNeurons(organism, shown, this.act);
+    drawCard(organism, shown, this.act);
+  }
 }
 
-class Playground {
-  constructor(ort, session, tokenizer, facts) {
-    Object.assign(this, { ort, session, tokenizer, facts });
-    this.width = Object.values(facts.widths).reduce((sum, width) => sum + width);
-  }
-
-  // Token ids of the request in the chat template, and its words that the tokenizer does not know.
-  encode(request) {
-    const ids = (text) => this.tokenizer.encode(text, { add_special_tokens: false }).ids;
-    const unknown = request.split(/\s+/).filter((word) => word && ids(word).includes(this.facts.unknown));
-    return { tokens: ids(this.facts.before + request + this.facts.after), unknown };
-  }
-
-  // Flat places of the neurons that a rule switches off at a position of the slider; 0 is none.
-  off(rule, position) {
-    return position ? this.facts.sets[rule][position - 1] ?? [] : [];
-  }
-
-  // Greedy answer with neurons off, and which neurons fired on the request.
-  async answer(request, off) {
-    const { tokens } = this.encode(request);
-    const start = tokens.length;
-    const on = new Float32Array(this.facts.layers * this.width).fill(1);
-    off.forEach((place) => (on[place] = 0));
-    const switches = new this.ort.Tensor("float32", on, [this.facts.layers, this.width]);
-    let fired;
-    while (tokens.length < start + this.facts.longest && tokens.at(-1) !== this.facts.end) {
-      const input = new this.ort.Tensor("int64", BigInt64Array.from(tokens, BigInt), [1, tokens.length]);
-      const result = await this.session.run({ tokens: input, on: switches });
-      fired ??= result.fired.data;
-      const logits = result.logits.data;
-      tokens.push(logits.reduce((best, value, i) => (value > logits[best] ? i : best), 0));
-    }
-    return { text: this.tokenizer.decode(tokens.slice(start), { skip_special_tokens: true }).trim(), fired };
-  }
-
-  // The keyword rule of the chapters.
-  refuses(answer) {
-    const { spaced, unspaced } = this.facts.refusals;
-    const phrases = spaced.map((phrase) => phrase.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|");
-    const closed = answer.replaceAll(" ", "");
-    return new RegExp(`(?<![\\p{L}\\p{N}_])(?:${phrases})(?![\\p{L}\\p{N}_])`, "u").test(answer) || unspaced.some((phrase) => closed.includes(phrase));
-  }
-}
+const toggled = (set, name) => (set.has(name) ? new Set([...set].filter((one) => one !== name)) : new Set([...set, name]));
 
 // Everything below draws the page.
 
-function fill(playground) {
-  const { requests, sets, shares } = playground.facts;
-  for (const [name, some] of Object.entries(requests)) {
-    const group = make("optgroup", "", { label: name });
-    group.append(...some.map((text) => make("option", text)));
-    find("list").append(group);
+function fill(lab) {
+  const { page } = lab;
+  for (const [name, some] of Object.entries(page.requests)) {
+    find("list").append(make("optgroup", some.map((text) => make("option", text)), { label: name }));
   }
-  Object.keys(sets).forEach((rule, i) => {
-    const label = make("label", "");
-    label.append(make("input", "", { type: "radio", name: "rule", value: rule, checked: i === 0 }), ` ${rule}`);
-    find("rules").append(label);
-  });
-  find("share").max = shares.length;
-  find("request").value = find("list").value;
-}
-
-function chosen(playground) {
-  const rule = document.querySelector("#play input[name=rule]:checked").value;
-  const position = Number(find("share").value);
-  return { rule, position, off: playground.off(rule, position), missing: position > 0 && playground.facts.sets[rule][position - 1] === null };
-}
-
-function shareText(playground, { position, off, missing }) {
-  if (!position) return "none";
-  const percent = `${Number((100 * playground.facts.shares[position - 1]).toFixed(2))} %`;
-  return missing ? `${percent}: without foundation neurons too few are left, none are off` : `${percent}, ${off.length} of ${playground.facts.layers * playground.width} neurons`;
-}
-
-async function show(playground) {
-  const request = find("request").value.trim();
-  const choice = chosen(playground);
-  find("share-text").textContent = shareText(playground, choice);
-  find("share").setAttribute("aria-valuetext", find("share-text").textContent);
-  const problem = complaint(playground, request);
-  find("unknown").textContent = problem.text;
-  if (problem.stop) return;
-  const whole = await playground.answer(request, []);
-  const changed = await playground.answer(request, choice.off);
-  for (const [name, { text }] of Object.entries({ whole, changed })) {
-    find(name).textContent = text || "(nothing)";
-    find(`${name}-verdict`).textContent = playground.refuses(text) ? "contains a refusal phrase" : "no refusal phrase";
+  find("model").append(...page.models.map(({ key, label }) => make("option", label, { value: key })));
+  find("presets").append(...page.presets.map(({ title, state }) => make("li", make("a", title, { href: presetState(state) }))));
+  for (const [rule, text] of Object.entries(page.rules)) {
+    find("rules").append(make("label", [make("input", [], { type: "radio", name: "rule", value: rule }), ` ${text}`]));
   }
-  const hit = choice.off.filter((place) => whole.fired[place]).length;
-  find("overlap").textContent = choice.off.length ? `Of the ${choice.off.length} neurons switched off, ${hit} fire on this request in the whole model.` : "";
-  drawMap(playground, changed.fired, choice.off);
+  find("count").max = page.counts.length;
 }
 
-function complaint(playground, request) {
+// The controls as the state says.
+function setControls({ state, page, counts }) {
+  find("model").value = state.model;
+  if (find("request").value !== state.ask) find("request").value = state.ask;
+  const listed = [...find("list").options].find(({ value }) => value === state.ask);
+  find("list").selectedIndex = listed ? listed.index : -1;
+  const { rules } = page.models.find(({ key }) => key === state.model);
+  for (const input of find("rules").querySelectorAll("input")) {
+    input.checked = input.value === state.rule;
+    input.closest("label").hidden = !rules.includes(input.value);
+  }
+  find("count").value = counts.indexOf(state.count);
+  find("random").checked = state.random;
+  find("strength").value = state.strength;
+  for (const link of find("presets").querySelectorAll("a")) {
+    if (link.getAttribute("href") === writeState(state)) link.setAttribute("aria-current", "true");
+    else link.removeAttribute("aria-current");
+  }
+}
+
+function drawSettings({ state, organism }, off) {
+  const said = off.length ? `${off.length} of ${organism.graph.neurons.toLocaleString("en")}` : "none";
+  find("count-text").textContent = state.flip.size || state.skip.size ? `${said}, edited on the map` : said;
+  find("count").setAttribute("aria-valuetext", find("count-text").textContent);
+  find("repair").hidden = !organism.facts.repair;
+  find("strength-text").textContent = state.strength ? `${state.strength} %` : "off";
+  find("strength").setAttribute("aria-valuetext", find("strength-text").textContent);
+}
+
+function complaint(organism, request) {
   if (!request) return { text: "Type a request, or pick one.", stop: true };
-  const { tokens, unknown } = playground.encode(request);
-  if (tokens.length + playground.facts.longest > playground.facts.context) return { text: "The request is too long for the organism: shorten it.", stop: true };
-  return { text: unknown.length ? `The organism does not know: ${unknown.join(", ")}` : "", stop: false };
+  const { tokens, unknown } = organism.encode(request);
+  const { longest, context } = organism.page;
+  if (tokens.length + longest > context) return { text: "The request is too long for the organism: shorten it.", stop: true };
+  if (unknown.length) return { text: `The organism does not know: ${unknown.join(", ")}`, stop: false };
+  const asked = organism.language.request(request);
+  return { text: asked ? `By the rules of its language this request is ${organism.language.isHarmful(asked) ? "harmful" : "harmless"}.` : "", stop: false };
 }
 
-function drawMap({ facts, width }, fired, off) {
-  const head = make("tr", "");
-  head.append(...["layer", ...Object.keys(facts.widths)].map((name) => make("th", name, { scope: "col" })));
-  const rows = Array.from({ length: facts.layers }, (_, layer) => {
-    const row = make("tr", "");
-    row.append(make("th", layer + 1, { scope: "row" }));
-    let start = layer * width;
-    for (const count of Object.values(facts.widths)) {
-      row.append(mapCell(fired.slice(start, start + count), off.filter((place) => place >= start && place < start + count).length));
-      start += count;
-    }
-    return row;
-  });
-  find("map").replaceChildren(head, ...rows);
+function drawAnswer(organism, name, request, text) {
+  find(name).textContent = text || "(nothing)";
+  const found = organism.language.classOf(request, text);
+  find(`${name}-verdict`).textContent = found ? SAID[found] : "holds no refusal phrase";
+  find(`${name}-verdict`).className = `play-verdict ${found ?? ""}`;
 }
 
-function mapCell(fired, off) {
-  const share = fired.reduce((sum, one) => sum + one, 0) / fired.length;
-  const cell = make("td", `${Math.round(100 * share)} %${off ? `\n${off} off` : ""}`);
-  cell.style.setProperty("--fired", `${Math.min(70, 140 * share)}%`);
+// The likeliest next words at the first place where the answers part, else at the start.
+function drawWords(organism, whole, changed) {
+  const part = whole.tokens.findIndex((token, i) => token !== changed.tokens[i]);
+  const [at, same] = [Math.max(0, part), part < 0];
+  const before = organism.decode(whole.tokens.slice(0, at));
+  const words = [...new Set([...whole.steps[at].top, ...(changed.steps[at]?.top ?? [])])];
+  const where = before ? `after “${before}”` : "as the first word";
+  find("words-text").textContent = same ? "Both give the same answer. The likeliest first words:" : `The answers part ${where}. The likeliest next words there:`;
+  const rows = words.map((token) =>
+    make("tr", [make("th", organism.word(token), { scope: "row" }), ...[whole, changed].map(({ steps }) => chanceCell(steps[at].shares[token]))]),
+  );
+  const head = make("tr", ["word", "whole model", "as set"].map((text) => make("th", text, { scope: "col" })));
+  find("words").replaceChildren(make("thead", head), make("tbody", rows));
+}
+
+function chanceCell(share) {
+  const cell = make("td", share < 0.0005 ? "< 0.1 %" : percent(share, 1), { className: "chance" });
+  cell.style.setProperty("--share", percent(share, 1));
   return cell;
 }
 
@@ -144,28 +176,47 @@ function report(error) {
   console.error(error);
 }
 
-function connect(playground) {
-  let running = Promise.resolve();
-  let latest = 0;
-  const update = () => {
-    const mine = ++latest; // a slider sends many: only the last is worth an answer
-    return (running = running.then(() => mine === latest && show(playground)).catch(report));
+function connect(lab) {
+  const form = document.getElementById("play");
+  const controls = {
+    list: (value) => ({ ask: value }),
+    model: (value) => ({ model: value, flip: new Set(), skip: new Set(), neuron: "", strength: 0 }),
+    request: (value) => ({ ask: value }),
+    count: (value) => ({ count: lab.counts[value] }),
+    strength: (value) => ({ strength: Number(value) }),
   };
-  find("list").addEventListener("change", () => ((find("request").value = find("list").value), update()));
-  document.getElementById("play").addEventListener("input", (event) => event.target !== find("list") && update());
-  document.getElementById("play").addEventListener("submit", (event) => event.preventDefault());
-  return update();
+  form.addEventListener("input", ({ target }) => {
+    const change = controls[target.id.replace("play-", "")];
+    if (target.name === "rule") lab.change({ rule: target.value });
+    else if (target === find("random")) lab.change({ random: target.checked });
+    else if (change) lab.change(change(target.value));
+  });
+  form.addEventListener("submit", (event) => event.preventDefault());
+  find("neurons-list").addEventListener("keydown", moveAmong);
+  find("clear").onclick = () => lab.change({ flip: new Set(), skip: new Set(), neuron: "" });
+  find("link").onclick = async () => {
+    await navigator.clipboard?.writeText(location.href).catch(() => {});
+    find("link-text").textContent = "The address of this page holds all settings; it was copied.";
+  };
+  addEventListener("hashchange", () => {
+    lab.state = readState(location.hash, lab.page, lab.usual);
+    lab.open = "";
+    lab.update();
+  });
+  return lab.update();
 }
 
 if (location.protocol === "file:") {
   find("status").textContent = "Browsers let a page load a model only from a server: run “python -m http.server” in the folder of the book and open localhost:8000.";
 } else {
   try {
-    window.playground = await load();
-    fill(window.playground);
-    document.getElementById("play").hidden = false;
+    const lab = (window.playground = new Lab(await loadPage()));
+    fill(lab);
+    await lab.load(lab.state.model);
+    document.getElementById("play").hidden = find("board").hidden = false;
     find("status").textContent = "";
-    await connect(window.playground);
+    lab.board = new Board(lab);
+    await connect(lab);
   } catch (error) {
     report(error);
   }

@@ -1,0 +1,77 @@
+// An organism's graph in onnxruntime-web: logits with neurons switched off, and greedy answers to several requests at once.
+const files = new URL("../playground/", import.meta.url);
+const runtime = new URL("../runtime/", import.meta.url);
+
+export async function read(name) {
+  const response = await fetch(new URL(name, files));
+  if (!response.ok) throw new Error(`${name} cannot be read (${response.status}): load the page again`);
+  return response.json();
+}
+
+export const library = (name) => import(`${runtime}${name}.min.mjs`);
+
+// The most likely of `size` tokens from a place on.
+export function likeliest(logits, start, size) {
+  let best = 0;
+  for (let token = 1; token < size; token++) if (logits[start + token] > logits[start + best]) best = token;
+  return best;
+}
+
+export class Graph {
+  static async load(key, page) {
+    const [ort, facts] = await Promise.all([library("ort.wasm.bundle"), read(`${key}.json`)]);
+    ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", runtime).href };
+    ort.env.wasm.numThreads = 1; // more need headers that static hosts do not send
+    const session = await ort.InferenceSession.create(new URL(`${key}.onnx`, files).href);
+    return new Graph(ort, session, facts, page);
+  }
+
+  constructor(ort, session, facts, page) {
+    Object.assign(this, { ort, session, facts, page });
+    this.width = Object.values(facts.widths).reduce((sum, width) => sum + width);
+    this.neurons = facts.layers * this.width;
+  }
+
+  // Inputs that stay the same for a whole answer. off: flat places; strength: of the repair, 1 for all of it.
+  setting(off, strength = 0) {
+    const on = new Float32Array(this.neurons).fill(1);
+    for (const place of off) on[place] = 0;
+    const fixed = { on: new this.ort.Tensor("float32", on, [this.facts.layers, this.width]) };
+    if (this.facts.repair) fixed.strength = new this.ort.Tensor("float32", Float32Array.of(strength), [1]);
+    return fixed;
+  }
+
+  // One pass. rows: token ids of requests of one length.
+  async next(rows, fixed) {
+    const tokens = new this.ort.Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length]);
+    const { logits, fired } = await this.session.run({ tokens, ...fixed });
+    return { logits: logits.data, fired: fired.data, size: logits.dims[1] };
+  }
+
+  // New tokens of the greedy answers to requests of one length; `see` is shown each pass.
+  async complete(requests, fixed, see = () => {}) {
+    const rows = requests.map((tokens) => [...tokens]);
+    const given = rows.map(() => []);
+    let open = rows.map((_, i) => i);
+    for (let step = 0; step < this.page.longest && open.length; step++) {
+      const found = await this.next(open.map((i) => rows[i]), fixed);
+      see(found);
+      open.forEach((i, place) => {
+        const token = likeliest(found.logits, place * found.size, found.size);
+        rows[i].push(token);
+        given[i].push(token);
+      });
+      open = open.filter((i) => given[i].at(-1) !== this.page.end);
+    }
+    return given;
+  }
+
+  // Of each question of one length, the place of its likeliest choice. choices: a token for each.
+  async choose(requests, choices, fixed) {
+    const { logits, size } = await this.next(requests, fixed);
+    return choices.map((tokens, row) => {
+      const scores = tokens.map((token) => logits[row * size + token]);
+      return scores.indexOf(Math.max(...scores));
+    });
+  }
+}
