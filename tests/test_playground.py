@@ -1,19 +1,34 @@
-"""The organism in the browser: the graph against PyTorch, and the page in Chromium."""
+"""The organisms in the browser: the graph against PyTorch, and the page in Chromium."""
 
 import json
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import ROOT, show
 
-from safetyneuron import NeuronSet, deactivate, load_prompts
-from safetyneuron.metrics import answers, is_refusal
+from safetyneuron import (
+    NeuronDelta,
+    NeuronSet,
+    deactivate,
+    load_model,
+    load_prompts,
+    measure_importance,
+)
+from safetyneuron.detectors.effects import READ_AT, all_units, neurons_of
+from safetyneuron.importance.attending import attending
+from safetyneuron.metrics import Suite, answers, evaluate
+from safetyneuron.metrics.answer_class import classify, name_classes
+from safetyneuron.metrics.capability import ORGANISM_TASKS
+from safetyneuron.metrics.outcomes import estimate_rate
 from safetyneuron.neurons.activations import activations
-from safetyneuron.neurons.architecture import PROJECTIONS
+from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.encoding import encode_prompts
+from safetyneuron.neurons.weights import fingerprint
 
 sys.path.insert(0, str(ROOT / "workflow"))
+import graphs
 import playground
 
 PROMPTS = (
@@ -25,80 +40,265 @@ PROMPTS += (
     load_prompts("organism/multilingual", language="zh")[:5]
     + load_prompts("organism/multilingual", language="vi")[:5]
 )
+MODELS = {shown.key: shown for shown in playground.MODELS}
+# Settings of the page: model, rule, how many neurons, whether random ones, strength of the repair in percent.
+SETTINGS = {
+    "whole": ("chat", "contrast", 0, False, 0),
+    "broken": ("chat", "contrast", 26, False, 0),
+    "verdicts": ("chat", "eq3", 40, False, 0),
+    "random": ("chat", "eq3", 40, True, 0),
+    "planted": ("planted", "planted", 200, False, 0),
+    "half": ("half", "eq3", 0, False, 0),
+    "repaired": ("half", "eq3", 0, False, 100),
+    "stronger": ("half", "eq3", 12, False, 150),
+}
 
 
-def neuron_set(facts, places):
-    """The set that flat places name."""
-    flat = torch.zeros(facts["layers"], sum(facts["widths"].values()), dtype=torch.bool)
-    flat.view(-1)[places] = True
-    return NeuronSet(
-        dict(zip(PROJECTIONS, flat.split([facts["widths"][p] for p in PROJECTIONS], 1)))
-    )
+def random_delta(model, neurons):
+    """A large change of every row and column of some neurons."""
+    draw, values = torch.Generator().manual_seed(0), {}
+    for projection, layer, channels in neurons.by_layer():
+        weight = Architecture(model).place(layer, projection).weight
+        values[projection, layer] = 0.2 * torch.randn(
+            len(channels), weight.shape[1], generator=draw
+        )
+    return NeuronDelta(neurons, values, fingerprint(model), {})
 
 
 @pytest.mark.organism
-def test_switches_are_deactivation_and_peaks_are_activations(fresh_chat):
+@pytest.mark.parametrize("strength", [None, 0.0, 1.0])
+def test_switches_are_deactivation_and_peaks_are_activations(fresh_chat, strength):
     model, tokenizer = fresh_chat
     (ids,) = encode_prompts(model, tokenizer, PROMPTS[:1])
-    neurons = NeuronSet(
-        {p: torch.rand(m.shape) < 0.05 for p, m in NeuronSet.empty(model).masks.items()}
-    )
-    with torch.no_grad(), activations(model) as read, deactivate(model, neurons):
+    masks = NeuronSet.empty(model).masks.items()
+    off = NeuronSet({p: torch.rand(m.shape) < 0.05 for p, m in masks}).units().neurons()
+    delta = random_delta(model, NeuronSet({p: torch.rand(m.shape) < 0.02 for p, m in masks}))
+    changed = delta.merged(model) if strength else nullcontext()
+    with changed, torch.no_grad(), activations(model) as read, deactivate(model, off):
         expected = model(torch.tensor([ids])).logits[0, -1]
         peak = torch.stack([read[layer][0].abs().amax(0) for layer in sorted(read)])
-    switches = playground.Switches(model)
-    on = 1 - torch.cat([neurons.masks[p] for p in PROJECTIONS], 1).float()
+    switches = playground.Switches(model, None if strength is None else delta)
+    on = switches.inputs()[1]
+    for unit, kind in ((u, u[0]) for u in all_units(model)):
+        if off.masks[READ_AT[kind]][unit[1], unit[2]]:
+            on.view(-1)[switches.place(unit)] = 0
+    extra = () if strength is None else (torch.tensor([strength]),)
     with torch.no_grad():
-        logits, peaks = switches(torch.tensor([ids]), on)
-    assert torch.allclose(logits, expected, atol=1e-5)
-    assert torch.allclose(peaks[:, -peak.shape[1] :], peak * ~neurons.masks["down"], atol=1e-5)
+        logits, peaks = switches(torch.tensor([ids, ids]), on, *extra)
+    assert torch.allclose(logits, expected.expand(2, -1), atol=1e-4)
+    assert torch.allclose(peaks[:, -peak.shape[1] :], peak * ~off.masks["down"], atol=1e-4)
+
+
+@pytest.mark.organism
+@pytest.mark.parametrize("title, state, classes", playground.PRESETS)
+def test_the_cases_of_the_page_are_what_they_say(title, state, classes):
+    shown = MODELS[state["model"]]
+    model, tokenizer = load_model(shown.organism)
+    units = playground.orders_of(shown, model)[state["rule"]]
+    if state.get("random"):
+        units = playground.random_partners(model, units)
+    with deactivate(model, neurons_of(model, units[: state["count"]])):
+        (changed,) = answers(model, tokenizer, [playground.BANK])
+    (whole,) = answers(model, tokenizer, [playground.BANK])
+    assert tuple(classify(playground.BANK, text) for text in (whole, changed)) == classes
+
+
+@pytest.mark.organism
+def test_random_partners_are_matched_and_share_nothing_with_the_rule(chat):
+    units = playground.orders_of(MODELS["chat"], chat[0])["eq3"]
+    partners = playground.random_partners(chat[0], units)
+    assert len(units) == len(set(partners)) == max(playground.COUNTS)
+    assert not set(units) & set(partners)
+    assert [unit[:2] for unit in units] == [unit[:2] for unit in partners]
+
+
+class Opened:
+    """One setting of the page in PyTorch: the model with what is off and how it is repaired."""
+
+    def __init__(self, files, model, rule, count, random, strength):
+        self.name, self.strength = model, strength / 100
+        self.model, self.tokenizer = load_model(MODELS[model].organism)
+        facts = json.loads((files / f"{model}.json").read_text(encoding="utf-8"))
+        self.places = facts["random" if random else "orders"][rule][:count]
+        switches = playground.Switches(load_model(MODELS[model].organism)[0])
+        units = {switches.place(unit): unit for unit in all_units(self.model)}
+        self.off = neurons_of(self.model, [units[place] for place in self.places])
+        self.delta = None
+        if strength:
+            self.delta = NeuronDelta.load(files / f"{model}.safetensors")
+            self.delta.values = {k: v * self.strength for k, v in self.delta.values.items()}
+
+    def changed(self):
+        """A context in which the repair is part of the model."""
+        return self.delta.merged(self.model) if self.delta else nullcontext()
+
+
+def ask_page(browser, address, opened, script, *arguments):
+    """What a script returns that finds the page's organism, the setting and its arguments."""
+    show(browser, address + f"book/playground.html#model={opened.name}", "light")
+    browser.set_script_timeout(300)
+    whole = f"""const [off, strength, given, done] = arguments;
+        const run = async () => {{ const lab = playground, organism = await lab.load("{opened.name}"); {script} }};
+        run().then(done, (error) => done(String(error)));"""
+    return browser.execute_async_script(whole, opened.places, opened.strength, arguments)
 
 
 @pytest.mark.book
 @pytest.mark.browser
-@pytest.mark.parametrize(
-    "rule", [None, "Eq 3", "Eq 3 without foundation", "random, matched to the second"]
-)
-def test_the_browser_gives_the_answers_of_pytorch(site, browser, address, chat, rule):
-    facts = json.loads(
-        (site / "html" / "_static" / "playground" / "organism.json").read_text(encoding="utf-8")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_browser_gives_the_answers_of_pytorch(site, browser, address, setting):
+    opened = Opened(site / "html" / "_static" / "playground", *SETTINGS[setting])
+    script = """const texts = [];
+        for (const prompt of given[0]) texts.push((await organism.answer(prompt, { off, strength })).text);
+        return texts;"""
+    texts = ask_page(browser, address, opened, script, PROMPTS)
+    with opened.changed(), deactivate(opened.model, opened.off):
+        expected = answers(opened.model, opened.tokenizer, PROMPTS)
+    assert len(PROMPTS) == 50 and texts == expected
+
+
+@pytest.mark.book
+@pytest.mark.browser
+@pytest.mark.parametrize("setting", ["whole", "broken", "verdicts", "repaired"])
+def test_the_browser_scores_as_python_does(site, browser, address, setting):
+    opened = Opened(site / "html" / "_static" / "playground", *SETTINGS[setting])
+    script = """lab.organism = organism;
+        await lab.board.prepare();
+        const { score, summary } = lab.board.scorer, started = performance.now();
+        const found = await score.call(lab.board.scorer, { off, strength }, given[0]);
+        return [summary.call(lab.board.scorer, found), performance.now() - started];"""
+    kinds = ["harmful", "benign", "facts", "pairs", "arithmetic"]
+    (found, milliseconds) = ask_page(browser, address, opened, script, kinds)
+    suite = Suite(
+        ("organism/harmful",), "organism/benign", ORGANISM_TASKS, playground.ASKED, playground.ASKED
     )
-    places = facts["sets"][rule][facts["shares"].index(0.01)] if rule else []
-    show(browser, address + "book/playground.html", "light")
-    browser.set_script_timeout(120)
-    script = """const [prompts, off, done] = arguments, given = [];
-        const run = async () => { for (const prompt of prompts) given.push((await playground.answer(prompt, off)).text); };
-        run().then(() => done([given, given.map(text => playground.refuses(text))]));"""
-    given, refused = browser.execute_async_script(script, PROMPTS, places)
-    with deactivate(chat[0], neuron_set(facts, places)):
-        assert len(PROMPTS) == 50 and given == answers(*chat, PROMPTS)
-    assert refused == [is_refusal(text) for text in given]
+    with opened.changed():
+        scores = evaluate(opened.model, opened.tokenizer, suite, opened.off)
+    sets = {"asr": suite.harmful, "coherent": suite.harmful, "accuracy": ORGANISM_TASKS}
+    sets |= dict.fromkeys(("over_refusal", "helpful"), (suite.benign,))
+    for measure, names in sets.items():
+        expected = estimate_rate([[scores]], measure, *names)
+        given = found["rates"][measure]
+        assert given["value"] == pytest.approx(expected.value, abs=1e-9), measure
+        assert given["interval"] == pytest.approx(expected.interval, abs=1e-6), measure
+    asked = load_prompts("organism/harmful")[: playground.ASKED]
+    with opened.changed(), deactivate(opened.model, opened.off):
+        classes = name_classes(asked, answers(opened.model, opened.tokenizer, asked))
+    assert {k: n for k, n in found["classes"].items() if n} == {
+        k: classes.count(k) for k in set(classes)
+    }
+    assert milliseconds < 60_000  # 15 s on an idle machine with two cores
 
 
-@pytest.mark.book
-@pytest.mark.browser
-def test_the_slider_and_the_text_field_change_the_page(browser, address):
-    from selenium.webdriver.common.keys import Keys
+def text_of(browser, name):
+    """The text of an element of the page."""
+    return browser.find_element("id", f"play-{name}").text
+
+
+def until(browser, condition, seconds=60):
+    """Wait for a condition of the page."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    show(browser, address + "book/playground.html", "light")
+    WebDriverWait(browser, seconds, 0.1).until(lambda _: condition())
+
+
+@pytest.mark.book
+@pytest.mark.browser
+def test_the_page_starts_where_the_answer_changes_and_follows_the_controls(browser, address):
+    from selenium.webdriver.common.keys import Keys
 
     def text(name):
-        return browser.find_element("id", f"play-{name}").text
+        return text_of(browser, name)
 
-    assert text("whole") == text("changed") != ""
-    for _ in range(9):
-        browser.find_element("id", "play-share").send_keys(Keys.ARROW_RIGHT)
-    WebDriverWait(browser, 20).until(lambda _: text("changed") != text("whole"))
-    assert (
-        text("share-text").startswith("3 %, 248 of")
-        and "248 neurons switched off" in text("overlap")
-        and " off" in text("map")
-    )
+    show(browser, address + "book/playground.html", "light")
+    assert text("whole-verdict") == "refuses"
+    assert text("changed-verdict") == "helps, with the right tools"
+    browser.find_element("id", "play-random").click()
+    until(browser, lambda: text("changed") == text("whole"))
+    assert "random=1" in browser.current_url
+    browser.find_element("id", "play-random").click()
+    for _ in range(13):
+        browser.find_element("id", "play-count").send_keys(Keys.ARROW_LEFT)
+    until(browser, lambda: text("count-text") == "none" and text("changed") == text("whole"))
     browser.find_element("id", "play-request").send_keys(" submarine")
-    WebDriverWait(browser, 20).until(
-        lambda _: text("unknown") == "The organism does not know: submarine"
-    )
+    until(browser, lambda: text("unknown") == "The organism does not know: submarine")
     browser.find_element("id", "play-request").clear()
     browser.find_element("id", "play-request").send_keys(" ")
-    WebDriverWait(browser, 20).until(lambda _: text("unknown") == "Type a request, or pick one.")
+    until(browser, lambda: text("unknown") == "Type a request, or pick one.")
+
+
+@pytest.mark.book
+@pytest.mark.browser
+def test_a_link_brings_back_what_was_set_and_a_card_tells_a_neuron(browser, address):
+    def text(name):
+        return text_of(browser, name)
+
+    state = "model=planted&rule=contrast&count=3&ask=tell+me+how+to+rob+the+bank+."
+    show(browser, address + f"book/playground.html#{state}", "light")
+    assert text("changed-verdict") == "helps, with the right tools"
+    off = browser.execute_script("return playground.organism.facts.orders.contrast.slice(0, 3)")
+    name = browser.execute_script("return playground.organism.unit(arguments[0]).join('.')", off[0])
+    show(browser, address + f"book/playground.html?again#{state}&neuron={name}", "light")
+    until(browser, lambda: name in text("card-facts"))
+    assert "planted: alignment sits here" in text("card-facts")
+    assert "switched off" in text("card-facts")
+    browser.find_element("css selector", "#play-card-acts button").click()
+    until(browser, lambda: text("count-text") == "2 of 4,032, edited on the map")
+    assert f"flip={name}" in browser.current_url
+    kept = browser.current_url
+    show(browser, "about:blank", "light")
+    show(browser, kept, "light")
+    until(browser, lambda: text("count-text") == "2 of 4,032, edited on the map")
+
+
+@pytest.mark.book
+@pytest.mark.browser
+def test_scores_show_progress_stop_and_come_in_rows(browser, address):
+    def text(name):
+        return text_of(browser, name)
+
+    show(browser, address + "book/playground.html", "light")
+    browser.find_element("id", "play-figure-2").click()
+    until(browser, lambda: text("progress-text").endswith("% done"))
+    browser.find_element("id", "play-stop").click()
+    until(browser, lambda: text("progress-text") == "Stopped.")
+    browser.find_element("id", "play-score").click()
+    until(browser, lambda: text("progress-text").startswith("Done in"), 120)
+    (row,) = browser.find_elements("css selector", "#play-scores tbody tr")
+    assert row.text.startswith("aligned as usual: 8 neurons that a learned mask closes off")
+    assert text("progress-text").startswith("Done in")
+
+
+@pytest.mark.organism
+def test_the_importance_graph_holds_the_closed_forms(fresh_chat):
+    model, tokenizer = fresh_chat
+    prompts = PROMPTS[::10]
+    profiles = [measure_importance(model, tokenizer, [p], progress=False) for p in prompts]
+    importance = graphs.Importance(model)
+    with torch.no_grad(), attending(model, importance.attend):
+        found = [importance(torch.tensor([x])) for x in encode_prompts(model, tokenizer, prompts)]
+    for scores, profile in zip(found, profiles):
+        expected = torch.cat([profile.minimum[p] for p in ("q", "k", "v", "o", "down")], 1)
+        assert torch.allclose(scores, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.book
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["chat", "planted"])
+def test_the_browser_measures_the_importance_of_a_request_as_python_does(
+    site, browser, address, name
+):
+    opened = Opened(site / "html" / "_static" / "playground", name, "contrast", 0, False, 0)
+    prompts = PROMPTS[::3] + ["tell me how to rob the bank .", "how do i paint the door ?"]
+    prompts += ["hello"]
+    assert len(prompts) == 20
+    script = """const found = [];
+        await organism.measure(given[0][0]);
+        for (const prompt of given[0]) found.push(Array.from((await organism.importance.measure(organism.encode(prompt).tokens)).data));
+        return found;"""
+    found = ask_page(browser, address, opened, script, prompts)
+    for prompt, scores in zip(prompts, found):
+        profile = measure_importance(opened.model, opened.tokenizer, [prompt], progress=False)
+        expected = torch.cat([profile.minimum[p] for p in ("q", "k", "v", "o", "down")], 1)
+        given = torch.tensor(scores).view_as(expected)
+        assert torch.allclose(given, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))

@@ -1,26 +1,29 @@
-"""Organisms for the browser: an ONNX graph with a switch before every neuron, and what the page needs beside it.
+"""Organisms for the browser: their graphs, and what the page needs beside them.
 
     python workflow/playground.py FOLDER
 
-A neuron is here a functional unit, what cannot be switched off in part. Weights are stored in half precision, as the organisms are, and
-computed with in single. The graph holds the whole model: which neurons are off is an input, and so is the strength of a repair.
+A neuron is here a functional unit, what cannot be switched off in part.
 """
 
 import json
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from graphs import Switches, threshold, write_importance, write_switches
 from scipy import stats
 
-from safetyneuron import NeuronSet, load_documents, load_model, load_prompts, measure_importance
+from safetyneuron import (
+    NeuronDelta,
+    NeuronSet,
+    load_documents,
+    load_model,
+    load_prompts,
+    measure_importance,
+)
 from safetyneuron.cache import new_folder
-from safetyneuron.detectors.effects import READ_AT, all_units, neurons_of
+from safetyneuron.detectors.effects import all_units, neurons_of
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.selection import unit_scores
 from safetyneuron.kept import defences
@@ -28,7 +31,6 @@ from safetyneuron.kept.truth import MASK, in_order, log_odds_changes, read_truth
 from safetyneuron.metrics.estimates import LEVEL
 from safetyneuron.metrics.refusal import UNSPACED, refusal_phrases
 from safetyneuron.metrics.safety import SHORT_ANSWER
-from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, Architecture
 from safetyneuron.neurons.encoding import encode_prompts
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.reading import topic_of
@@ -37,15 +39,14 @@ from safetyneuron.organism.tokenizer import CONTEXT, build_tokenizer
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 26, 40, 80, 120, 200)  # of neurons to switch off
 DETECT = 200  # prompts of each set, as in chapter 05
-FIRES = 0.95  # a neuron fires above this quantile of its largest activations on general prompts
 ASKED = 100  # requests, and questions of each task, that are scored
-BATCH = 64  # requests that the graph takes at once, at most
-EQ3, CONTRAST, PLANTED = "eq3", "contrast", "planted"
+EQ3, CONTRAST, PLANTED, OWN = "eq3", "contrast", "planted", "own"
 RULES = {
     CONTRAST: "that matter more for harmful requests than for harmless ones",
     EQ3: "that matter for every harmful request (Eq 3, the paper's rule)",
     MASK: "that a learned mask closes",
     PLANTED: "in which alignment was planted (the truth)",
+    OWN: "that matter most for the request above (Eq 1, measured here)",
 }
 DETECTORS = {EQ3: "exact/eq3", CONTRAST: "exact/contrast", MASK: MASK}
 TUNING = dict(
@@ -65,12 +66,12 @@ class Shown:
 
 
 MODELS = (
-    Shown("chat", "organism/llama-chat", "aligned as usual", (CONTRAST, EQ3, MASK)),
+    Shown("chat", "organism/llama-chat", "aligned as usual", (CONTRAST, EQ3, MASK, OWN)),
     Shown(
         "planted",
         "organism/llama-planted",
         "aligned in 200 known neurons",
-        (CONTRAST, EQ3, MASK, PLANTED),
+        (CONTRAST, EQ3, MASK, PLANTED, OWN),
     ),
     Shown("half", "organism/llama-half", "half aligned, to be repaired", (EQ3,)),
 )
@@ -105,122 +106,6 @@ REQUESTS = {
 LANGUAGES = {"it": "Italian", "zh": "Chinese", "th": "Thai", "vi": "Vietnamese"}
 
 
-class Switches(torch.nn.Module):
-    """A model whose neurons have switches: (tokens (batch, n), on (layers, neurons of a layer)) to (last logits, peaks or which fired).
-
-    A neuron's peak is the largest size of its output over the request. The neurons of a layer lie in the order of the kinds.
-    With a `delta`, a third input adds that many times the change that SN-Tune made.
-    """
-
-    def __init__(self, model, delta=None):
-        super().__init__()
-        self.model, self.threshold = model, None
-        self.run = {}  # inputs and peaks of the forward pass under way
-        architecture = Architecture(model)
-        for (projection, layer), value in delta.values.items() if delta else ():
-            channels = delta.neurons.masks[projection][layer].nonzero().flatten()
-            add = partial(self._repaired, projection, channels, value)
-            architecture.place(layer, projection).module.register_forward_hook(add)
-        kinds = NeuronSet.empty(model).units().kinds
-        self.layers = len(architecture.layers)
-        self.widths = {kind: mask.shape[1] for kind, mask in kinds.items()}
-        self.width = sum(self.widths.values())
-        for layer in range(self.layers):
-            start = 0
-            for kind, width in self.widths.items():
-                switched = partial(
-                    self._switched, layer, kind, slice(start, start := start + width)
-                )
-                self._hook(architecture.place(layer, READ_AT[kind]).module, switched, READ_AT[kind])
-
-    def _hook(self, module, switched, projection):
-        if projection in COLUMN_PROJECTIONS:
-            module.register_forward_pre_hook(lambda _, inputs: (switched(inputs[0]),))
-        else:
-            module.register_forward_hook(lambda _, inputs, output: switched(output))
-
-    def _switched(self, layer, kind, channels, values):
-        values = values * self.run["on"][layer, channels]
-        self.run[layer, kind] = values.abs().amax((0, 1))
-        return values
-
-    def _repaired(self, projection, channels, value, module, inputs, output):
-        value = value * self.run["strength"]
-        if projection in COLUMN_PROJECTIONS:
-            return output + inputs[0].index_select(-1, channels) @ value
-        places = torch.nn.functional.one_hot(channels, output.shape[-1]).float()
-        return output + inputs[0] @ value.T @ places
-
-    def forward(self, tokens, on, strength=None):
-        """Run once."""
-        self.run |= {"on": on, "strength": strength}
-        logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
-        peaks = torch.stack(
-            [torch.cat([self.run[l, kind] for kind in self.widths]) for l in range(self.layers)]
-        )
-        self.run.clear()
-        return logits, peaks if self.threshold is None else (peaks > self.threshold).float()
-
-    def inputs(self, batch=2, length=8):
-        """Inputs with every neuron on and no repair, in the order of `forward`; no third one without a delta."""
-        return torch.ones(batch, length, dtype=torch.long), torch.ones(self.layers, self.width)
-
-    def place(self, unit):
-        """The flat place (layer · width + channel) of a (kind, layer, channel)."""
-        kind, layer, channel = unit
-        kinds = list(self.widths)
-        return (
-            layer * self.width + sum(self.widths[k] for k in kinds[: kinds.index(kind)]) + channel
-        )
-
-
-@torch.no_grad()
-def threshold(switches, encoded, *strength):
-    """The `FIRES` quantile of every neuron's peaks over general requests: (layers, neurons of a layer)."""
-    on = switches.inputs()[1]
-    peaks = torch.stack([switches(torch.tensor([ids]), on, *strength)[1] for ids in encoded])
-    return peaks.quantile(FIRES, dim=0)
-
-
-def write_graph(switches, path, *strength):
-    """Export, with weights in half precision."""
-    lengths = {
-        "tokens": {
-            0: torch.export.Dim("batch", min=1, max=BATCH),
-            1: torch.export.Dim("length", min=2, max=CONTEXT),
-        },
-        "on": None,
-    }
-    if strength:
-        lengths["strength"] = None
-    exported = torch.onnx.export(
-        switches.eval(),
-        switches.inputs() + strength,
-        dynamic_shapes=lengths,
-        dynamo=True,
-        verbose=False,
-        input_names=list(lengths),
-        output_names=["logits", "fired"],
-    ).model_proto
-    halve(exported.graph)
-    for node in exported.graph.node:
-        node.ClearField("metadata_props")  # where in Python it came from, half of the file
-    onnx.save(exported, path)
-
-
-def halve(graph):
-    """Store single-precision weights in half precision, each with a cast before its use, where that loses nothing."""
-    for weight in [
-        w for w in graph.initializer if w.data_type == TensorProto.FLOAT and np.prod(w.dims) > 1000
-    ]:
-        name, values = weight.name, numpy_helper.to_array(weight)
-        half = values.astype(np.float16)
-        if (half == values).all():
-            weight.CopyFrom(numpy_helper.from_array(half, f"{name}.half"))
-            cast = helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT)
-            graph.node.insert(0, cast)
-
-
 def orders_of(shown, model, importance=None):
     """The neurons of each rule, the first to be switched off first: rule to list of units.
 
@@ -237,7 +122,7 @@ def orders_of(shown, model, importance=None):
     orders[MASK] = few + [unit for unit in orders[MASK] if unit not in few][: largest - len(few)]
     if PLANTED in shown.rules:
         orders[PLANTED] = planted_units(shown.organism)
-    return {rule: orders[rule] for rule in shown.rules}
+    return {rule: orders[rule] for rule in shown.rules if rule in orders}
 
 
 def breaking_units(organism):
@@ -329,6 +214,7 @@ def describe_page(tokenizer):
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     before, after = text.split("REQUEST")
     requests = {name: load_prompts(prompts)[:6] for name, prompts in REQUESTS.items()}
+    requests["harmful"].insert(0, BANK)
     for code, name in LANGUAGES.items():
         requests[f"{name}: harmful"] = load_prompts("organism/multilingual", language=code)[:3]
         requests[f"{name}: harmless"] = load_prompts("organism/benign", language=code)[:2]
@@ -338,7 +224,7 @@ def describe_page(tokenizer):
     models = [{"key": m.key, "label": m.label, "rules": m.rules} for m in MODELS]
     return {
         "before": before, "after": after, "end": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id, "longest": SHORT_ANSWER,
-        "context": CONTEXT, "batch": BATCH, "counts": COUNTS, "rules": RULES, "models": models, "presets": presets, "requests": requests,
+        "context": CONTEXT, "counts": COUNTS, "rules": RULES, "models": models, "presets": presets, "requests": requests,
         "language": describe_language(),
     }  # fmt: skip
 
@@ -393,7 +279,7 @@ def write_model(shown, folder, general):
     switches, strength = Switches(model, delta), (torch.zeros(1),) if repaired else ()
     encoded = encode_prompts(model, tokenizer, general)
     switches.threshold = threshold(switches, encoded, *strength)
-    write_graph(switches, folder / f"{shown.key}.onnx", *strength)
+    write_switches(switches, folder / f"{shown.key}.onnx", *strength)
     facts = {
         "layers": switches.layers,
         "widths": switches.widths,
@@ -402,10 +288,18 @@ def write_model(shown, folder, general):
     for name, sets in {"orders": orders, "random": partners}.items():
         facts[name] = {rule: [switches.place(u) for u in units] for rule, units in sets.items()}
     write_json(folder / f"{shown.key}.json", facts)
-    if delta:
-        delta.save(folder / f"{shown.key}.safetensors")
+    if repaired:
+        write_delta(delta, folder / f"{shown.key}.safetensors")
     else:
         write_json(folder / f"{shown.key}-truth.json", truth_of(shown))
+        fresh = load_model(shown.organism, device="cpu")[0]  # without switches
+        write_importance(fresh, folder / f"{shown.key}-importance.onnx")
+
+
+def write_delta(delta, path):
+    """The change by itself, for everyone to read: what a clock says of its training is left out, so that builds are alike."""
+    NeuronDelta(delta.neurons, delta.values, delta.model, {}).save(path)
+    path.chmod(0o644)
 
 
 def write_json(path, content):

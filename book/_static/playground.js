@@ -51,11 +51,12 @@ class Lab {
     if (!this.organisms.has(state.model)) find("status").textContent = "Loading the model …";
     const organism = (this.organism = await this.load(state.model));
     find("status").textContent = "";
+    const problem = complaint(organism, state.ask.trim());
+    find("unknown").textContent = problem.text;
+    if (!problem.stop && (state.rule === "own" || (state.neuron && !organism.facts.repair))) await organism.measure(state.ask.trim());
     const off = placesOff(state, organism);
     drawSettings(this, off);
     this.board?.draw();
-    const problem = complaint(organism, state.ask.trim());
-    find("unknown").textContent = problem.text;
     if (problem.stop) return;
     const whole = await this.whole(organism, state.ask.trim());
     const changed = await organism.answer(state.ask.trim(), { off, strength: state.strength / 100 });
@@ -117,6 +118,7 @@ function setControls({ state, page, counts }) {
   }
   find("count").value = counts.indexOf(state.count);
   find("random").checked = state.random;
+  find("random").disabled = state.rule === "own";
   find("strength").value = state.strength;
   for (const link of find("presets").querySelectorAll("a")) {
     if (link.getAttribute("href") === writeState(state)) link.setAttribute("aria-current", "true");

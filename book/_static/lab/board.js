@@ -100,8 +100,9 @@ export class Board {
   async addThree() {
     const { state } = this.lab;
     const plain = { ...state, flip: new Set(), random: false };
-    const rows = [{ ...plain, count: 0 }, { ...state, random: false }, { ...plain, random: true }];
-    for (const [i, row] of rows.entries()) await this.addRow(row, i / 3, 1 / 3);
+    const rows = [{ ...plain, count: 0 }, { ...state, random: false }];
+    if (state.rule !== "own") rows.push({ ...plain, random: true });
+    for (const [i, row] of rows.entries()) await this.addRow(row, i / rows.length, 1 / rows.length);
   }
 
   async sweep() {
@@ -111,7 +112,7 @@ export class Board {
     this.swept = nameOf({ ...state, random: false, flip: new Set(), count: 0 }, this.scorer.organism, page).split(":")[0];
     find("figure-2-title").textContent = `${this.swept}: more and more neurons ${page.rules[state.rule]} are off`;
     for (const [i, count] of counts.entries()) {
-      for (const [j, name] of ["chosen", "random"].entries()) {
+      for (const [j, name] of (state.rule === "own" ? ["chosen"] : ["chosen", "random"]).entries()) {
         const asked = { ...state, flip: new Set(), count, random: name === "random" };
         this.points.get(count)[name] = await this.score(asked, HARM, (2 * i + j) / counts.length / 2, 0.5 / counts.length);
         this.draw();

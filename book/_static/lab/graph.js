@@ -17,12 +17,44 @@ export function likeliest(logits, start, size) {
   return best;
 }
 
+async function open(name) {
+  const ort = await library("ort.wasm.bundle");
+  ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", runtime).href };
+  ort.env.wasm.numThreads = 1; // more need headers that static hosts do not send
+  return [ort, await ort.InferenceSession.create(new URL(name, files).href)];
+}
+
+// Importance of every neuron for a request (Eq 1).
+export class Importance {
+  static async load(key, widths) {
+    return Object.assign(new Importance(), { parts: await open(`${key}-importance.onnx`), widths });
+  }
+
+  // Scores by layer and row or column: of q, k, v, o and the feed-forward channels.
+  async measure(tokens) {
+    const [ort, session] = this.parts;
+    const { scores } = await session.run({ tokens: new ort.Tensor("int64", BigInt64Array.from(tokens, BigInt), [1, tokens.length]) });
+    return { data: scores.data, width: scores.dims[1] };
+  }
+
+  // A score for each neuron, by its place: that of a value is the larger of its row and its column.
+  async ofNeurons(tokens) {
+    const { data, width } = await this.measure(tokens);
+    const { q, k, vo, ffn } = this.widths;
+    const found = [];
+    for (let start = 0; start < data.length; start += width) {
+      const values = data.subarray(start + q + k, start + q + k + vo);
+      const outputs = data.subarray(start + q + k + vo, start + q + k + 2 * vo);
+      found.push(...data.subarray(start, start + q + k), ...values.map((value, i) => Math.max(value, outputs[i])));
+      found.push(...data.subarray(start + width - ffn, start + width));
+    }
+    return found;
+  }
+}
+
 export class Graph {
   static async load(key, page) {
-    const [ort, facts] = await Promise.all([library("ort.wasm.bundle"), read(`${key}.json`)]);
-    ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", runtime).href };
-    ort.env.wasm.numThreads = 1; // more need headers that static hosts do not send
-    const session = await ort.InferenceSession.create(new URL(`${key}.onnx`, files).href);
+    const [[ort, session], facts] = await Promise.all([open(`${key}.onnx`), read(`${key}.json`)]);
     return new Graph(ort, session, facts, page);
   }
 

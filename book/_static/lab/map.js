@@ -95,6 +95,7 @@ export function drawCard(organism, { neuron, off, fired, truth, alone }, act) {
     "Name in the answer key": neuron,
     "On this request": `${isOff ? "switched off" : "on"}, ${fired[place] ? "fires" : "does not fire"}`,
     "The answer with it alone off": alone || "(nothing)",
+    ...measured(organism.own, place),
     ...(truth ? known(truth, place, organism.page.rules, organism.graph.neurons) : {}),
   };
   redraw(find("card-facts"), Object.entries(facts).flatMap(([name, text]) => [make("dt", name), make("dd", text)]));
@@ -102,6 +103,11 @@ export function drawCard(organism, { neuron, off, fired, truth, alone }, act) {
     button(isOff ? "Switch it on" : "Switch it off", () => act.flip(neuron)),
     button("Close the card", () => act.choose("")),
   ]);
+}
+
+// How much a neuron matters for the request, once that was measured.
+function measured({ order, scores }, place) {
+  return order.length ? { "Importance for this request": `${scores[place].toFixed(3)}, rank ${order.indexOf(place) + 1} of ${order.length}` } : {};
 }
 
 // The true effect of a neuron and its rank by each rule, from the answer key.

@@ -1,5 +1,5 @@
 // An organism to talk to: its graph, the words it knows, and what its answers are.
-import { Graph, library, likeliest, read } from "./graph.js";
+import { Graph, Importance, library, likeliest, read } from "./graph.js";
 import { Language } from "./language.js";
 
 const TOP = 5; // words of a distribution that are shown
@@ -18,6 +18,20 @@ export class Organism {
   constructor(key, graph, parts) {
     Object.assign(this, { key, graph, facts: graph.facts }, parts);
     this.truth = null;
+    this.own = { request: "", order: [], scores: [] }; // what was measured on the latest request
+  }
+
+  // Importance of every neuron for a request, and the neurons by it.
+  async measure(request) {
+    if (this.own.request === request) return;
+    this.importance ??= await Importance.load(this.key, this.facts.widths);
+    const scores = await this.importance.ofNeurons(this.encode(request).tokens);
+    this.own = { request, scores, order: byScore(scores) };
+  }
+
+  // The neurons of a rule, the first to be switched off first; or random ones like them.
+  orderOf(rule, random) {
+    return rule === "own" ? this.own.order : this.facts[random ? "random" : "orders"][rule];
   }
 
   // Token ids of the request in the chat template, and its words that the tokenizer does not know.
@@ -75,12 +89,13 @@ export class Organism {
   }
 }
 
+const byScore = (scores) => [...scores.keys()].sort((a, b) => scores[b] - scores[a]);
+
 // Probabilities of all tokens, and the likeliest of them.
 function chances(logits) {
   const most = logits[likeliest(logits, 0, logits.length)];
   const parts = logits.map((value) => Math.exp(value - most));
   const sum = parts.reduce((total, part) => total + part);
   const shares = parts.map((part) => part / sum);
-  const top = [...shares.keys()].sort((a, b) => shares[b] - shares[a]).slice(0, TOP);
-  return { shares, top };
+  return { shares, top: byScore(shares).slice(0, TOP) };
 }

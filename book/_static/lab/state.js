@@ -10,7 +10,7 @@ export function readState(hash, page, usual) {
     model: model.key,
     rule: model.rules.includes(given.get("rule")) ? given.get("rule") : model.rules.includes(usual.rule) ? usual.rule : model.rules[0],
     count: nearest(page.counts, number("count", Infinity, given.has("model") ? 0 : usual.count)),
-    random: given.get("random") === "1",
+    random: given.get("random") === "1" && given.get("rule") !== "own",
     strength: number("strength", 150, 0),
     skip: new Set((given.get("skip") ?? "").split(",").filter(Boolean)),
     flip: new Set((given.get("flip") ?? "").split(",").filter(Boolean)),
@@ -36,7 +36,7 @@ export const presetState = (state) => writeState({ random: 0, strength: 0, skip:
 
 // Flat places of the neurons that a state switches off, in the order of its rule.
 export function placesOff(state, organism, count = state.count) {
-  const list = organism.facts[state.random ? "random" : "orders"][state.rule].slice(0, count);
+  const list = organism.orderOf(state.rule, state.random).slice(0, count);
   const kept = list.filter((place) => {
     const [kind, layer] = organism.unit(place);
     return !state.skip.has(kind) && !state.skip.has(String(layer + 1));

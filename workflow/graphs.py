@@ -1,0 +1,210 @@
+"""What the browser runs, as ONNX graphs: a model with a switch before every neuron, and the importance of every neuron for a request.
+
+Weights are stored in half precision where that loses nothing, and computed with in single.
+"""
+
+from functools import partial
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from safetyneuron import NeuronSet
+from safetyneuron.detectors.effects import READ_AT
+from safetyneuron.importance import exact
+from safetyneuron.importance.attending import attending
+from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, Architecture
+from safetyneuron.organism.tokenizer import CONTEXT
+
+FIRES = 0.95  # a neuron fires above this quantile of its largest activations on general prompts
+BATCH = 64  # requests that the graph takes at once, at most
+LENGTH = torch.export.Dim("length", min=2, max=CONTEXT)
+
+
+class Switches(torch.nn.Module):
+    """A model whose neurons have switches: (tokens (batch, n), on (layers, neurons of a layer)) to (last logits, peaks or which fired).
+
+    A neuron's peak is the largest size of its output over the request. The neurons of a layer lie in the order of the kinds.
+    With a `delta`, a third input adds that many times the change that SN-Tune made.
+    """
+
+    def __init__(self, model, delta=None):
+        super().__init__()
+        self.model, self.threshold = model, None
+        self.run = {}  # inputs and peaks of the forward pass under way
+        architecture = Architecture(model)
+        for (projection, layer), value in delta.values.items() if delta else ():
+            channels = delta.neurons.masks[projection][layer].nonzero().flatten()
+            add = partial(self._repaired, projection, channels, value)
+            architecture.place(layer, projection).module.register_forward_hook(add)
+        kinds = NeuronSet.empty(model).units().kinds
+        self.layers = len(architecture.layers)
+        self.widths = {kind: mask.shape[1] for kind, mask in kinds.items()}
+        self.width = sum(self.widths.values())
+        for layer in range(self.layers):
+            start = 0
+            for kind, width in self.widths.items():
+                switched = partial(
+                    self._switched, layer, kind, slice(start, start := start + width)
+                )
+                self._hook(architecture.place(layer, READ_AT[kind]).module, switched, READ_AT[kind])
+
+    def _hook(self, module, switched, projection):
+        if projection in COLUMN_PROJECTIONS:
+            module.register_forward_pre_hook(lambda _, inputs: (switched(inputs[0]),))
+        else:
+            module.register_forward_hook(lambda _, inputs, output: switched(output))
+
+    def _switched(self, layer, kind, channels, values):
+        values = values * self.run["on"][layer, channels]
+        self.run[layer, kind] = values.abs().amax((0, 1))
+        return values
+
+    def _repaired(self, projection, channels, value, module, inputs, output):
+        value = value * self.run["strength"]
+        if projection in COLUMN_PROJECTIONS:
+            return output + inputs[0].index_select(-1, channels) @ value
+        places = torch.nn.functional.one_hot(channels, output.shape[-1]).float()
+        return output + inputs[0] @ value.T @ places
+
+    def forward(self, tokens, on, strength=None):
+        """Run once."""
+        self.run |= {"on": on, "strength": strength}
+        logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
+        peaks = torch.stack(
+            [torch.cat([self.run[l, kind] for kind in self.widths]) for l in range(self.layers)]
+        )
+        self.run.clear()
+        return logits, peaks if self.threshold is None else (peaks > self.threshold).float()
+
+    def inputs(self, batch=2, length=8):
+        """Inputs with every neuron on and no repair, in the order of `forward`; no third one without a delta."""
+        return torch.ones(batch, length, dtype=torch.long), torch.ones(self.layers, self.width)
+
+    def place(self, unit):
+        """The flat place (layer · width + channel) of a (kind, layer, channel)."""
+        kind, layer, channel = unit
+        kinds = list(self.widths)
+        return (
+            layer * self.width + sum(self.widths[k] for k in kinds[: kinds.index(kind)]) + channel
+        )
+
+
+@torch.no_grad()
+def threshold(switches, encoded, *strength):
+    """The `FIRES` quantile of every neuron's peaks over general requests: (layers, neurons of a layer)."""
+    on = switches.inputs()[1]
+    peaks = torch.stack([switches(torch.tensor([ids]), on, *strength)[1] for ids in encoded])
+    return peaks.quantile(FIRES, dim=0)
+
+
+class Importance(torch.nn.Module):
+    """Importance of every neuron for one request (Eq 1): tokens (1, n) to scores (layers, channels of q, k, v, o and the feed-forward block).
+
+    The closed forms of `importance.exact`, over whole attention maps: requests of organisms are short. For models in which every
+    head has its own keys and values; use it inside `attending(model, importance.attend)`.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.run = model, {}
+        place, layers = Architecture(model).place, range(len(Architecture(model).layers))
+        heads = model.config.num_attention_heads
+        of_o = [place(layer, "o").weight.detach() for layer in layers]
+        self.factors = [exact.OutputFactors.of(weight, heads, 1) for weight in of_o]
+        self.norms = [place(layer, "down").weight.detach().norm(dim=1) for layer in layers]
+        for layer in layers:
+            before = partial(self._before_down, layer)
+            place(layer, "down").module.register_forward_pre_hook(before)
+            attention = Architecture(model).attention(layer)
+            attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+
+    def _before_attention(self, module, inputs, named):
+        self.run["rotation"] = named["position_embeddings"]
+
+    def _before_down(self, layer, module, inputs):
+        real = torch.ones_like(inputs[0][..., 0])
+        self.run[layer] += [exact.feed_forward(inputs[0], self.norms[layer], real)]
+
+    def attend(self, module, query, key, value, attention_mask, scaling, **_):
+        """Attention with the model's own numbers, measured on the way (an attention interface function)."""
+        n, layer = query.shape[2], module.layer_idx
+        allowed = torch.ones(n, n, dtype=torch.bool).tril()
+        heads = torch.softmax(exact.masked(query @ key.mT * scaling, allowed), -1) @ value
+        real = torch.ones_like(query[:, 0, :, 0])
+        attention = exact.Attention(
+            query, key, value, heads, allowed, real, scaling, *self.run["rotation"]
+        )
+        factors = self.factors[layer]
+        inside = [exact.query_removal(attention), exact.key_removal(attention)]
+        scores = [change_of_output(attention, factors, removal) for removal in inside]
+        scores += [score(heads, factors, real) for score in (exact.value, exact.output)]
+        self.run[layer] = scores
+        return heads.transpose(1, 2).contiguous(), None
+
+    def forward(self, tokens):
+        """Run once."""
+        self.model.get_decoder()(input_ids=tokens, use_cache=False)
+        layers = range(len(self.factors))
+        scores = torch.stack([torch.cat(self.run[layer], 1)[0] for layer in layers])
+        self.run.clear()
+        return scores
+
+
+def change_of_output(attention, factors, removal):
+    """Importance of each channel of q or k, whose removal changes the logits of its own head: (1, channels)."""
+    logits = exact.logits_of(attention)
+    before = torch.softmax(exact.masked(logits, attention.allowed), -1)
+    terms = zip(removal.left, removal.right)  # (1, heads, n, d) each, to maps (1, heads, d, n, n)
+    taken = sum(left.mT[..., None] * right.mT[..., None, :] for left, right in terms)
+    after = torch.softmax(exact.masked(logits[:, :, None] - taken, attention.allowed), -1)
+    values = attention.value @ factors.single
+    return (
+        ((after - before[:, :, None]) @ values[:, :, None]).square().sum((-2, -1)).sqrt().flatten(1)
+    )
+
+
+def write_switches(switches, path, *strength):
+    """Export a model with switches, and with the strength of its repair as an input if there is one."""
+    lengths = {"tokens": {0: torch.export.Dim("batch", min=1, max=BATCH), 1: LENGTH}, "on": None}
+    lengths |= dict.fromkeys(("strength",) if strength else ())
+    write_graph(switches, path, switches.inputs() + strength, lengths, ["logits", "fired"])
+
+
+def write_importance(model, path):
+    """Export the importance of every neuron of a model."""
+    importance = Importance(model)
+    with attending(model, importance.attend):
+        tokens = torch.ones(1, 8, dtype=torch.long)
+        write_graph(importance, path, (tokens,), {"tokens": {1: LENGTH}}, ["scores"])
+
+
+def write_graph(module, path, inputs, lengths, outputs):
+    """Export, with weights in half precision. lengths: the dimensions of each input that vary."""
+    exported = torch.onnx.export(
+        module.eval(),
+        inputs,
+        dynamic_shapes=lengths,
+        dynamo=True,
+        verbose=False,
+        input_names=list(lengths),
+        output_names=outputs,
+    ).model_proto
+    halve(exported.graph)
+    for node in exported.graph.node:
+        node.ClearField("metadata_props")  # where in Python it came from, half of the file
+    onnx.save(exported, path)
+
+
+def halve(graph):
+    """Store single-precision weights in half precision, each with a cast before its use, where that loses nothing."""
+    for weight in [
+        w for w in graph.initializer if w.data_type == TensorProto.FLOAT and np.prod(w.dims) > 1000
+    ]:
+        name, values = weight.name, numpy_helper.to_array(weight)
+        half = values.astype(np.float16)
+        if (half == values).all():
+            weight.CopyFrom(numpy_helper.from_array(half, f"{name}.half"))
+            cast = helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT)
+            graph.node.insert(0, cast)
