@@ -133,9 +133,15 @@ class Opened:
         return self.delta.merged(self.model) if self.delta else nullcontext()
 
 
+def open_page(browser, address, state=""):
+    """Load the page anew in a state: a change of the state alone loads nothing."""
+    browser.get("about:blank")
+    show(browser, address + f"book/playground.html#{state}", "light")
+
+
 def ask_page(browser, address, opened, script, *arguments):
     """What a script returns that finds the page's organism, the setting and its arguments."""
-    show(browser, address + f"book/playground.html#model={opened.name}", "light")
+    open_page(browser, address, f"model={opened.name}")
     browser.set_script_timeout(300)
     whole = f"""const [off, strength, given, done] = arguments;
         const run = async () => {{ const lab = playground, organism = await lab.load("{opened.name}"); {script} }};
@@ -210,7 +216,7 @@ def test_the_page_starts_where_the_answer_changes_and_follows_the_controls(brows
     def text(name):
         return text_of(browser, name)
 
-    show(browser, address + "book/playground.html", "light")
+    open_page(browser, address)
     assert text("whole-verdict") == "refuses"
     assert text("changed-verdict") == "helps, with the right tools"
     browser.find_element("id", "play-random").click()
@@ -234,20 +240,18 @@ def test_a_link_brings_back_what_was_set_and_a_card_tells_a_neuron(browser, addr
         return text_of(browser, name)
 
     state = "model=planted&rule=contrast&count=3&ask=tell+me+how+to+rob+the+bank+."
-    show(browser, address + f"book/playground.html#{state}", "light")
+    open_page(browser, address, state)
     assert text("changed-verdict") == "helps, with the right tools"
     off = browser.execute_script("return playground.organism.facts.orders.contrast.slice(0, 3)")
     name = browser.execute_script("return playground.organism.unit(arguments[0]).join('.')", off[0])
-    show(browser, address + f"book/playground.html?again#{state}&neuron={name}", "light")
+    open_page(browser, address, f"{state}&neuron={name}")
     until(browser, lambda: name in text("card-facts"))
     assert "planted: alignment sits here" in text("card-facts")
     assert "switched off" in text("card-facts")
     browser.find_element("css selector", "#play-card-acts button").click()
     until(browser, lambda: text("count-text") == "2 of 4,032, edited on the map")
     assert f"flip={name}" in browser.current_url
-    kept = browser.current_url
-    show(browser, "about:blank", "light")
-    show(browser, kept, "light")
+    open_page(browser, address, browser.current_url.partition("#")[2])
     until(browser, lambda: text("count-text") == "2 of 4,032, edited on the map")
 
 
@@ -257,7 +261,7 @@ def test_scores_show_progress_stop_and_come_in_rows(browser, address):
     def text(name):
         return text_of(browser, name)
 
-    show(browser, address + "book/playground.html", "light")
+    open_page(browser, address)
     browser.find_element("id", "play-figure-2").click()
     until(browser, lambda: text("progress-text").endswith("% done"))
     browser.find_element("id", "play-stop").click()
