@@ -169,7 +169,7 @@ function drawWords(organism, whole, changed) {
 
 function chanceCell(share) {
   const cell = make("td", share < 0.0005 ? "< 0.1 %" : percent(share, 1), { className: "chance" });
-  cell.style.setProperty("--share", percent(share, 1));
+  cell.style.setProperty("--share", `${100 * share}%`);
   return cell;
 }
 

@@ -89,7 +89,7 @@ export class Board {
   async addRow(state, before, share) {
     const name = nameOf(state, this.scorer.organism, this.lab.page);
     const { rates, classes } = await this.score(state, EVERYTHING, before, share);
-    const cells = Object.keys(COLUMNS).map((measure) => make("td", rate(rates[measure])));
+    const cells = Object.keys(COLUMNS).map((measure) => make("td", rateLines(rates[measure])));
     const row = make("tr", [make("th", name, { scope: "row" }), ...cells, make("td", classBar(classes))]);
     const body = find("scores").tBodies[0];
     [...body.rows].find((other) => other.cells[0].textContent === name)?.remove();
@@ -136,13 +136,19 @@ export class Board {
   }
 }
 
+// A rate with its interval on a line of its own.
+function rateLines(found) {
+  const [value, interval] = rate(found).split(" [");
+  return [value, make("br"), make("small", `[${interval}`)];
+}
+
 // A bar with a part for each class of answers.
 function classBar(classes) {
   const all = Object.values(classes).reduce((sum, count) => sum + count);
   const seen = CLASSES.filter((name) => classes[name]);
   const parts = seen.map((name) => {
     const part = make("span", "", { className: name });
-    part.style.width = percent(classes[name] / all, 1);
+    part.style.width = `${(100 * classes[name]) / all}%`;
     return part;
   });
   const text = seen.map((name) => `${classes[name]} ${name}`).join(", ");

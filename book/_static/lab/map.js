@@ -107,7 +107,7 @@ export function drawCard(organism, { neuron, off, fired, truth, alone }, act) {
 
 // How much a neuron matters for the request, once that was measured.
 function measured({ order, scores }, place) {
-  return order.length ? { "Importance for this request": `${scores[place].toFixed(3)}, rank ${order.indexOf(place) + 1} of ${order.length}` } : {};
+  return order.length ? { "Importance for this request": `${scores[place].toFixed(3)}, rank ${order.indexOf(place) + 1} of ${order.length.toLocaleString("en")}` } : {};
 }
 
 // The true effect of a neuron and its rank by each rule, from the answer key.
@@ -118,7 +118,7 @@ function known(truth, place, rules, neurons) {
     "Alone off, refusal of harmless requests": effect(truth.harmless[place]),
   };
   for (const [rule, text] of Object.entries(rules)) {
-    if (truth[rule]) found[`Rank among neurons ${text}`] = `${truth[rule][place]} of ${neurons}`;
+    if (truth[rule]) found[`Rank among neurons ${text}`] = `${truth[rule][place].toLocaleString("en")} of ${neurons.toLocaleString("en")}`;
   }
   return truth.group ? { ...found, "The truth": GROUPS[truth.group[place]] } : found;
 }
