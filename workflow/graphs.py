@@ -23,23 +23,27 @@ LENGTH = torch.export.Dim("length", min=2, max=CONTEXT)
 
 
 class Switches(torch.nn.Module):
-    """A model whose neurons have switches: (tokens (batch, n), on (layers, neurons of a layer)) to (last logits, peaks or which fired).
+    """A model whose neurons have switches, a few tokens at a time.
 
-    A neuron's peak is the largest size of its output over the request. The neurons of a layer lie in the order of the kinds.
-    With a `delta`, a third input adds that many times the change that SN-Tune made.
+    From tokens (batch, n), on (layers, neurons of a layer) and the keys and values of the m tokens before, past (2, layers, batch,
+    heads, m, width), to the last logits, peaks or which fired, and past with these tokens. A neuron's peak is the largest size
+    of its output over the tokens. The neurons of a layer lie in the order of the kinds. With a `delta`, a fourth input adds that
+    many times the change that SN-Tune made. For models in which every head has its own keys and values; use it inside
+    `attending(model, switches.attend)`.
     """
 
     def __init__(self, model, delta=None):
         super().__init__()
         self.model, self.threshold = model, None
-        self.run = {}  # inputs and peaks of the forward pass under way
+        self.run = {}  # inputs, peaks, keys and values of the forward pass under way
         architecture = Architecture(model)
         for (projection, layer), value in delta.values.items() if delta else ():
             channels = delta.neurons.masks[projection][layer].nonzero().flatten()
             add = partial(self._repaired, projection, channels, value)
             architecture.place(layer, projection).module.register_forward_hook(add)
         kinds = NeuronSet.empty(model).units().kinds
-        self.layers = len(architecture.layers)
+        self.layers, self.heads = len(architecture.layers), model.config.num_attention_heads
+        self.head_width = architecture.attention(0).head_dim
         self.widths = {kind: mask.shape[1] for kind, mask in kinds.items()}
         self.width = sum(self.widths.values())
         for layer in range(self.layers):
@@ -68,19 +72,40 @@ class Switches(torch.nn.Module):
         places = torch.nn.functional.one_hot(channels, output.shape[-1]).float()
         return output + inputs[0] @ value.T @ places
 
-    def forward(self, tokens, on, strength=None):
-        """Run once."""
-        self.run |= {"on": on, "strength": strength}
-        logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
-        peaks = torch.stack(
-            [torch.cat([self.run[l, kind] for kind in self.widths]) for l in range(self.layers)]
-        )
-        self.run.clear()
-        return logits, peaks if self.threshold is None else (peaks > self.threshold).float()
+    def attend(self, module, query, key, value, attention_mask, scaling, **_):
+        """Attention to the tokens before, too (an attention interface function)."""
+        layer, before = module.layer_idx, self.run["past"]
+        key, value = (torch.cat((old, new), 2) for old, new in zip(before[:, layer], (key, value)))
+        self.run[layer, "past"] = torch.stack((key, value))
+        after = torch.arange(key.shape[2]) > self.run["positions"][0, :, None]
+        logits = (query @ key.mT * scaling).masked_fill(after, -torch.inf)
+        return (torch.softmax(logits, -1) @ value).transpose(1, 2).contiguous(), None
 
-    def inputs(self, batch=2, length=8):
-        """Inputs with every neuron on and no repair, in the order of `forward`; no third one without a delta."""
-        return torch.ones(batch, length, dtype=torch.long), torch.ones(self.layers, self.width)
+    def forward(self, tokens, on, past, strength=None):
+        """Run once."""
+        positions = past.shape[4] + torch.arange(tokens.shape[1])[None]
+        self.run |= {"on": on, "past": past, "positions": positions, "strength": strength}
+        found = self.model(
+            input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1
+        )
+        run, layers = self.run, range(self.layers)
+        peaks = torch.stack([torch.cat([run[l, kind] for kind in self.widths]) for l in layers])
+        present = torch.stack([run[l, "past"] for l in layers], 1)
+        fired = peaks if self.threshold is None else (peaks > self.threshold).float()
+        self.run = {}
+        return found.logits[:, -1], fired, present
+
+    def inputs(self, batch=2, length=8, before=3):
+        """Inputs with every neuron on and no repair, in the order of `forward`; no fourth one without a delta."""
+        tokens = torch.ones(batch, length, dtype=torch.long)
+        past = torch.zeros(2, self.layers, batch, self.heads, before, self.head_width)
+        return tokens, torch.ones(self.layers, self.width), past
+
+    def read(self, requests, on, *strength):
+        """Last logits and peaks of requests of one length: lists of token ids."""
+        past = self.inputs(len(requests), before=0)[2]
+        with torch.no_grad(), attending(self.model, self.attend):
+            return self(torch.tensor(requests), on, past, *strength)
 
     def place(self, unit):
         """The flat place (layer · width + channel) of a (kind, layer, channel)."""
@@ -91,11 +116,10 @@ class Switches(torch.nn.Module):
         )
 
 
-@torch.no_grad()
 def threshold(switches, encoded, *strength):
     """The `FIRES` quantile of every neuron's peaks over general requests: (layers, neurons of a layer)."""
     on = switches.inputs()[1]
-    peaks = torch.stack([switches(torch.tensor([ids]), on, *strength)[1] for ids in encoded])
+    peaks = torch.stack([switches.read([ids], on, *strength)[1] for ids in encoded])
     return peaks.quantile(FIRES, dim=0)
 
 
@@ -167,9 +191,15 @@ def change_of_output(attention, factors, removal):
 
 def write_switches(switches, path, *strength):
     """Export a model with switches, and with the strength of its repair as an input if there is one."""
-    lengths = {"tokens": {0: torch.export.Dim("batch", min=1, max=BATCH), 1: LENGTH}, "on": None}
+    batch = torch.export.Dim("batch", min=1, max=BATCH)
+    past = torch.export.Dim(
+        "before", min=2, max=CONTEXT
+    )  # none before is as good, outside of Python
+    lengths = {"tokens": {0: batch, 1: LENGTH}, "on": None, "past": {2: batch, 4: past}}
     lengths |= dict.fromkeys(("strength",) if strength else ())
-    write_graph(switches, path, switches.inputs() + strength, lengths, ["logits", "fired"])
+    outputs = ["logits", "fired", "present"]
+    with attending(switches.model, switches.attend):
+        write_graph(switches, path, switches.inputs() + strength, lengths, outputs)
 
 
 def write_importance(model, path):

@@ -297,6 +297,7 @@ def write_model(shown, folder, general, repair):
     facts = {
         "layers": switches.layers,
         "widths": switches.widths,
+        "past": [switches.heads, switches.head_width],
         "repair": len(delta.neurons.units()) if delta else 0,
     }
     for name, sets in {"orders": orders, "random": partners}.items():

@@ -73,27 +73,30 @@ export class Graph {
     return fixed;
   }
 
-  // One pass. rows: token ids of requests of one length.
-  async next(rows, fixed) {
+  // One pass. rows: token ids of requests of one length, or what comes next after what left `past`.
+  async next(rows, fixed, past = this.nothing(rows.length)) {
     const tokens = new this.ort.Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length]);
-    const { logits, fired } = await this.session.run({ tokens, ...fixed });
-    return { logits: logits.data, fired: fired.data, size: logits.dims[1] };
+    const { logits, fired, present } = await this.session.run({ tokens, past, ...fixed });
+    return { logits: logits.data, fired: fired.data, size: logits.dims[1], past: present };
+  }
+
+  // Keys and values of no tokens.
+  nothing(requests) {
+    const [heads, width] = this.facts.past;
+    return new this.ort.Tensor("float32", new Float32Array(0), [2, this.facts.layers, requests, heads, 0, width]);
   }
 
   // New tokens of the greedy answers to requests of one length; `see` is shown each pass.
   async complete(requests, fixed, see = () => {}) {
-    const rows = requests.map((tokens) => [...tokens]);
-    const given = rows.map(() => []);
-    let open = rows.map((_, i) => i);
-    for (let step = 0; step < this.page.longest && open.length; step++) {
-      const found = await this.next(open.map((i) => rows[i]), fixed);
+    const given = requests.map(() => []);
+    let [rows, past] = [requests, undefined];
+    for (let step = 0; step < this.page.longest; step++) {
+      const found = await this.next(rows, fixed, past);
       see(found);
-      open.forEach((i, place) => {
-        const token = likeliest(found.logits, place * found.size, found.size);
-        rows[i].push(token);
-        given[i].push(token);
-      });
-      open = open.filter((i) => given[i].at(-1) !== this.page.end);
+      rows = requests.map((_, row) => [likeliest(found.logits, row * found.size, found.size)]);
+      rows.forEach(([token], row) => given[row].at(-1) !== this.page.end && given[row].push(token));
+      if (given.every((tokens) => tokens.at(-1) === this.page.end)) break;
+      past = found.past;
     }
     return given;
   }
