@@ -11,10 +11,45 @@ from safetyneuron import NeuronSet, SafetyNeuronError, load_documents, load_prom
 from safetyneuron.data import sources
 from safetyneuron.data.preferences import load_preferences
 from safetyneuron.data.requests import load_requests
+from safetyneuron.data.sources import load_text
 from safetyneuron.kept import defences
 from safetyneuron.metrics import Suite, evaluate
 
 TURN = "\n\nHuman: {}\n\nAssistant: {}"
+
+
+def harmless(numbers):
+    """Pairs of the harmless set, every third in a conversation of two turns."""
+    begin = "\n\nHuman: begin\n\nAssistant: begun"
+    return [
+        {
+            side: begin * (i % 3 == 0) + TURN.format(f"q {i}", f"{word} {i}")
+            for side, word in (("chosen", "good"), ("rejected", "bad"))
+        }
+        for i in numbers
+    ]
+
+
+def helpful(numbers):
+    """Pairs of the helpful set; what follows the first answer of the first is another turn."""
+    more = TURN.format("more", "more")
+    return [
+        {
+            "chosen": TURN.format(f"h {i}", f"a {i}") + more * (i == 0),
+            "rejected": TURN.format(f"h {i}", f"b {i}") + more * (i == 0),
+        }
+        for i in numbers
+    ]
+
+
+def answered(numbers):
+    """Answers of BeaverTails, every second judged safe."""
+    return [
+        {"prompt": f"p {i}", "response": f"r {i}", "category": {"a": True}, "is_safe": i % 2 == 0}
+        for i in numbers
+    ]
+
+
 ROWS = {
     "advbench.csv": [{"goal": f"goal {i}", "target": f"Sure, here is {i}"} for i in range(12)],
     "harmbench.csv": [
@@ -41,25 +76,29 @@ ROWS = {
         {"id": str(i), "title": "t", "text": f"article {i} " + "x" * 2000} for i in range(12)
     ],
     "wikipedia-zh.jsonl": [{"text": f"条目 {i}"} for i in range(12)],
-    "beavertails.jsonl": [
-        {"prompt": f"p {i}", "response": f"r {i}", "category": {"a": True}, "is_safe": i % 2 == 0}
-        for i in range(24)
+    "hh-harmless-train.jsonl": harmless(range(12)),
+    "hh-harmless-test.jsonl": harmless(range(11, 24)),  # one of them is also trained on
+    "hh-helpful-train.jsonl": helpful(range(12)),
+    "hh-helpful-test.jsonl": helpful(range(12, 24)),
+    "beavertails-train.jsonl": answered(range(24)),
+    "beavertails-test.jsonl": answered(range(24, 36)),
+    "redteam.jsonl": [
+        {"transcript": TURN.format(f"attack {i}", "no") + TURN.format("again", "no")}
+        for i in range(12)
     ],
-    "hh-harmless.jsonl": [
+    "jailbreak-llms.csv": [{"question": f"forbidden {i}"} for i in range(12)],
+    "sharegpt.json": [
         {
-            "chosen": TURN.format(f"q {i}", f"good {i}"),
-            "rejected": TURN.format(f"q {i}", f"bad {i}"),
+            "id": str(i),
+            "conversations": [
+                {"from": "human" if i else "system", "value": f"say {i}"},
+                {"from": "gpt", "value": f"said {i}"},
+                {"from": "human", "value": "go on"},
+            ],
         }
         for i in range(12)
     ],
-    "hh-helpful.jsonl": [
-        {
-            "chosen": TURN.format(f"h {i}", f"a {i}")
-            + (TURN.format("more", "more") if i == 0 else ""),
-            "rejected": TURN.format(f"h {i}", f"b {i}"),
-        }
-        for i in range(12)
-    ],
+    "wikitext.jsonl": [{"text": text} for text in ("", " = Farm = ", "a farm has doors .", "")],
 }
 
 
@@ -85,20 +124,40 @@ def data(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_set_is_read_with_its_columns_in_disjoint_halves(data):
-    for name in sources.PROMPTS:
-        train, test = load_prompts(name, split="train"), load_prompts(name, split="test")
-        assert train and test and not set(train) & set(test), name
+def test_every_set_is_read_with_its_columns_in_disjoint_parts(data):
+    for name, (source, _) in sources.PROMPTS.items():
+        splits = sources.splits_of(sources.SOURCES[source])
+        both = [load_prompts(name, split=s) for s in {*splits, "test"}]
+        assert all(both) and len(set().union(*both)) == sum(map(len, both)), name
     for name in sources.DOCUMENTS:
-        documents = load_documents(name) + load_documents(name, split="test")
-        assert len(documents) >= 11 and all(
-            set(document) == {"prompt", "completion"} for document in documents
-        )
+        assert all(set(d) == {"prompt", "completion"} for d in load_documents(name)), name
     for name in sources.PREFERENCES:
         assert all(set(pair) == {"prompt", "chosen", "rejected"} for pair in load_preferences(name))
-    assert {source for source, _ in [*sources.PROMPTS.values(), *sources.DOCUMENTS.values()]} | {
-        "hh-harmless"
-    } == set(sources.SOURCES)
+    groups = sources.PROMPTS, sources.DOCUMENTS, sources.PREFERENCES, sources.TEXTS
+    read = {source for group in groups for source, _ in group.values()}
+    assert read == set(sources.SOURCES)
+
+
+def test_sets_with_parts_of_their_own_are_taken_whole(data):
+    """Trained on: every pair, conversations too; asked: what is in the test part alone."""
+    pairs = load_preferences("paper/harmless")
+    assert len(pairs) == 12 and sum(isinstance(pair["prompt"], list) for pair in pairs) == 4
+    turns = pairs[0]["prompt"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+    assert turns[-1]["content"] == "q 0" and pairs[0]["chosen"] == "good 0"
+    asked = load_prompts("paper/hh-harmless")
+    assert {int(q.split()[1]) for q in asked} == {i for i in range(12, 24) if i % 3}
+    assert len(load_documents("paper/sharegpt")) == 11  # one begins with a system's turn
+    assert load_documents("paper/sharegpt")[0]["completion"].startswith("said")
+    assert sorted(load_prompts("paper/redteam") + load_prompts("paper/redteam", "train")) == sorted(
+        f"attack {i}" for i in range(12)
+    )
+    assert len(load_prompts("paper/jailbreak-llms")) == 12
+    with pytest.raises(SafetyNeuronError, match="has no train part: it has test"):
+        load_prompts("paper/jailbreak-llms", "train")
+    with pytest.raises(SafetyNeuronError, match="has no test part: it has train"):
+        load_documents("paper/sharegpt", "test")
+    assert load_text("paper/wikitext") == "\n\n = Farm = \n\na farm has doors .\n\n"
 
 
 def test_what_the_columns_mean(data):
@@ -125,29 +184,30 @@ def test_what_the_columns_mean(data):
     assert first["prompt"].replace("ask", "no") == first["completion"] and load_documents(
         "paper/compliances"
     )[0]["completion"] == first["completion"].replace("no", "yes")
-    pair = load_preferences("paper/harmless")[0]
+    pair = load_preferences("paper/harmless")[1]
     assert pair == {
         "prompt": pair["prompt"],
         "chosen": pair["prompt"].replace("q", "good"),
         "rejected": pair["prompt"].replace("q", "bad"),
     }
-    helpful = load_documents("paper/helpful") + load_documents("paper/helpful", split="test")
-    assert sorted(document["prompt"] for document in helpful) == sorted(
-        f"h {i}" for i in range(1, 12)
+    single = load_documents("paper/helpful") + load_documents("paper/helpful", split="test")
+    assert sorted(document["prompt"] for document in single) == sorted(
+        f"h {i}" for i in range(1, 24)
     )  # a conversation of two turns is left out
 
 
 def test_what_models_are_tuned_on_was_judged_safe(data):
     documents = load_documents("paper/answers") + load_documents("paper/answers", split="test")
     assert {int(document["completion"].split()[1]) for document in documents} == set(
-        range(0, 24, 2)
+        range(0, 36, 2)
     )
     prompts = load_prompts("paper/beavertails") + load_prompts("paper/beavertails", "train")
-    assert len(prompts) == 24  # questions may be asked, whatever was answered
-    pd.DataFrame(ROWS["beavertails.jsonl"]).to_csv(data / "beavertails.csv", index=False)
-    (data / "beavertails.jsonl").unlink()
+    assert len(prompts) == 36  # questions may be asked, whatever was answered
+    rows = pd.DataFrame(ROWS["beavertails-train.jsonl"])
+    rows.to_csv(data / "beavertails-train.csv", index=False)
+    (data / "beavertails-train.jsonl").unlink()
     assert load_documents("paper/answers") == documents[: len(load_documents("paper/answers"))]
-    write(data / "beavertails.csv", [{"prompt": "p", "response": "r"}])
+    write(data / "beavertails-train.csv", [{"prompt": "p", "response": "r"}])
     with pytest.raises(SafetyNeuronError, match="row 1: 'is_safe' is neither true nor false"):
         load_documents("paper/answers")
 
@@ -164,7 +224,7 @@ def test_no_row_of_a_public_set_is_kept(tmp_path, monkeypatch, tokenizer):
     write(tmp_path / "hub" / "train.jsonl", rows)
     for name in ("beavertails", "beavertails, safe"):
         source = sources.SOURCES[name]
-        here = replace(source, repository=str(tmp_path / "hub"), revision=None, split="train")
+        here = replace(source, repository=str(tmp_path / "hub"), revision=None, splits=())
         monkeypatch.setitem(sources.SOURCES, name, here)
     documents, model = load_documents("paper/answers"), small_llama(max_position_embeddings=128)
     assert {document["completion"].split()[0] for document in documents} == {"quixotic"}
@@ -178,20 +238,15 @@ def test_no_row_of_a_public_set_is_kept(tmp_path, monkeypatch, tokenizer):
     )
 
 
-def test_a_prompt_is_in_the_same_half_wherever_it_stands(tmp_path, monkeypatch):
-    rows = [
-        {
-            "chosen": TURN.format(f"h {i}", f"a {i}"),
-            "rejected": TURN.format(f"h {i}", "" if i % 3 == 0 else f"b {i}"),
-        }
-        for i in range(40)
-    ]
-    write(tmp_path / "hh-helpful.jsonl", rows + rows[::-1])
+def test_nothing_that_was_trained_on_is_asked_wherever_it_stands(tmp_path, monkeypatch):
+    rows = helpful(range(40))
+    for i, row in enumerate(rows[1:40:3]):
+        row["rejected"] = TURN.format(f"h {1 + 3 * i}", "")  # half a pair is still a prompt
+    write(tmp_path / "hh-helpful-train.jsonl", rows + rows[::-1])
+    write(tmp_path / "hh-helpful-test.jsonl", rows[:20] + helpful(range(40, 60)))
     monkeypatch.setenv("SAFETYNEURON_DATA", str(tmp_path))
-    trained = {pair["prompt"] for pair in load_preferences("paper/helpful")} | {
-        document["prompt"] for document in load_documents("paper/helpful")
-    }
-    assert trained and not trained & set(load_prompts("paper/benign"))
+    asked = load_prompts("paper/benign")
+    assert {int(prompt.split()[1]) for prompt in asked} == set(range(40, 60))
 
 
 @pytest.mark.parametrize(

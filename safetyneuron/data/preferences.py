@@ -11,7 +11,7 @@ SIDES = ("prompt", "chosen", "rejected")
 
 
 def load_preferences(name_or_path, split="train", language="en"):
-    """Preference pairs as dicts with `prompt`, `chosen` and `rejected`.
+    """Preference pairs as dicts with `prompt`, `chosen` and `rejected`; a prompt of several turns is a list of them, as chat templates read it.
 
     Parameters
     ----------

@@ -1,27 +1,30 @@
 """The public data sets of both papers: where they are, at which revision, and what their columns mean. None of them is part of this project.
 
 A set named `paper/…` is read from a file of `$SAFETYNEURON_DATA` if there is one, else through the `datasets` library, which downloads it once into a
-cache of its own. This project keeps none of the rows.
+cache of its own. This project keeps none of the rows. Where the authors of a set keep a part for tests, that is its test split; other sets are halved.
 """
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetyneuron.data.files import read_rows
 from safetyneuron.errors import SafetyNeuronError
 
-ROWS = 20000  # read of every set
+ROWS = 20000  # read of a set, unless it is taken whole
 TEXT = 600  # characters of an article, about as long as a request with its answer
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: the name of its local file, its place on the hub, and a page that says how to get it. {language} in `file` and `parts` is filled in.
+    """A data set: the name of its local file, its place on the hub, and a page that says how to get it. {language} and {split} in `file` and `parts` are filled in.
 
-    parts: the files to download, where the whole set is many times larger than what is read; only: the column that must be true in a row.
+    parts: the files to download, where the whole set is many times larger than what is read; only: the column that must be true in a row;
+    splits: pairs of `train` or `test` and what the authors call that part; without them the part `split` is halved by a hash of the prompt;
+    rows: how many are read, all with None.
     """
 
     file: str
@@ -35,6 +38,8 @@ class Source:
     parts: str | None = None
     only: str | None = None
     split: str = "train"
+    splits: tuple[tuple[str, str], ...] = ()
+    rows: int | None = ROWS
     languages: tuple[str, ...] = ("en",)
 
 
@@ -44,6 +49,7 @@ _HH = dict(
     repository="Anthropic/hh-rlhf",
     revision="09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa",
 )
+_BOTH = dict(splits=(("train", "train"), ("test", "test")), rows=None)
 SOURCES = {
     "advbench": Source(
         "advbench",
@@ -83,14 +89,41 @@ SOURCES = {
         languages=_ALL,
     ),
     "beavertails": Source(
-        "beavertails",
+        "beavertails-{split}",
         "https://huggingface.co/datasets/PKU-Alignment/BeaverTails",
         "PKU-Alignment/BeaverTails",
         "8401fe609d288129cc684a9b3be6a93e41cfe678",
-        split="30k_train",
+        splits=(("train", "30k_train"), ("test", "30k_test")),
+        rows=None,
     ),
-    "hh-harmless": Source("hh-harmless", folder="harmless-base", **_HH),
-    "hh-helpful": Source("hh-helpful", folder="helpful-base", **_HH),
+    "hh-harmless": Source("hh-harmless-{split}", folder="harmless-base", **_HH, **_BOTH),
+    "hh-helpful": Source("hh-helpful-{split}", folder="helpful-base", **_HH, **_BOTH),
+    "redteam": Source("redteam", folder="red-team-attempts", **_HH),
+    "jailbreak-llms": Source(
+        "jailbreak-llms",
+        "https://huggingface.co/datasets/TrustAIRLab/forbidden_question_set",
+        "TrustAIRLab/forbidden_question_set",
+        "369aa8e10ee2a26cf087fdcc34af0bb928d33d8e",
+        splits=(("test", "train"),),  # whole: nothing is ever trained on it
+    ),
+    "sharegpt": Source(
+        "sharegpt",
+        "https://huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered",
+        "anon8231489123/ShareGPT_Vicuna_unfiltered",
+        "192ab2185289094fc556ec8ce5ce1e8e587154ca",
+        parts="HTML_cleaned_raw_dataset/sg_90k_part*_html_cleaned.json",
+        splits=(("train", "train"),),
+        rows=None,
+    ),
+    "wikitext": Source(
+        "wikitext",
+        "https://huggingface.co/datasets/Salesforce/wikitext",
+        "Salesforce/wikitext",
+        "b08601e04326c79dfdd32d625aee71d232d685c3",
+        "wikitext-2-raw-v1",
+        splits=(("test", "test"),),
+        rows=None,
+    ),
 }
 SOURCES["beavertails, safe"] = replace(SOURCES["beavertails"], only="is_safe")
 
@@ -102,6 +135,9 @@ PROMPTS = {
     "paper/multijail": ("multijail", {"prompt": ("{language}",)}),
     "paper/wikipedia": ("wikipedia", {"prompt": ("text",)}),
     "paper/beavertails": ("beavertails", {"prompt": ("prompt",)}),
+    "paper/hh-harmless": ("hh-harmless", {"prompt": ("chosen",)}),
+    "paper/redteam": ("redteam", {"prompt": ("transcript",)}),
+    "paper/jailbreak-llms": ("jailbreak-llms", {"prompt": ("question", "prompt")}),
     "paper/benign": ("hh-helpful", {"prompt": ("chosen",)}),
 }
 DOCUMENTS = {
@@ -113,7 +149,12 @@ DOCUMENTS = {
     "paper/arithmetic": ("gsm8k", {"prompt": ("question",), "completion": ("answer",)}),
     "paper/answers": ("beavertails, safe", {"prompt": ("prompt",), "completion": ("response",)}),
     "paper/helpful": ("hh-helpful", {"prompt": ("chosen",), "completion": ("chosen",)}),
+    "paper/sharegpt": (
+        "sharegpt",
+        {"prompt": ("conversations",), "completion": ("conversations",)},
+    ),
 }
+TEXTS = {"paper/wikitext": ("wikitext", {"text": ("text",)})}
 PREFERENCES = {
     "paper/harmless": (
         "hh-harmless",
@@ -128,22 +169,23 @@ TARGETS = {"paper/advbench": ("advbench", {"prompt": ("goal", "prompt"), "target
 
 
 def load_rows(entry, split="train", language="en"):
-    """One half of a set, as dicts from part to text.
+    """One part of a set, as dicts from part to text.
 
     Parameters
     ----------
     entry : (str, dict)
         A value of `PROMPTS`, `DOCUMENTS`, `PREFERENCES` or `TARGETS`.
     split : str
-        `train` or `test`: disjoint halves by a hash of the prompt (of the English one, where a row has several languages), so that
-        nothing is asked, in whatever form, that was detected or trained on.
+        `train` or `test`: the authors' parts where there are both, without what the former holds in the latter; else disjoint halves
+        by a hash of the prompt (of the English one, where a row has several languages). So nothing is asked, in whatever form, that
+        was detected or trained on.
     language : str
         Of sets that have several.
 
     Raises
     ------
     SafetyNeuronError
-        If the set has no such language, cannot be reached, is empty, or lacks a column.
+        If the set has no such language or part, cannot be reached, is empty, or lacks a column.
     """
     name, parts = entry
     source = SOURCES[name]
@@ -151,18 +193,41 @@ def load_rows(entry, split="train", language="en"):
         raise SafetyNeuronError(
             f"paper/{name} has no language {language!r}: use one of {', '.join(source.languages)}"
         )
-    raw = raw_rows(source, language)
-    wanted = [row for row in enumerate(raw, 1) if source.only is None or _holds(name, *row)]
-    found = [(row, _row(name, number, row, parts, language)) for number, row in wanted]
-    usable = [
-        (row, texts) for row, texts in found if all(texts.values())
-    ]  # conversations of several turns and blank cells have no place here
-    kept = [texts for row, texts in usable if _half(row.get("en") or texts["prompt"]) == split]
+    kept = _usable(entry, split, language)
+    if not source.splits:
+        kept = [(row, x) for row, x in kept if _half(row.get("en") or x["prompt"]) == split]
+    elif split == "test" and "train" in dict(source.splits):
+        trained = {_opening(row, parts) for row in raw_rows(source, language, "train")}
+        kept = [(row, x) for row, x in kept if _opening(row, parts) not in trained]
     if not kept:
         raise SafetyNeuronError(
             f"paper/{name} holds no usable row for {split}: compare its columns with {source.page}"
         )
-    return kept
+    return [texts for _, texts in kept]
+
+
+def _usable(entry, split, language):
+    """Rows of a part of a set that are to be taken and have all their texts, each with these."""
+    name, parts = entry
+    source = SOURCES[name]
+    rows = enumerate(raw_rows(source, language, split), 1)
+    wanted = [row for row in rows if source.only is None or _holds(name, *row)]
+    found = [(row, _row(name, number, row, parts, language)) for number, row in wanted]
+    return [(row, texts) for row, texts in found if all(texts.values())]
+
+
+def _opening(row, parts):
+    """What a row asks first, whatever it answers and however often it goes on."""
+    text = next(row[column] for column in parts["prompt"] if column in row)
+    return dialogue(text)[0]["content"] if text.startswith("\n\nHuman:") else text.strip()
+
+
+def load_text(name):
+    """A running text, its lines joined by blank ones as it is weighed by Chen et al. (`src/ppl.py`, line 51)."""
+    rows = raw_rows(SOURCES[TEXTS[name][0]], split="test")
+    if not all(isinstance(row, dict) and isinstance(row.get("text"), str) for row in rows):
+        raise SafetyNeuronError(f"{name} has a row without a 'text': is this the right file?")
+    return "\n\n".join(row["text"] for row in rows)
 
 
 def _half(prompt):
@@ -182,57 +247,103 @@ def _holds(name, number, row):
 
 
 def _row(name, number, row, parts, language):
-    texts = {}
+    texts, sides = {}, set(parts)
     for part, columns in parts.items():
         wanted = [column.format(language=language) for column in columns]
+        kind = list if wanted == ["conversations"] else str
         column = next(
-            (c for c in wanted if isinstance(row, dict) and isinstance(row.get(c), str)), None
+            (c for c in wanted if isinstance(row, dict) and isinstance(row.get(c), kind)), None
         )
         if column is None:
             raise SafetyNeuronError(
                 f"paper/{name}, row {number}: no text under {' or '.join(map(repr, wanted))}: is this the right file?"
             )
-        texts[part] = _part(row[column], part, column).strip()
+        texts[part] = _part(row[column], part, column, "rejected" in sides)
     return texts
 
 
-def _part(text, part, column):
-    """One side of a dialogue of a single turn (as HH-RLHF writes them), or the beginning of an article."""
-    if text.startswith("\n\nHuman:"):
-        human, _, answer = text.removeprefix("\n\nHuman:").partition("\n\nAssistant:")
-        single = "\n\nHuman:" not in answer
-        return (human if part == "prompt" else answer) if single else ""
-    return text[:TEXT] if column == "text" else text
+def _part(text, part, column, conversations):
+    """One side of a dialogue, or the beginning of an article; blank where a set of single turns has no use for it."""
+    if column == "conversations":
+        return _first_exchange(text)[part == "completion"]
+    if not text.startswith("\n\nHuman:"):
+        return (text[:TEXT] if column == "text" else text).strip()
+    turns = dialogue(text)
+    if column == "transcript":  # of an attack: what it begins with
+        return turns[0]["content"]
+    if turns[-1]["role"] == "user" or len(turns) > 2 and not conversations:
+        return ""
+    *before, answer = turns
+    return answer["content"] if part != "prompt" else before if before[1:] else before[0]["content"]
 
 
-def local_file(source, language="en"):
+def dialogue(text):
+    """The turns of a dialogue as HH-RLHF writes them: dicts with `role` and `content`."""
+    pieces = re.split(r"\n\n(Human|Assistant):", text)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[who], "content": said.strip()}
+        for who, said in zip(pieces[::2], pieces[1::2])
+    ]
+
+
+def _first_exchange(turns):
+    """The first question of a conversation and its answer; blanks where it begins otherwise."""
+    first = [(t.get("from"), t.get("value")) for t in turns[:2] if isinstance(t, dict)]
+    asked = [who for who, said in first if isinstance(said, str)] == ["human", "gpt"]
+    return tuple(said.strip() for _, said in first) if asked else ("", "")
+
+
+def part_of(source, split):
+    """What the authors of a set call the part that is read for a split.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If they have none.
+    """
+    if not source.splits:
+        return source.split
+    if split not in dict(source.splits):
+        has = " and ".join(dict(source.splits))
+        raise SafetyNeuronError(f"{source.page} has no {split} part: it has {has}")
+    return dict(source.splits)[split]
+
+
+def splits_of(source):
+    """The splits that a source can be read for, one of them where a file holds both."""
+    return tuple(dict(source.splits)) or ("train",)
+
+
+def file_of(source, language="en", split="train"):
+    """The name of a source's local file, without its ending."""
+    return source.file.format(language=language, split=split)
+
+
+def local_file(source, language="en", split="train"):
     """The source's file in `$SAFETYNEURON_DATA`, or None."""
-    folder = os.environ.get("SAFETYNEURON_DATA")
-    paths = (
-        [Path(folder) / f"{source.file.format(language=language)}{ending}" for ending in ENDINGS]
-        if folder
-        else []
-    )
+    folder, name = os.environ.get("SAFETYNEURON_DATA"), file_of(source, language, split)
+    paths = [Path(folder) / f"{name}{ending}" for ending in ENDINGS] if folder else []
     return next((path for path in paths if path.is_file()), None)
 
 
-def raw_rows(source, language="en"):
+def raw_rows(source, language="en", split="train"):
     """The first rows of a source as they are: from its local file, or from the hub."""
-    path = local_file(source, language)
+    part, path = part_of(source, split), local_file(source, language, split)
     if path:
-        return read_rows(path)[:ROWS]
+        return read_rows(path)[: source.rows]
     if source.repository is None:
         raise SafetyNeuronError(
             f"{source.file} is not on the hub: get it from {source.page} and put it into $SAFETYNEURON_DATA as {source.file}.json"
         )
-    return _from_hub(source, language)
+    return _from_hub(source, language, part, file_of(source, language, split))
 
 
-def _from_hub(source, language):
+def _from_hub(source, language, part, file):
     """The first rows of a set on the hub, from the cache of the `datasets` library once it is there."""
     import datasets
 
-    place = {"data_dir": source.folder, "revision": source.revision, "split": source.split}
+    place = {"data_dir": source.folder, "revision": source.revision, "split": part}
     if source.parts:
         place["data_files"] = source.parts.format(language=language)
     try:
@@ -241,6 +352,6 @@ def _from_hub(source, language):
         reason = str(error).strip().splitlines()[0][:200]
         raise SafetyNeuronError(
             f"{source.repository} cannot be read ({reason}): open {source.page}, accept its terms if it asks, set HF_TOKEN;"
-            f" or put the file into $SAFETYNEURON_DATA as {source.file.format(language=language)}.jsonl"
+            f" or put the file into $SAFETYNEURON_DATA as {file}.jsonl"
         ) from None
-    return rows.select(range(min(ROWS, len(rows)))).to_list()
+    return rows.select(range(min(source.rows or len(rows), len(rows)))).to_list()

@@ -15,7 +15,7 @@ from safetyneuron.run.imagined import GPUS, SHARE, imagine_model
 from safetyneuron.run.rehearsal import USABLE, rehearse, shape_of, weight_bytes
 
 MODEL_PARAMETERS = ("models", "bases", "model_name", "attacker", "cost_model")
-SETS = sources.PROMPTS | sources.DOCUMENTS | sources.PREFERENCES
+SETS = sources.PROMPTS | sources.DOCUMENTS | sources.PREFERENCES | sources.TEXTS
 GIB = 2**30
 
 
@@ -162,11 +162,10 @@ def stored_size(shape):
 def look_up_data(name, language):
     """Where a data set is, and for a local file whether its columns can be read."""
     source = sources.SOURCES[name]
-    what = f"{name} ({language})"
-    path = sources.local_file(source, language)
-    if path:
+    what, splits = f"{name} ({language})", sources.splits_of(source)
+    if all(sources.local_file(source, language, split) for split in splits):
         return _readable(what, name, language)
-    file = source.file.format(language=language)
+    file = sources.file_of(source, language, "{train,test}" if len(splits) > 1 else splits[0])
     if source.repository is None:
         return Finding(
             what,
@@ -183,16 +182,15 @@ def look_up_data(name, language):
 
 
 def _readable(what, name, language):
-    """Every set that reads this source can read the file."""
-    entries = [
-        entry
-        for group in (sources.PROMPTS, sources.DOCUMENTS, sources.PREFERENCES, sources.TARGETS)
-        for entry in group.values()
-        if entry[0] == name
-    ]
+    """Every set that reads this source can read its files."""
+    groups = sources.PROMPTS, sources.DOCUMENTS, sources.PREFERENCES, sources.TARGETS
+    entries = [entry for group in groups for entry in group.values() if entry[0] == name]
     try:
-        for entry in entries:
-            sources.load_rows(entry, language=language)
+        for split in sources.splits_of(sources.SOURCES[name]):
+            for entry in entries:
+                sources.load_rows(entry, split, language)
+        for text in [text for text, entry in sources.TEXTS.items() if entry[0] == name]:
+            sources.load_text(text)
     except SafetyNeuronError as error:
         return Finding(what, "unreadable", cure=str(error))
     return Finding(what, "local")
