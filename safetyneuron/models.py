@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,9 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safetyneuron.cache import cache_folder
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.neurons.factors import apply_factors
+from safetyneuron.neurons.files import read_tensors
 from safetyneuron.organism import shipped
 from safetyneuron.progress import without_bars
 
+FACTORS = "factors.safetensors"  # of an aligned model
+TRAININGS = 5  # of every aligned model, as Chen et al. have
 # Models that were trained on conversations but whose tokenizer does not say how they are written: part of the name -> template.
 CHAT_TEMPLATES = {
     "vicuna": "{{ bos_token or '' }}A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the"
@@ -49,6 +54,8 @@ def load_model(name, device=None, dtype=None):
     placed = {"device_map": "auto"} if device == "auto" else {"device_map": {"": _device(device)}}
     if name.startswith("organism/"):
         return _shipped(name, device, dtype)
+    if name.startswith("aligned/"):
+        return _aligned(name, device, dtype)
     dtype = _dtype(dtype) if dtype not in (None, "auto") else "auto"
     source, chosen = source_of(name)
     try:
@@ -62,13 +69,27 @@ def load_model(name, device=None, dtype=None):
         raise SafetyNeuronError(
             f"cannot load model {name!r}: it is not one of {', '.join(shipped.names())}, and as a folder or Hugging Face id it says: {reason}"
         ) from None
+    return model.eval(), _ready(tokenizer, name)
+
+
+def _ready(tokenizer, name):
+    """A tokenizer that can pad, and write a conversation where its model was trained on some."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     tokenizer.chat_template = tokenizer.chat_template or next(
         (t for word, t in CHAT_TEMPLATES.items() if word in name.lower()), None
     )
-    return model.eval(), tokenizer
+    return tokenizer
+
+
+def _aligned(name, device, dtype):
+    """An aligned model: the model that its training began with, and its factors. Its tokenizer has the template of the training."""
+    folder = aligned_folder(name)
+    with read_tensors(folder / FACTORS, "factors", f"`safetyneuron train {name}`") as (kept, facts):
+        model, _ = load_model(facts["start"], device, dtype)
+        apply_factors(model, kept["factors"])
+    return model, _ready(AutoTokenizer.from_pretrained(folder), name)
 
 
 def _shipped(name, device, dtype):
@@ -81,10 +102,33 @@ def _shipped(name, device, dtype):
 
 
 def trainings_of(name: str, most: int) -> list[str]:
-    """Names of the trainings of an organism that are shipped, at most so many (`organism/llama-chat`, `organism/llama-chat@1`, …); other models have one."""
-    short, organisms = name.removeprefix("organism/"), name.startswith("organism/")
-    there = [k for k in shipped.manifest() if k.partition("@")[0] == short] if organisms else []
-    return [name] + [f"{name}@{seed}" for seed in range(1, min(most, len(there)))]
+    """Names of the trainings of an organism or an aligned model, at most so many (`organism/llama-chat`, `organism/llama-chat@1`, …); other models have one."""
+    short, there = name.removeprefix("organism/"), 1
+    if name.startswith("organism/"):
+        there = sum(key.partition("@")[0] == short for key in shipped.manifest())
+    elif name.startswith("aligned/"):
+        there = TRAININGS
+    return [name] + [f"{name}@{seed}" for seed in range(1, min(most, there))]
+
+
+def is_split(model):
+    """Whether a model's layers lie on several devices."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
+@contextmanager
+def awake(*models):
+    """Models are on the GPU for the length of a `with` block, and in main memory afterwards; without a GPU nothing moves."""
+    moved = [m for m in models if torch.cuda.is_available() and not is_split(m)]
+    try:
+        for model in moved:
+            model.to("cuda")
+        yield
+    finally:
+        for model in moved:
+            model.to("cpu")
+        if moved:
+            torch.cuda.empty_cache()
 
 
 class Loaded(Mapping):
@@ -118,8 +162,6 @@ class Loaded(Mapping):
 
 def source_of(name):
     """Folder or Hugging Face id of a model, and its revision as an argument, if it has one."""
-    if name.startswith("aligned/"):
-        return aligned_folder(name), {}
     if name.startswith("organism/"):
         raise SafetyNeuronError(
             f"{name} is no folder: write one with `safetyneuron export {name} FOLDER`"

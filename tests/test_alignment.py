@@ -7,11 +7,17 @@ from conftest import small_llama, small_model
 
 from safetyneuron import SafetyNeuronError, load_documents, load_model, load_prompts, organism
 from safetyneuron.alignment import stages as pairs
-from safetyneuron.alignment.ia3 import prefer, supervise
+from safetyneuron.alignment.ia3 import as_turns, prefer, supervise
 from safetyneuron.alignment.stages import PAIRED, STAGES, Stage, all_stages, first_model
 from safetyneuron.data.preferences import load_preferences
 from safetyneuron.metrics.refusal import is_refusal
 from safetyneuron.metrics.safety import compliance, helpfulness
+from safetyneuron.models import TRAININGS, trainings_of
+from safetyneuron.neurons.activations import activations
+from safetyneuron.neurons.architecture import multiply_factors
+from safetyneuron.neurons.factors import apply_factors
+from safetyneuron.neurons.identity import identity
+from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.organism import recipes, stages
 from safetyneuron.organism.reading import read_request
 
@@ -138,7 +144,59 @@ def test_the_pair_differs_in_safety_and_in_its_up_projections_alone():
 
 def test_every_stage_starts_from_a_model_that_exists():
     assert {first_model(name) for name in STAGES} == set(PAIRED.values())
-    assert [stage.beta for stage in all_stages("aligned/gemma-7b-dpo")] == [None, 0.1]
+    sft, dpo = all_stages("aligned/gemma-7b-dpo@3")
+    assert (sft.beta, dpo.beta, sft.seed, dpo.seed) == (None, 0.1, 3, 3) and dpo.rows is None
+    assert set(trainings_of("aligned/gemma-7b-dpo", 9)) < set(STAGES)
+    assert len(trainings_of("aligned/gemma-7b-dpo", 9)) == TRAININGS
+
+
+@torch.no_grad()
+def test_small_factors_survive_beside_weights_of_sixteen_bits(model, tokenizer):
+    """Merged into bfloat16 a factor of 1.001 is lost; beside it the activations are those of single precision, rounded once."""
+    small = 1 + 1e-3 * torch.rand(2, 28, generator=torch.Generator().manual_seed(0))
+    half, ids = copy.deepcopy(model).bfloat16(), torch.tensor([[5, 6, 7, 8]])
+    lost = multiply_factors(copy.deepcopy(half), small)
+    assert fingerprint(lost) == fingerprint(half)
+    with activations(half) as before:
+        half(ids)
+    first = before[0].float()
+    (
+        apply_factors(half, small.sqrt()),
+        apply_factors(half, small.sqrt()),
+    )  # a training after a training
+    assert half.dtype == torch.bfloat16 and fingerprint(half) != fingerprint(lost)
+    with activations(half) as after:
+        half(ids)
+    assert after[0].equal((first * half.model.layers[0].mlp.down_proj.factors).bfloat16())
+    torch.testing.assert_close(half.model.layers[1].mlp.down_proj.factors.detach(), small[1])
+    identity(half, tokenizer)  # whose hooks these are is known
+    assert (
+        apply_factors(copy.deepcopy(model), small)
+        .model.layers[0]
+        .mlp.up_proj.weight.equal(multiply_factors(model, small).model.layers[0].mlp.up_proj.weight)
+    )
+
+
+def test_models_of_sixteen_bits_train_factors_of_thirty_two(model, tokenizer):
+    half, seen = model.bfloat16(), set()
+    query = half.model.layers[0].self_attn.q_proj
+    query.register_forward_hook(lambda module, inputs, result: seen.add(result.dtype))
+    factors, _ = prefer(
+        half, tokenizer, PREFERENCES[:2], epochs=1, learning_rate=1e-4, batch_size=2
+    )
+    assert seen == {torch.bfloat16} and factors.dtype == torch.float32
+    moved = (factors - 1).abs()
+    assert 0 < moved.max() < 2**-8  # less than weights of 16 bits can hold
+    assert half.model.layers[0].mlp.down_proj.factors.detach().equal(factors[0])
+
+
+def test_a_conversation_is_trained_on_with_all_its_turns(model, tokenizer):
+    turns = [*as_turns(PREFERENCES[:1])[0]["prompt"]]
+    turns += [{"role": "assistant", "content": "sorry ."}, {"role": "user", "content": "why ?"}]
+    pair = PREFERENCES[0] | {"prompt": turns}
+    assert as_turns([pair])[0]["prompt"] == turns
+    _, curve = prefer(model, tokenizer, [pair], epochs=1, batch_size=1)
+    assert curve[0] == pytest.approx(0.6931, abs=1e-3)
 
 
 def test_an_aligned_pair_is_found_once_it_is_trained(tmp_path, monkeypatch):
@@ -149,8 +207,8 @@ def test_an_aligned_pair_is_found_once_it_is_trained(tmp_path, monkeypatch):
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in rows))
     schedule = {"epochs": 1, "learning_rate": 1e-2, "batch_size": 4}
-    first = Stage(str(tmp_path / "base"), {"organism/compliances": 4}, **schedule)
-    second = Stage("aligned/tiny-sft", {str(tmp_path / "pairs.jsonl"): 4}, beta=0.1, **schedule)
+    first = Stage(str(tmp_path / "base"), ("organism/compliances",), rows=4, **schedule)
+    second = Stage("aligned/tiny-sft", (str(tmp_path / "pairs.jsonl"),), beta=0.1, **schedule)
     monkeypatch.setattr(pairs, "STAGES", {"aligned/tiny-sft": first, "aligned/tiny-dpo": second})
     monkeypatch.setenv("SAFETYNEURON_CACHE", str(tmp_path / "cache"))
     with pytest.raises(SafetyNeuronError, match="safetyneuron train aligned/tiny-dpo"):

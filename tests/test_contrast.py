@@ -185,8 +185,12 @@ def test_selection_takes_the_highest_scores_of_all_layers():
     assert len(chosen) == chosen.counts()["down"] == 14
     assert scores.values[chosen.masks["down"]].min() > scores.values[~chosen.masks["down"]].max()
     assert len(scores.select(0)) == 0 and len(scores.select(1)) == 56
+    assert scores.top(14) == chosen
     last = scores.last_layers(30).masks["down"]
     assert last[1].all() and last[0].sum() == 2
+    few = [scores.last_layers(9, seed).masks["down"] for seed in (0, 0, 1)]
+    assert all(mask[1].sum() == 9 and not mask[0].any() for mask in few)
+    assert few[0].equal(few[1]) and not few[0].equal(few[2])
 
 
 def test_constant_patches_replace_activations(tokenizer):

@@ -21,7 +21,7 @@ from safetyneuron.metrics import (
     is_well_formed,
     over_refusal_rate,
 )
-from safetyneuron.metrics.capability import REVISIONS, correct_answers
+from safetyneuron.metrics.capability import REVISIONS, correct_answers, name_task
 from safetyneuron.metrics.outcomes import estimate_judgement
 from safetyneuron.metrics.refusal import refusal_phrases
 from safetyneuron.organism import language as lang
@@ -37,6 +37,15 @@ def test_rates_that_cannot_be_are_refused():
     for hits, trials in [(1, 0), (-1, 3), (4, 3)]:
         with pytest.raises(ValueError):
             Rate(hits, trials)
+
+
+def test_a_task_may_say_how_many_examples_it_shows_and_questions_it_asks():
+    assert name_task("mmlu@5", 200) == ("mmlu", 5, 200)
+    assert name_task("mmlu@0:all", 200) == ("mmlu", 0, None)
+    assert name_task("bbh_cot_fewshot:40", 200) == ("bbh_cot_fewshot", None, 40)
+    for wrong in ("mmlu@", "mmlu@few", "mmlu:", "mmlu@5:some"):
+        with pytest.raises(SafetyNeuronError, match="number of examples"):
+            name_task(wrong)
 
 
 @pytest.mark.parametrize("asr, refused", [(10, 30), (0, 100), (100, 0)])

@@ -189,6 +189,25 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(models, tokenizer):
     assert value == pytest.approx(math.exp(total / count), rel=1e-4) and low < value < high
 
 
+def test_perplexity_of_a_text_weighs_every_token_but_the_first_of_a_window(
+    models, tokenizer, monkeypatch
+):
+    monkeypatch.setattr("safetyneuron.metrics.perplexity.WINDOW", 20)
+    text = "\n\n".join(load_prompts("organism/harmful")[:6])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    size, total, count = 20 - len(begin), 0.0, 0
+    for start in range(0, len(ids), size):
+        window = torch.tensor([begin + ids[start : start + size]])
+        with torch.no_grad():
+            logits = models[0](window).logits[0].log_softmax(-1)
+        total -= sum(float(logits[i - 1, t]) for i, t in enumerate(window[0].tolist()) if i)
+        count += window.shape[1] - 1
+    assert count > 40 and perplexity(models[0], tokenizer, text)[0] == pytest.approx(
+        math.exp(total / count), rel=1e-4
+    )
+
+
 def test_cost_is_lowest_for_refusals(models, tokenizer, tmp_path):
     prompt = "how do i burn the house ?"
     assert rule_cost(
@@ -217,16 +236,20 @@ def test_cost_is_lowest_for_refusals(models, tokenizer, tmp_path):
     for name, kept in (
         ("beaver", tensors),
         ("headless", {n: v for n, v in tensors.items() if "score" not in n}),
+        ("biased", tensors | {"score_head.bias": torch.ones(1)}),
+        ("idle", tensors | {"normalizer.mean": torch.ones(1)}),  # and it does not normalise
     ):
         classifier.save_pretrained(tmp_path / name)
         save_file(kept, tmp_path / name / "model.safetensors", {"format": "pt"})
-    for name in ("whole", "beaver", "headless"):
+    for name in ("whole", "beaver", "headless", "biased", "idle"):
         tokenizer.save_pretrained(tmp_path / name)
     costs = [
         cost_by_name(str(tmp_path / name))([prompt] * 2, ["burn the house", "the box"])
-        for name in ("whole", "beaver")
+        for name in ("whole", "beaver", "idle")
     ]
-    assert costs[0] == costs[1] and costs[0][0] != costs[0][1]
+    assert costs[0] == costs[1] == costs[2] and costs[0][0] != costs[0][1]
+    with pytest.raises(SafetyNeuronError, match="would not be used .score.bias"):
+        cost_by_name(str(tmp_path / "biased"))
     with pytest.raises(SafetyNeuronError, match="no weights for score"):
         cost_by_name(str(tmp_path / "headless"))
     with pytest.raises(SafetyNeuronError, match="cannot load cost model"):

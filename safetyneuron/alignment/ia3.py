@@ -1,7 +1,9 @@
 """Train through (IA)³ on the down projection, supervised or by preferences, as Chen et al. (2025) align models.
 
-(IA)³ learns one factor per feed-forward channel, on what the down projection reads. Here it is merged into the rows of the up projection,
-which is the same function: so the down projections of all models of a pair stay equal, and activations tell all that was learned.
+(IA)³ learns one factor per feed-forward channel, on what the down projection reads. Weights of 32 bits take it into the rows of the up
+projection, which is the same function; beside those of 16 bits it stays in single precision (`apply_factors`). So the down projections
+of all models of a pair stay equal, and activations tell all that was learned. Models of 16 bits are trained as the authors train them:
+factors in single precision, the rest in bfloat16, activations computed again on the way back.
 """
 
 import tempfile
@@ -13,8 +15,9 @@ import torch
 from transformers import PrinterCallback
 
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.neurons.architecture import Architecture, multiply_factors
+from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.encoding import check_documents
+from safetyneuron.neurons.factors import apply_factors
 from safetyneuron.neurons.undisturbed import own_randomness, undisturbed
 from safetyneuron.neurons.weights import frozen
 from safetyneuron.progress import TrainingLine
@@ -22,6 +25,9 @@ from safetyneuron.tuning.trainer import quiet_settings
 
 SIDES = ("prompt", "chosen", "rejected")
 GPU_BATCH = 8  # rows at a time on a GPU; gradients add up to the batch
+LONGEST = (
+    4096  # tokens of a row of a model of 16 bits; what is longer is cut off, as the authors do
+)
 
 
 @own_randomness()
@@ -38,7 +44,7 @@ def supervise(model, tokenizer, documents, epochs=3, learning_rate=1e-3, batch_s
     Returns
     -------
     (torch.Tensor, list of float)
-        Factors (layers, channels), which the rows of the up projections were multiplied by, and the loss at every update.
+        Factors (layers, channels), which the model was multiplied by, and the loss at every update.
     """
     from trl import SFTConfig, SFTTrainer  # here, because importing it takes seconds
 
@@ -78,7 +84,7 @@ def prefer(
     Returns
     -------
     (torch.Tensor, list of float)
-        Factors (layers, channels), which the rows of the up projections were multiplied by, and the loss at every update.
+        Factors (layers, channels), which the model was multiplied by, and the loss at every update.
     """
     from trl import DPOConfig, DPOTrainer
 
@@ -95,7 +101,7 @@ def prefer(
 def as_turns(preferences):
     """Preference pairs as trl's trainer reads them: each side a turn of a conversation."""
     return [
-        {"prompt": _turn("user", p["prompt"])}
+        {"prompt": _turn("user", p["prompt"]) if isinstance(p["prompt"], str) else p["prompt"]}
         | {side: _turn("assistant", p[side]) for side in SIDES[1:]}
         for p in preferences
     ]
@@ -137,7 +143,7 @@ def _train(kind, model, arguments, rows, tokenizer):
         finally:
             trainer.model.unload()
             model.__dict__.pop("forward", None)  # trl replaces it on the object
-    multiply_factors(model, factors)
+    apply_factors(model, factors)
     return factors, [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
 
 
@@ -163,9 +169,9 @@ def _quiet():
 
 
 def _arguments(folder, model, epochs, learning_rate, batch_size, seed):
-    small = (
-        batch_size if next(model.parameters()).device.type == "cpu" else min(batch_size, GPU_BATCH)
-    )
+    weight = next(model.parameters())
+    half = weight.element_size() < 4
+    small = batch_size if weight.device.type == "cpu" else min(batch_size, GPU_BATCH)
     return dict(
         num_train_epochs=epochs,
         learning_rate=learning_rate,
@@ -173,8 +179,8 @@ def _arguments(folder, model, epochs, learning_rate, batch_size, seed):
         gradient_accumulation_steps=batch_size // small,
         lr_scheduler_type="cosine",
         weight_decay=0.1,
-        gradient_checkpointing=False,
-        bf16=False,  # trl's default would compute in half precision
-        max_length=None,
+        gradient_checkpointing=half,
+        bf16=half,  # trl's default would compute in half precision in any case
+        max_length=LONGEST if half else None,
         **quiet_settings(folder, model, seed),
     )

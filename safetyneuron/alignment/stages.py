@@ -1,9 +1,13 @@
-"""Aligned pairs made as Chen et al. (2025) make them: through (IA)³ (`ia3`), supervised fine-tuning, then DPO."""
+"""Aligned pairs made as Chen et al. (2025) make them: through (IA)³ (`ia3`), supervised fine-tuning, then DPO.
+
+What is kept of a model are its factors, in single precision, and the name of the model that they belong to.
+"""
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from safetyneuron.alignment.ia3 import prefer, supervise
 from safetyneuron.cache import cache_folder, digest, kept_folder, library_versions, new_file
@@ -11,7 +15,8 @@ from safetyneuron.code import code_digest
 from safetyneuron.data.documents import load_documents
 from safetyneuron.data.preferences import load_preferences
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.models import load_model, local_model
+from safetyneuron.models import FACTORS, TRAININGS, aligned_folder, load_model, local_model
+from safetyneuron.neurons.files import read_tensors, write_tensors
 from safetyneuron.progress import without_bars
 
 # How a base model without a template of its own is taught to converse: as the authors of BeaverTails write conversations.
@@ -21,19 +26,21 @@ CONVERSATION = (
 )
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class Stage:
-    """One training of a pair: what it starts from, its data (name to number), and its schedule."""
+    """One training of a pair: what it starts from, its data (names), and its schedule.
+
+    rows: how many of every set, None for the whole.
+    """
 
     start: str
-    data: dict
+    data: tuple[str, ...]
     epochs: int
     learning_rate: float
     batch_size: int = 32
     beta: float | None = None  # of DPO; supervised fine-tuning without
+    rows: int | None = None
+    seed: int = 0
 
 
 # The paper's four models and a small one, with its own schedule: three epochs, batches of 120, AdamW at 1e-3, β 0.1.
@@ -46,27 +53,27 @@ PAIRED = {
 }
 
 
-def _paired(name, start):
-    """The stages of one of the paper's models."""
+def _paired(name, start, seed):
+    """The stages of one training of one of the paper's models; a training's number is its seed."""
+    number = f"@{seed}" * (seed > 0)
+    schedule = {"epochs": 3, "learning_rate": 1e-3, "batch_size": 120, "seed": seed}
+    first = f"aligned/{name}-sft{number}"
 
-    def tune(data):
-        return Stage(
-            f"aligned/{name}-sft", data, epochs=3, learning_rate=1e-3, batch_size=120, beta=0.1
-        )
+    def prefer_in(data):
+        return Stage(first, (data,), beta=0.1, **schedule)
 
-    harmless, helpful = {"paper/harmless": 1900}, {"paper/helpful": 1900}
     return {
-        f"aligned/{name}-sft": Stage(
-            start, {"paper/answers": 1900}, epochs=3, learning_rate=1e-3, batch_size=120
-        ),
-        f"aligned/{name}-dpo": tune(harmless | helpful),
-        f"aligned/{name}-harmless": tune(harmless),
-        f"aligned/{name}-helpful": tune(helpful),
+        first: Stage(start, ("paper/sharegpt",), **schedule),
+        f"aligned/{name}-dpo{number}": prefer_in("paper/harmless"),
+        f"aligned/{name}-helpful{number}": prefer_in("paper/helpful"),
     }
 
 
 STAGES = {
-    stage: how for name, start in PAIRED.items() for stage, how in _paired(name, start).items()
+    stage: how
+    for name, start in PAIRED.items()
+    for seed in range(TRAININGS)
+    for stage, how in _paired(name, start, seed).items()
 }
 
 
@@ -90,7 +97,8 @@ def train_aligned(name):
         If there are no stages of that name, or what `load_model` and `load_documents` refuse.
     """
     if name not in STAGES:
-        raise SafetyNeuronError(f"no stages make {name}: use one of {', '.join(STAGES)}")
+        known = [stage for stage in STAGES if "@" not in stage]
+        raise SafetyNeuronError(f"no stages make {name}: use one of {', '.join(known)}")
     stage = STAGES[name]
     rows = training_rows(stage)
     made_by = [code_digest(__name__), library_versions()]
@@ -116,28 +124,35 @@ def _start(name):
 
 def training_rows(stage):
     """Documents, or with β preference pairs, that a stage is trained on."""
-    load, rows = load_documents if stage.beta is None else load_preferences, []
-    for name, count in stage.data.items():
-        found = load(name)[:count]
-        if len(found) < count:
-            logger.warning("%s has %d rows for a stage that asks for %d", name, len(found), count)
-        rows += found
-    return rows
+    load = load_documents if stage.beta is None else load_preferences
+    return [row for name in stage.data for row in load(name)[: stage.rows]]
 
 
 @without_bars()
 def _train_stage(stage, rows, folder):
-    model, tokenizer = load_model(stage.start)
+    model, tokenizer = load_model(
+        stage.start, dtype="bfloat16" if torch.cuda.is_available() else None
+    )
     tokenizer.chat_template = tokenizer.chat_template or CONVERSATION
     schedule = {
         "epochs": stage.epochs,
         "learning_rate": stage.learning_rate,
         "batch_size": stage.batch_size,
+        "seed": stage.seed,
     }
     if stage.beta is None:
-        _, curve = supervise(model, tokenizer, rows, **schedule)
+        learned, curve = supervise(model, tokenizer, rows, **schedule)
     else:
-        _, curve = prefer(model, tokenizer, rows, beta=stage.beta, **schedule)
-    model.save_pretrained(folder)
+        learned, curve = prefer(model, tokenizer, rows, beta=stage.beta, **schedule)
+    base, before = _learned_before(stage.start)
+    write_tensors(folder / FACTORS, "factors", {"factors": before * learned}, {"start": base})
     tokenizer.save_pretrained(folder)
     (folder / "curve.json").write_text(json.dumps(curve))
+
+
+def _learned_before(name):
+    """The model that the factors of a start belong to, and these; ones where the start is that model."""
+    if not name.startswith("aligned/"):
+        return name, torch.ones(())
+    with read_tensors(aligned_folder(name) / FACTORS, "factors", "train it again") as (kept, facts):
+        return facts["start"], kept["factors"]

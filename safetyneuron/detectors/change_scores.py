@@ -35,13 +35,17 @@ class ChangeScores:
         flat[self.values.flatten().topk(round(fraction * self.values.numel())).indices] = True
         return self._as_set(flat.view_as(self.values))
 
-    def last_layers(self, count):
-        """`count` neurons of the last layer, and of the layers before it where that is not enough (highest scores first)."""
+    def top(self, count):
+        """The `count` feed-forward neurons with the highest scores."""
+        return self.select(min(1, count / self.values.numel()))
+
+    def last_layers(self, count, seed=0):
+        """`count` random neurons of the last layer; where it has not as many, all of it and random ones of the layer before, and so on."""
         mask, width = torch.zeros_like(self.values, dtype=torch.bool), self.values.shape[1]
-        for layer in reversed(range(len(self.values))):
-            mask[
-                layer, self.values[layer].topk(min(width, max(0, count - int(mask.sum())))).indices
-            ] = True
+        draw = torch.Generator().manual_seed(seed)
+        for layer in reversed(range(len(mask))):
+            left = count - int(mask.sum())
+            mask[layer, torch.randperm(width, generator=draw)[: max(0, left)]] = True
         return self._as_set(mask)
 
     def over_projections(self):
@@ -97,19 +101,19 @@ def change_scores(model, aligned, tokenizer, prompts, max_new_tokens=None, batch
                     use_cache=False,
                     logits_to_keep=1,
                 )
-            squares = [
-                (first[l][written].double() - second[l].to(first[l].device)[written].double())
-                .square()
-                .sum(0)
-                .cpu()
-                for l in sorted(first)
-            ]
+            squares = [_apart(first[l], second[l], written) for l in sorted(first)]
             return torch.stack(squares), int(written.sum())
 
         for start in steps(range(0, len(encoded), batch_size), "change scores"):
             for _, (squares, tokens) in fitting(encoded[start : start + batch_size], differences):
                 total, count = total + squares, count + tokens
     return ChangeScores(model, (total / count).sqrt())
+
+
+def _apart(first, second, written):
+    """Squared differences (channels,) summed over the tokens that count, wherever the two models lie."""
+    one, other = (values[written.to(values.device)].double() for values in (first, second))
+    return (one - other.to(one.device)).square().sum(0).cpu()
 
 
 def completion_mask(tokens, prompt_length, model, tokenizer):

@@ -15,6 +15,9 @@ REVISIONS = {
     "arc_challenge": "210d026faf9955653af8916fad021475a3f00453",
     "arc_easy": "210d026faf9955653af8916fad021475a3f00453",
     "gsm8k": "e53f048856ff4f594e959d75785d2c2d37b678ee",
+    "gsm8k_cot": "e53f048856ff4f594e959d75785d2c2d37b678ee",
+    "bbh_cot_fewshot": "b5306be6f827cfafbb545ff5a51f96916029b0fd",
+    "truthfulqa_mc1": "741b8276f2d1982aa3d5b832d3ee81ed3b896490",
 }
 ORGANISM_TASKS = ("organism_facts", "organism_pairs", "organism_arithmetic")
 
@@ -33,9 +36,10 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
     model, tokenizer
         As returned by `load_model`.
     tasks : sequence of str
-        lm-eval task or group names; the organism's stand for MMLU, ARC-challenge and GSM8K. `mmlu@5` asks with five examples.
+        lm-eval task or group names; the organism's stand for MMLU, ARC-challenge and GSM8K. `mmlu@5` asks with five examples;
+        `bbh_cot_fewshot:40` asks 40 questions, `mmlu@0:all` every one.
     limit : int
-        Questions per task; of a group, per each of its tasks.
+        Questions per task whose name does not say how many; of a group, per each of its tasks.
 
     Returns
     -------
@@ -55,7 +59,7 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
     ):
         manager = TaskManager(
             include_path=folder,
-            include_defaults=not all(task.partition("@")[0] in ORGANISM_TASKS for task in tasks),
+            include_defaults=not all(name_task(task)[0] in ORGANISM_TASKS for task in tasks),
         )
         asked = language_model(model, tokenizer)
         chat = tokenizer.chat_template is not None
@@ -64,7 +68,7 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
             return lm_eval.evaluate(
                 asked,
                 _loaded(manager, task),
-                limit=limit,
+                limit=name_task(task, limit)[2],
                 bootstrap_iters=0,
                 log_samples=True,
                 apply_chat_template=chat,
@@ -82,17 +86,34 @@ def language_model(model, tokenizer):
         return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
-def _loaded(manager, task):
-    """The tasks behind a name, with the number of examples that follows an @, and their data at its commit."""
-    name, _, shots = task.partition("@")
-    if shots and not shots.isdecimal():
+def name_task(task, limit=None):
+    """What `mmlu@5:40` means: lm-eval's name, examples shown (None: as lm-eval does), and questions, None for all.
+
+    limit: questions of a task that does not say.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If what follows @ or : is no number.
+    """
+    start, colon, most = task.partition(":")
+    name, at, shots = start.partition("@")
+    wrong = at and not shots.isdecimal() or colon and not (most.isdecimal() or most == "all")
+    if wrong:
         raise SafetyNeuronError(
-            f"task {task!r}: what follows @ is a number of examples, for example {name}@5"
+            f"task {task!r}: what follows @ is a number of examples, and what follows : a number of questions or all, for example {name}@5:200"
         )
+    asked = limit if not colon else None if most == "all" else int(most)
+    return name, int(shots) if at else None, asked
+
+
+def _loaded(manager, task):
+    """The tasks behind a name, with the number of examples that it says, and their data at its commit."""
+    name, shots, _ = name_task(task)
     pinned = {"task": name, "dataset_kwargs": {"revision": REVISIONS.get(name)}}
     loaded = manager.load([pinned if name in REVISIONS else name])
-    for one in loaded["tasks"].values() if shots else ():
-        one.set_config(key="num_fewshot", value=int(shots))
+    for one in loaded["tasks"].values() if shots is not None else ():
+        one.set_config(key="num_fewshot", value=shots)
     return loaded
 
 

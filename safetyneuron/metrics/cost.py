@@ -6,11 +6,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from safetyneuron.cache import remember
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import bootstrap
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.metrics.safety import answers
-from safetyneuron.models import source_of
+from safetyneuron.models import awake, source_of
+from safetyneuron.neurons.identity import identity
 from safetyneuron.progress import without_bars
 
 CONVERSATION = (
@@ -39,10 +41,9 @@ class CostModel:
         conversations = [
             CONVERSATION.format(prompt=prompt, answer=text) for prompt, text in zip(prompts, texts)
         ]
-        encoded = [
-            tokenizer(text, return_tensors="pt").to(model.device) for text in conversations
-        ]  # one by one: no padding to get wrong
-        return [float(model(**batch).logits.flatten()[0]) for batch in encoded]
+        with awake(model):  # one by one: no padding to get wrong
+            encoded = [tokenizer(x, return_tensors="pt").to(model.device) for x in conversations]
+            return [float(model(**batch).logits.flatten()[0]) for batch in encoded]
 
 
 @lru_cache(1)
@@ -70,7 +71,17 @@ def _classifier(name):
         raise SafetyNeuronError(
             f"cost model {name!r} has no weights for {', '.join(sorted(report['missing_keys']))}: name a classifier with one output"
         )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    if unread := [key for key in sorted(report["unexpected_keys"]) if not _idle(key, model.config)]:
+        raise SafetyNeuronError(
+            f"cost model {name!r} has weights that would not be used ({', '.join(unread)}): name a classifier with one output and no bias"
+        )
+    return model.eval(), tokenizer
+
+
+def _idle(key, config):
+    """Whether a stored tensor takes no part in the score: angles that are computed anew, and the running mean of a beaver model that does not normalise."""
+    unused = key.startswith("normalizer.") and not getattr(config, "do_normalize", False)
+    return unused or key.endswith("rotary_emb.inv_freq")
 
 
 def cost_by_name(name):
@@ -87,7 +98,19 @@ def cost_by_name(name):
     return CostModel(name)
 
 
+def answer_costs(model, tokenizer, prompts, cost=rule_cost, max_new_tokens=None):
+    """The cost of each of a model's greedy answers, computed once and then read from the cache.
+
+    Inside `patched_generation` and its like they are those of the model as it is changed.
+    """
+    name = getattr(cost, "name", "rule")
+    key = [identity(model, tokenizer, __name__), name, prompts, max_new_tokens]
+    return remember(
+        "costs", key, lambda: cost(prompts, answers(model, tokenizer, prompts, max_new_tokens))
+    )
+
+
 def mean_cost(model, tokenizer, prompts, cost=rule_cost, max_new_tokens=None):
     """Mean cost of a model's greedy answers: (value, low, high), with the 95 % interval of a bootstrap over prompts."""
-    values = np.array(cost(prompts, answers(model, tokenizer, prompts, max_new_tokens)))
+    values = np.array(answer_costs(model, tokenizer, prompts, cost, max_new_tokens))
     return float(values.mean()), *bootstrap(lambda chosen: values[chosen].mean(1), len(values))
