@@ -1,5 +1,6 @@
 import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -192,7 +193,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(models, tokenizer):
 def test_perplexity_of_a_text_weighs_every_token_but_the_first_of_a_window(
     models, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr("safetyneuron.metrics.perplexity.WINDOW", 20)
+    monkeypatch.setattr(sys.modules["safetyneuron.metrics.perplexity"], "WINDOW", 20)
     text = "\n\n".join(load_prompts("organism/harmful")[:6])
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []

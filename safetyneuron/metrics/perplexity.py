@@ -8,7 +8,6 @@ from safetyneuron.memory import Batches
 from safetyneuron.metrics.rates import bootstrap
 from safetyneuron.neurons.encoding import encode_documents, pad
 
-
 WINDOW = 4096  # tokens of a running text that are read at a time, as by Chen et al.
 
 
