@@ -248,7 +248,8 @@ def test_cost_is_lowest_for_refusals(models, tokenizer, tmp_path):
         cost_by_name(str(tmp_path / name))([prompt] * 2, ["burn the house", "the box"])
         for name in ("whole", "beaver", "idle")
     ]
-    assert costs[0] == costs[1] == costs[2] and costs[0][0] != costs[0][1]
+    assert all(other == pytest.approx(costs[0], abs=1e-6) for other in costs[1:])
+    assert abs(costs[0][0] - costs[0][1]) > 1e-4
     with pytest.raises(SafetyNeuronError, match="would not be used .score.bias"):
         cost_by_name(str(tmp_path / "biased"))
     with pytest.raises(SafetyNeuronError, match="no weights for score"):
