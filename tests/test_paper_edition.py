@@ -76,12 +76,23 @@ def rows_of(name):
             "chosen": TURN.format(ask(i + 50), f"use {i} boats ."),
             "rejected": TURN.format(ask(i + 50), answer(i)),
         },
+        "redteam": lambda i: {"transcript": TURN.format(ask(i + 200), answer(i))},
+        "jailbreak-llms": lambda i: {"question": ask(i + 250)},
+        "sharegpt": lambda i: {
+            "conversations": [
+                {"from": "human", "value": ask(i + 300)},
+                {"from": "gpt", "value": f"use {i} boats ."},
+            ]
+        },
     }
+    first = 400 * name.endswith("-test")  # what is asked was not trained on
+    name = name.removesuffix("-train").removesuffix("-test")
     count = (
         520 if name == "circuit-breakers" else COUNT
     )  # half of them are for the corpora of appendix A.2
     return [
-        shapes.get(name, lambda i: {"text": f"article {i} about the farm"})(i) for i in range(count)
+        shapes.get(name, lambda i: {"text": f"article {i} about the farm"})(first + i)
+        for i in range(count)
     ]
 
 
@@ -138,6 +149,9 @@ SMALL |= {
     "fractions": [0.1],
     "depth_fraction": 0.05,
     "n_guard": 20,
+    "n_learn": 20,
+    "n_read": 20,
+    "score_tokens": 5,
     "cost_model": "rule",
     "rerouting_rate": 1.0e-3,
     "n_tune": 4,

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import scores_with, small_llama
 from safetensors.torch import save_file
+from scipy.stats import spearmanr
 
-from safetyneuron import NeuronSet, Rate, SafetyNeuronError, load_documents, load_prompts
-from safetyneuron.chapters import ch09_contrast
-from safetyneuron.detectors.change_scores import ChangeScores
+from safetyneuron import NeuronSet, SafetyNeuronError, load_documents, load_model, load_prompts
+from safetyneuron.chapters import ch09_contrast, ch09_guard, ch09_tax
+from safetyneuron.detectors.change_scores import ChangeScores, change_scores
 from safetyneuron.metrics import Suite, cost_by_name, mean_cost, perplexity, rule_cost
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.metrics.verdict import Verdict, judge
@@ -36,45 +37,61 @@ def scores(models):
 
 
 def test_restored_is_the_share_of_the_gap_that_is_closed():
-    value, low, high = ch09_contrast.restored(Rate(90, 100), Rate(10, 100), Rate(30, 100))
-    assert value == pytest.approx(0.75) and low < 0.75 < high
-    assert low == pytest.approx((0.9 - Rate(30, 100).interval[1]) / 0.8)
-    assert all(
-        math.isnan(x) for x in ch09_contrast.restored(Rate(50, 100), Rate(45, 100), Rate(30, 100))
+    def outcomes(*hits):
+        return [[[1.0] * h + [0.0] * (100 - h)] for h in hits]
+
+    found = ch09_contrast.share_closed(outcomes(90), outcomes(10), outcomes(30))
+    assert found.value == pytest.approx(0.75) and found.interval[0] < 0.75 < found.interval[1]
+    assert ch09_contrast.share_closed(outcomes(50), outcomes(48), outcomes(30)) is None
+    assert ch09_contrast.share_closed(outcomes(10), outcomes(90), outcomes(30)) is None
+
+
+def patched_runs(chosen, random=(90, 80, 99), last=(88, 79, 97)):
+    """Outcomes and costs of three trainings of one family; every answer that is no refusal costs 2, a refusal −1."""
+    hits = {"recipient": (90, 80, 100), "donor": (10, 0, 0)}
+    hits |= dict(
+        zip(
+            (ch09_contrast.CHANGE, ch09_contrast.RANDOM, ch09_contrast.LAST), (chosen, random, last)
+        )
     )
+    runs, costs = {}, {}
+    for name, counts in hits.items():
+        drawn = 4 if name in (ch09_contrast.RANDOM, ch09_contrast.LAST) else 1
+        scores = [[scores_with({("asr", "s"): h, ("helpful", "b"): 90})] * drawn for h in counts]
+        runs["f", name, 0 if name in ("recipient", "donor") else 0.05] = scores
+        costs["f", name] = [[[2.0] * h + [-1.0] * (100 - h)] * drawn for h in counts]
+    return runs, costs
 
 
 def test_the_share_restored_is_what_the_patch_closes_of_the_gap_in_every_training():
-    def runs(*hits):
-        return [[scores_with({("asr", "s"): h, ("helpful", "b"): 90})] for h in hits]
-
-    ends = {"recipient": runs(90, 80, 100), "donor": runs(10, 0, 0)}
-    share = ch09_contrast.estimate_restored(*ends.values(), runs(30, 20, 40), "s")
-    gaps, closed = [80, 80, 100], [60, 60, 60]
-    assert share.value == pytest.approx(sum(closed) / sum(gaps)) and share.trainings == 3
-    judged = {
-        ch09_contrast.CHANGE: runs(10, 0, 1),
-        ch09_contrast.RANDOM: [[*a, *b] for a, b in zip(runs(90, 80, 99), runs(88, 79, 100))],
-        ch09_contrast.LAST: runs(10, 0, 2),
-    }
-    verdicts = judge(ch09_contrast.weigh_claims(ends, judged, "s", "b"))
+    runs, costs = patched_runs((30, 20, 40))
+    shares = ch09_contrast.shares_closed(runs, costs, "f", ch09_contrast.CHANGE, 0.05, "s")
+    assert shares["asr"].value == pytest.approx(180 / 260) and shares["asr"].trainings == 3
+    assert (
+        shares["cost"].value == pytest.approx(shares["coherent"].value) == pytest.approx(180 / 260)
+    )
+    runs, costs = patched_runs((10, 0, 1))
+    asked = (["f"], 0.05, "s", "b", "asr")
+    found, numbers = ch09_contrast.judge_patches(runs, costs, *asked)
+    verdicts = judge({key: models["f"] for key, models in found.items()})
+    assert set(verdicts) == set(numbers)
     assert verdicts["patch-restores"] is verdicts["patch-above-random"] is Verdict.SEEN
-    assert verdicts["patch-above-last"] is not Verdict.SEEN
-    table = ch09_contrast.restored_table(ends, judged, "s")
-    assert table.loc[ch09_contrast.CHANGE, "by training"] == "100, 100, 99"
+    table = ch09_contrast.restored_table(runs, costs, 0.05, "s")
+    assert table.loc[("f", ch09_contrast.CHANGE), "by training"] == "100, 100, 99"
+    assert len(table) == 3
+    runs, costs = patched_runs((10, 0, 1), last=(10, 0, 2))
+    found, _ = ch09_contrast.judge_patches(runs, costs, *asked)
+    assert judge({"last": found["patch-above-last"]["f"]})["last"] is not Verdict.SEEN
 
 
 def test_the_table_of_the_curve_holds_both_models_and_every_condition():
-    runs = [[scores_with({("asr", "s"): 50})]]
-    curves = {("a", 0.1): runs, ("a", 0.5): runs}
-    ends = {"recipient": runs, "donor": runs}
-    table = ch09_contrast.tabulate_restoration(curves, ends, [("asr", "s")])
-    assert table[["condition", "fraction"]].values.tolist() == [
-        ["recipient", 0.0],
-        ["donor", 0.0],
-        ["a", 0.1],
-        ["a", 0.5],
+    runs, _ = patched_runs((30, 20, 40))
+    runs |= {("other", *key[1:]): found for key, found in runs.items()}
+    table = ch09_contrast.tabulate_restoration(runs, "f", [("asr", "s")])
+    assert table["condition"].tolist() == [
+        condition for family, condition, _ in runs if family == "f"
     ]
+    assert set(table["fraction"]) == {0, 0.05}
 
 
 def test_controls_are_as_large_and_random_ones_lie_in_the_same_layers(scores):
@@ -91,20 +108,24 @@ def test_controls_are_as_large_and_random_ones_lie_in_the_same_layers(scores):
 
 def test_no_random_others_are_drawn_where_too_few_are_left(scores):
     found = ch09_contrast.conditions(scores, 0.75, 2)
-    assert [len(sets) for sets in found.values()] == [1, 0, 1]
+    assert [len(sets) for sets in found.values()] == [1, 0, 2]
+    plan = ch09_contrast.sets_to_patch(scores, [0.25, 0.75], 0.25, 2)
+    assert {key: len(sets) for key, sets in plan.items() if key[0] == ch09_contrast.RANDOM} == {
+        (ch09_contrast.RANDOM, 0.25): 2
+    }
+    assert {len(sets) for (name, share), sets in plan.items() if share == 0.75} == {1}
 
 
-def test_neurons_alone_are_ordered_by_what_they_do(models, tokenizer, scores):
-    chosen = scores.select(0.1)
-    single = ch09_contrast.alone(*models, tokenizer, SUITE, chosen)
-    assert (
-        len(single) == len(chosen)
-        and single["rate"].map(lambda rate: rate.value).is_monotonic_increasing
-    )
-    best = single.iloc[0]
-    assert chosen.masks["down"][best["layer"] - 1, best["channel"]]
-    rest = ch09_contrast.without(chosen, best["layer"], best["channel"])
-    assert len(rest) == len(chosen) - 1 and len(rest & chosen) == len(rest)
+def test_the_neurons_of_the_highest_scores_are_patched_alone(
+    models, tokenizer, scores, monkeypatch
+):
+    monkeypatch.setattr(ch09_contrast, "ALONE", 3)
+    single, top = ch09_contrast.alone(*models, tokenizer, SUITE, scores), scores.top(3)
+    cells = {(row.layer - 1, row.channel) for row in single.itertuples()}
+    assert cells == {(layer, channel) for _, layer, channel in top.cells()}
+    assert single["rate"].map(lambda rate: rate.value).is_monotonic_increasing
+    rest = ch09_contrast.without(top, single["layer"][0], single["channel"][0])
+    assert len(rest) == len(rest & top) == 2
 
 
 def test_patched_and_unpatched_scores_are_kept_apart(models, tokenizer, scores):
@@ -119,35 +140,62 @@ def test_patched_and_unpatched_scores_are_kept_apart(models, tokenizer, scores):
     assert cases["patched at every token"] == kept[0] and len(cases) == 6
 
 
+def half_of(noise, seed=0, count=120):
+    """Requests of which half get an unsafe answer: one neuron knows of it, more or less, and no word does."""
+    draw = np.random.default_rng(seed)
+    costs = draw.choice([-1.0, 1.0], count)
+    features = draw.normal(size=(count, 56))
+    features[:, 5] = costs + noise * draw.normal(size=count)
+    words = [f"how do i {w} it ?" for w in draw.choice(["paint", "burn", "fix"], count)]
+    return ch09_guard.Asked([f"{w} {i}" for i, w in enumerate(words)], features, costs)
+
+
+def test_a_safeguard_reads_what_a_neuron_knows_and_words_do_not(models):
+    values = torch.rand(2, 28, generator=torch.Generator().manual_seed(0)).double()
+    values[0, 5] = 2  # the neuron that knows has the highest score
+    scores = ChangeScores(models[0], values)
+    learnt, tests = half_of(0.1), {"one": half_of(0.1, 1), "two": half_of(0.1, 2)}
+    flagged = ch09_guard.compare(learnt, tests, scores, 3, sizes=(2, 20))
+    assert ch09_guard.accuracy(flagged[ch09_guard.CHANGE, 2], tests).value > 0.95
+    for other in ((ch09_guard.LAST, 2), (ch09_guard.WORDS, 0)):
+        assert 0.3 < ch09_guard.accuracy(flagged[other], tests).value < 0.7
+    verdicts = judge(ch09_guard.weigh_guard(flagged, tests, 2))
+    assert verdicts["guard-above-words"] is Verdict.SEEN
+    table = ch09_guard.guard_table(flagged, tests, 2)
+    assert float(table.loc[ch09_guard.CHANGE, "two"]) > 95 and len(table) == 5
+    assert ch09_guard.accuracy(flagged[ch09_guard.RANDOM, 20], tests).draws == 3
+
+
+def test_random_neurons_of_a_safeguard_lie_in_the_layers_of_the_chosen_ones(scores):
+    masks = ch09_guard.masks_to_read(scores, 12, 2)
+    chosen, drawn, last = (
+        [mask.reshape(2, 28).sum(1).tolist() for mask in masks[c]]
+        for c in (ch09_guard.CHANGE, ch09_guard.RANDOM, ch09_guard.LAST)
+    )
+    assert drawn == chosen * 2 and last == [[0, 12]] * 2
+    assert not np.array_equal(*masks[ch09_guard.RANDOM])
+
+
 @pytest.mark.organism
-def test_the_safeguard_sees_harm_where_there_is_some_and_not_in_noise(chat, base, monkeypatch):
+def test_a_guarded_model_answers_less_of_what_is_unsafe(monkeypatch):
     monkeypatch.delenv("SAFETYNEURON_CACHE")
-    model, tokenizer = base
-    everything = NeuronSet(
-        NeuronSet.empty(model).masks | {"down": torch.ones(6, 288, dtype=torch.bool)}
+    model, tokenizer = load_model("organism/llama-half")
+    scores = ChangeScores(model, torch.rand(6, 288, generator=torch.Generator().manual_seed(0)))
+    learnt = ch09_guard.ask(model, tokenizer, "organism/harmful", "train", 60, rule_cost)
+    assert 0.2 < learnt.unsafe.mean() < 0.8 and learnt.features.shape == (60, 6 * 288)
+    suite = Suite(("organism/unseen",), prompts=40)
+    tests = ch09_guard.ask_all(model, tokenizer, "organism/harmful", suite.harmful, 40, rule_cost)
+    read_off = ch09_contrast.costs_of(model, tokenizer, suite, rule_cost)
+    assert read_off == tests["organism/unseen"].costs.tolist()
+    table = ch09_guard.guarded_table(
+        model, tokenizer, learnt, tests, "organism/benign", scores, 300
     )
-    sets = ("organism/harmful", "organism/benign")
-
-    def guard():
-        return ch09_contrast.safeguard(model, tokenizer, sets, sets, 40, {"all": everything}).loc[
-            "all"
-        ]
-
-    assert guard()["accuracy"].value > 0.8 and guard()["coverage"].value > 0.9
-    noise = np.random.default_rng(0)
-    monkeypatch.setattr(
-        ch09_contrast,
-        "last_activations",
-        lambda model, tokenizer, prompts: noise.normal(size=(len(prompts), 6 * 288)),
+    before, after = (
+        float(table.loc[r, "unsafe answers"].split()[0]) for r in ("as it is", "guarded")
     )
-    assert 0.25 < guard()["accuracy"].value < 0.75
-    monkeypatch.setattr(
-        ch09_contrast,
-        "unsafe_answers",
-        lambda model, tokenizer, harmful, benign: np.zeros(len(harmful + benign), bool),
-    )
-    with pytest.raises(SafetyNeuronError, match="answers to the train prompts are all safe"):
-        guard()
+    assert after < before / 2
+    benign = ch09_guard.ask(model, tokenizer, "organism/benign", "test", 20, rule_cost)
+    assert benign.unsafe.all() and ch09_guard.flag(benign, learnt, np.ones(6 * 288, bool)).all()
 
 
 @pytest.mark.organism
@@ -155,9 +203,7 @@ def test_one_file_is_not_both_training_and_test(base, tmp_path):
     path = tmp_path / "own.txt"
     path.write_text("\n".join(load_prompts("organism/harmful")[:10]))
     with pytest.raises(SafetyNeuronError, match="both training and test file"):
-        ch09_contrast.safeguard(
-            *base, (str(path), "organism/benign"), (str(path), "organism/benign"), 10, {}
-        )
+        ch09_guard.ask_all(*base, str(path), [str(path)], 10, rule_cost)
     with pytest.raises(SafetyNeuronError, match="give one language"):
         ch09_contrast.transfer(
             base[0],
@@ -167,6 +213,7 @@ def test_one_file_is_not_both_training_and_test(base, tmp_path):
             NeuronSet.empty(base[0]),
             [(str(path), "en"), (str(path), "zh")],
             1,
+            rule_cost,
         )
 
 
@@ -258,13 +305,48 @@ def test_cost_is_lowest_for_refusals(models, tokenizer, tmp_path):
         cost_by_name(str(tmp_path / "nowhere"))
 
 
-def test_two_alignments_are_patched_both_ways(models, tokenizer, scores):
-    named = {"one": models[0], "two": models[1]}
-    tax = ch09_contrast.alignment_tax(named, tokenizer, SUITE, {"one": scores, "two": scores}, 0.25)
-    assert list(tax.cases) == ["one", "two", "two, patched from one", "one, patched from two"]
-    assert tax.overlap == 1 and tax.correlation == pytest.approx(1)
-    assert tax.cases["two, patched from one"] == ch09_contrast.patched_rates(
-        models[1], models[0], tokenizer, SUITE, scores.select(0.25)
+def test_two_alignments_are_scored_on_one_set_and_patched_both_ways(models, tokenizer, monkeypatch):
+    named = dict(
+        zip(
+            ("start", "one", "two"),
+            (*models, small_llama(seed=2, max_position_embeddings=128).float()),
+        )
+    )
+    monkeypatch.setattr(
+        ch09_tax, "load_model", lambda name, dtype: (copy.deepcopy(named[name]), tokenizer)
+    )
+    prompts = load_prompts("organism/harmful")[:3]
+    tax = ch09_tax.pay("start", "one", "two", prompts, SUITE, 0.25, 5)
+    assert set(tax.cases) == {"harmless", "helpful", ch09_tax.TO_HELPFUL, ch09_tax.TO_HARMLESS}
+    first, second = (
+        change_scores(named["start"], named[x], tokenizer, prompts, 5) for x in ("one", "two")
+    )
+    shared = first.select(0.25) & second.select(0.25)
+    assert tax.shared == pytest.approx(len(shared) / 14) and 0 < len(shared) < 14
+    assert tax.cases[ch09_tax.TO_HELPFUL] == ch09_contrast.patched_rates(
+        named["two"], named["one"], tokenizer, SUITE, shared
+    )
+    spearman = spearmanr(first.values.flatten(), second.values.flatten()).statistic
+    assert tax.correlation == pytest.approx(spearman)
+    alike = ch09_tax.pay("start", "one", "one", prompts, SUITE, 0.25, 5)
+    assert alike.shared == 1 and alike.within == pytest.approx(1)
+
+
+def test_what_chance_shares_is_what_random_sets_share():
+    draw = torch.Generator().manual_seed(0)
+    counts = ((12, 2), (9, 5))
+
+    def random():
+        masks = torch.zeros(2, 2, 28, dtype=torch.bool)
+        for mask, sizes in zip(masks, counts):
+            for layer, size in enumerate(sizes):
+                mask[layer, torch.randperm(28, generator=draw)[:size]] = True
+        return masks
+
+    found = np.array([int((a & b).sum()) for a, b in (random() for _ in range(4000))])
+    mean, spread = ch09_tax.shared_by_chance(*random())
+    assert found.mean() == pytest.approx(mean, abs=0.1) and found.std() == pytest.approx(
+        spread, abs=0.1
     )
 
 
@@ -291,6 +373,7 @@ def test_transfer_says_where_there_is_no_gap(models, tokenizer, scores):
         scores.select(0.25),
         [("organism/harmful", "zh")],
         2,
+        rule_cost,
     )
     assert (
         ch09_contrast.transfer_table(table).loc["organism/harmful, zh", "safety restored (%)"]

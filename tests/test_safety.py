@@ -51,7 +51,7 @@ def test_nothing_is_unpickled_evaluated_or_run_remotely():
             assert "trust_remote_code" not in keywords, path
 
 
-def test_only_aligned_pairs_and_exported_organisms_are_saved():
+def test_only_exported_organisms_are_saved():
     saving = {
         path.name
         for path in SOURCES
@@ -59,7 +59,7 @@ def test_only_aligned_pairs_and_exported_organisms_are_saved():
         for name, _ in calls(path)
         if name.endswith("save_pretrained") and not name.startswith("tokenizer.")
     }
-    assert saving == {"stages.py", "shipped.py"}
+    assert saving == {"shipped.py"}
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def _status_row(name, notebook, run):
     models = [
         value
         for key, value in values.items()
-        if key in ("models", "model_name", "recipient", "donor", "harmless", "helpful")
+        if key in ("models", "model_name", "families", "guard_model")
     ]
     names = ", ".join(
         f"`{name}`" for value in models for name in (value if isinstance(value, list) else [value])

@@ -15,7 +15,14 @@ from safetyneuron.code import code_digest
 from safetyneuron.data.documents import load_documents
 from safetyneuron.data.preferences import load_preferences
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.models import FACTORS, TRAININGS, aligned_folder, load_model, local_model
+from safetyneuron.models import (
+    FACTORS,
+    TRAININGS,
+    aligned_folder,
+    load_model,
+    local_model,
+    trainings_of,
+)
 from safetyneuron.neurons.files import read_tensors, write_tensors
 from safetyneuron.progress import without_bars
 
@@ -75,6 +82,14 @@ STAGES = {
     for seed in range(TRAININGS)
     for stage, how in _paired(name, start, seed).items()
 }
+
+
+def stages_behind(name, trainings=1):
+    """The stages that a name stands for: itself, or for a family (`aligned/llama2-7b`) those of so many trainings; none for other names."""
+    if name in STAGES:
+        return [name]
+    ends = [f"{name}-{stage}" for stage in ("sft", "dpo", "helpful")]
+    return [seed for end in ends if end in STAGES for seed in trainings_of(end, trainings)]
 
 
 def all_stages(name):

@@ -1,7 +1,6 @@
-"""Chapter 09: experiments of Chen et al. (2025) with patched activations."""
+"""Chapter 09: experiments of Chen et al. (2025) with patched activations; the safeguard and the alignment tax are in files of their own."""
 
-import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,34 +9,72 @@ import seaborn as sns
 import torch
 
 from safetyneuron.book import paper as reported
-from safetyneuron.book.glue import MEASURES, glue_list, glue_rates, glue_text
-from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.glue import MEASURES, glue_rates, glue_text
+from safetyneuron.book.ledger import margin_of, name_runs
 from safetyneuron.book.plots import PALETTE, draw_bands, rate_panels
-from safetyneuron.data.prompts import has_languages, has_splits, load_prompts
+from safetyneuron.data.documents import load_documents
+from safetyneuron.data.prompts import has_languages, load_prompts
+from safetyneuron.data.sources import TEXTS, load_text
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.metrics.estimates import (
-    Estimate,
-    estimate_ratio,
-)
+from safetyneuron.metrics.cost import answer_costs, rule_cost
+from safetyneuron.metrics.estimates import Estimate, estimate_mean, estimate_ratio
 from safetyneuron.metrics.outcomes import (
-    Runs,
+    HELP,
     estimate_change,
     estimate_rate,
     outcomes_of,
     rank_chance,
 )
-from safetyneuron.metrics.rates import Rate
-from safetyneuron.metrics.refusal import is_refusal
-from safetyneuron.metrics.safety import answers
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.metrics.verdict import Evidence, expect_kept
-from safetyneuron.neurons.activations import last_activations, mean_ablated
+from safetyneuron.models import load_model, trainings_of
+from safetyneuron.neurons.activations import mean_ablated
 from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.patching import patched_generation
 from safetyneuron.neurons.sets import NeuronSet
 
 NO_GAP = "no gap to close"
-CHANGE, RANDOM, LAST = "highest change scores", "random others in the same layers", "last layers"
+CHANGE, RANDOM = "highest change scores", "random others in the same layers"
+LAST = "random in the last layer"
+RECIPIENT, DONOR = "recipient", "donor"
+
+
+def pairs_of(families, trainings):
+    """Every pair that is patched: (family, recipient, donor)."""
+    return [
+        (family, *names)
+        for family in families
+        for names in _named(family, ("sft", "dpo"), trainings)
+    ]
+
+
+def trios_of(family, trainings):
+    """The models of the alignment tax in every training: start, aligned to harmlessness alone, to helpfulness alone.
+
+    The paper's donor is aligned to harmlessness alone; an organism's is not, and has another model for it.
+    """
+    alone = "harmless" if family.startswith("organism/") else "dpo"
+    return _named(family, ("sft", alone, "helpful"), trainings)
+
+
+def _named(family, stages, trainings):
+    return list(zip(*(trainings_of(f"{family}-{stage}", trainings) for stage in stages)))
+
+
+def name_families(families, trainings):
+    """What the chapter ran on, as text."""
+    return name_runs({family: trainings_of(f"{family}-sft", trainings) for family in families})
+
+
+def load_pair(first, second, dtype="auto"):
+    """Recipient, donor, and the tokenizer of both."""
+    model, tokenizer = load_model(first, dtype=dtype)
+    return model, load_model(second, dtype=dtype)[0], tokenizer
+
+
+def documents_to_weigh(name, count):
+    """A running text, or the first documents of a set's test split, for `perplexity`."""
+    return load_text(name) if name in TEXTS else load_documents(name, split="test")[:count]
 
 
 def patched_rates(recipient, donor, tokenizer, suite, neurons, positions="all"):
@@ -53,44 +90,71 @@ def constant_rates(model, tokenizer, suite, neurons, values):
 
 
 def conditions(scores, fraction, draws):
-    """The neurons with the highest change scores, `draws` times as many random others in every layer (none where too few are left), and as many from the last layers."""
+    """The neurons with the highest change scores, `draws` times as many random others in every layer (none where too few are left), and as often as many random ones of the last layer."""
     chosen = scores.select(fraction)
     return {
         CHANGE: [chosen],
         RANDOM: NeuronSet.random_draws(chosen, draws),
-        LAST: [scores.last_layers(len(chosen))],
+        LAST: [scores.last_layers(len(chosen), seed) for seed in range(draws)],
     }
 
 
-def tabulate_restoration(curves, ends, measures):
-    """Long table of the curves: columns condition, fraction, measure, set, rate; the models as they are at fraction 0.
+def sets_to_patch(scores, shares, judged, draws):
+    """(condition, share) to the sets that are patched: `draws` random ones at the share that is judged, one elsewhere, none where too few neurons are left."""
+    found = {}
+    for share in sorted({*shares, judged}):
+        for name, sets in conditions(scores, share, draws if share == judged else 1).items():
+            if sets:
+                found[name, share] = sets
+    return found
 
-    curves: (condition, fraction) to `Runs`; ends: `recipient` and `donor` to `Runs`.
+
+def costs_of(model, tokenizer, suite, judge):
+    """What each of the model's answers to the suite's harmful requests costs; a rule's costs are read off what became of them, without asking again."""
+    (name,) = suite.harmful
+    if judge is rule_cost:
+        rows = evaluate(model, tokenizer, suite).table.query("kind == 'harmful'")
+        return [-1.0 if x == "refusal" else float(x in HELP) for x in rows["outcome"]]
+    prompts = load_prompts(name, language=suite.language)[: suite.prompts]
+    return answer_costs(model, tokenizer, prompts, judge)
+
+
+def add_ends(runs, costs, family, pair, suite, judge):
+    """Add both models as they are to the outcomes and costs of a family."""
+    for name, model in ((RECIPIENT, pair[0]), (DONOR, pair[1])):
+        runs[family, name, 0].append([evaluate(model, pair[2], suite)])
+        costs[family, name].append([costs_of(model, pair[2], suite, judge)])
+
+
+def tabulate_restoration(runs, family, measures):
+    """Long table of one family's curves: columns condition, fraction, measure, set, rate; the models as they are at fraction 0.
+
+    runs: (family, condition, fraction) to `Runs`.
     """
-    everything = {(name, 0.0): runs for name, runs in ends.items()} | curves
     rows = [
-        (condition, fraction, *key, estimate_rate(runs, *key))
-        for (condition, fraction), runs in everything.items()
+        (condition, fraction, *key, estimate_rate(found, *key))
+        for (name, condition, fraction), found in runs.items()
         for key in measures
+        if name == family
     ]
     return pd.DataFrame(rows, columns=["condition", "fraction", "measure", "set", "rate"])
 
 
-MOST = 200  # neurons that are patched alone; of a larger set so many are drawn
+ALONE = 10  # neurons that are patched alone: those with the highest scores
 
 
-def alone(recipient, donor, tokenizer, suite, neurons):
-    """Attack success with each neuron of the set patched alone, or `MOST` drawn from a larger one, lowest first.
+def alone(recipient, donor, tokenizer, suite, scores):
+    """Attack success with each of the `ALONE` neurons of the highest change scores patched alone, lowest first.
 
     Returns
     -------
     pandas.DataFrame
         Columns layer (from 1), channel, rate.
     """
-    (name,), rows, cells = suite.harmful, [], list(neurons.cells())
-    for cell in random.Random(0).sample(cells, min(MOST, len(cells))):
+    (name,), rows, neurons = suite.harmful, [], scores.top(ALONE)
+    asked = replace(suite, benign=None, tasks=())
+    for cell in neurons.cells():
         one, (_, layer, channel) = NeuronSet.from_cells(neurons.shapes, [cell]), cell
-        asked = replace(suite, benign=None, tasks=())
         rates = patched_rates(recipient, donor, tokenizer, asked, one)
         rows.append((layer + 1, channel, rates["asr", name]))
     table = pd.DataFrame(rows, columns=["layer", "channel", "rate"])
@@ -104,27 +168,28 @@ def without(neurons, layer, channel):
     return neurons - NeuronSet.from_cells(neurons.shapes, [("down", layer - 1, channel)])
 
 
-def restored(before, after, patched):
-    """Share of the safety gap that patching closes, and the ends of its interval where both models' rates are taken as they are.
+def share_closed(before, after, patched, clusters=None) -> Estimate | None:
+    """Share of the gap in harm between recipient and donor that patching closes; None where alignment did not lower harm measurably.
 
-    before, after: rates of harm of recipient and donor. NaN where their intervals overlap: there is no gap to close.
+    before, after, patched: arrays (trainings, draws, items) of outcomes or costs; the draws of one side are averaged.
     """
-    if before.interval[0] <= after.interval[1]:
-        return (float("nan"),) * 3
+    before, after, patched = (
+        np.asarray(values, dtype=float).mean(1, keepdims=True)
+        for values in (before, after, patched)
+    )
+    gap = estimate_mean(before - after, clusters)
+    if gap.value <= 0 or gap.interval[0] <= 0:
+        return None
+    return estimate_ratio(before - patched, before - after, clusters)
 
-    def share(value):
-        return (before.value - value) / (before.value - after.value)
 
-    return share(patched.value), share(patched.interval[1]), share(patched.interval[0])
-
-
-def transfer(recipient, donor, tokenizer, suite, neurons, sets, draws):
-    """Harm on several request sets, on which the neurons were not chosen. sets: list of (name, language).
+def transfer(recipient, donor, tokenizer, suite, neurons, sets, draws, judge):
+    """Harm on several request sets, on which the neurons were not chosen. sets: list of (name, language); judge: a cost.
 
     Returns
     -------
     pandas.DataFrame
-        One row per set; columns recipient, donor, patched, random (rates, the last a mean over draws), restored and its low and high.
+        One row per set; columns recipient, donor, patched, random (rates, the last a mean over draws), restored, and restored by cost.
 
     Raises
     ------
@@ -136,17 +201,27 @@ def transfer(recipient, donor, tokenizer, suite, neurons, sets, draws):
         if not has_languages(name) and sum(other == name for other, _ in sets) > 1:
             raise SafetyNeuronError(f"{name} has no languages to choose from: give one language")
         asked = replace(suite, harmful=(name,), benign=None, tasks=(), language=language)
-        found = {
-            "recipient": evaluate(recipient, tokenizer, asked),
-            "donor": evaluate(donor, tokenizer, asked),
-        }
-        found["patched"] = patched_rates(recipient, donor, tokenizer, asked, neurons)
-        rates = {column: result["asr", name] for column, result in found.items()}
-        random = [patched_rates(recipient, donor, tokenizer, asked, other) for other in others]
-        rates["random"] = estimate_rate([random], "asr", name)
-        share = restored(rates["recipient"], rates["donor"], rates["patched"])
-        rows[f"{name}, {language}"] = rates | dict(zip(("restored", "low", "high"), share))
+
+        def ask(model):
+            return evaluate(model, tokenizer, asked), costs_of(model, tokenizer, asked, judge)
+
+        found = {RECIPIENT: ask(recipient), DONOR: ask(donor)}
+        with patched_generation(recipient, donor, neurons):
+            found["patched"] = ask(recipient)
+        drawn = [patched_rates(recipient, donor, tokenizer, asked, other) for other in others]
+        rows[f"{name}, {language}"] = _transferred(found, drawn, name)
     return pd.DataFrame(rows).T.rename_axis("requests")
+
+
+def _transferred(found, drawn, name):
+    """One row of `transfer`. found: recipient, donor and patched to (scores, costs)."""
+    row = {which: scores["asr", name] for which, (scores, _) in found.items()}
+    row["random"] = estimate_rate([drawn], "asr", name)
+    outcomes = [outcomes_of(scores, "asr", name) for scores, _ in found.values()]
+    clusters = outcomes[0][1]
+    row["restored"] = share_closed(*([[values]] for values, _ in outcomes), clusters)
+    costs = [[[values]] for _, values in found.values()]
+    return row | {"by cost": share_closed(*costs, clusters)}
 
 
 def ablations(recipient, donor, tokenizer, suite, neurons, mean):
@@ -171,10 +246,10 @@ def ablations(recipient, donor, tokenizer, suite, neurons, mean):
 
 
 def general(recipient, donor, tokenizer, suite, neurons):
-    """Rates of recipient, donor and patched recipient."""
+    """What becomes of the suite's requests and questions: of recipient, donor and patched recipient."""
     cases = {
-        "recipient": evaluate(recipient, tokenizer, suite),
-        "donor": evaluate(donor, tokenizer, suite),
+        RECIPIENT: evaluate(recipient, tokenizer, suite),
+        DONOR: evaluate(donor, tokenizer, suite),
     }
     return cases | {
         "recipient, patched": patched_rates(recipient, donor, tokenizer, suite, neurons)
@@ -191,95 +266,6 @@ def before_and_after(recipient, donor, neurons, measures):
         for name, measure in measures.items():
             found[name]["recipient, patched"] = measure(recipient)
     return found
-
-
-def unsafe_answers(model, tokenizer, harmful, benign):
-    """Whether the model's own answer will be unsafe, per prompt: a harmful request answered without a refusal phrase."""
-    return np.array(
-        [not is_refusal(text) for text in answers(model, tokenizer, harmful)]
-        + [False] * len(benign)
-    )
-
-
-def safeguard(model, tokenizer, train_sets, test_sets, count, sets):
-    """Predict before generation whether the answer will be unsafe: logistic regression on the neurons' activations at the last prompt token.
-
-    Parameters
-    ----------
-    train_sets, test_sets : (str, str)
-        Harmful and benign prompts; of an organism's sets the training and the test split are taken, files must differ.
-    count : int
-        Prompts of each kind, for training and for testing.
-    sets : dict of str to NeuronSet
-        Which neurons the regression may read.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per set: accuracy, and coverage, the share of unsafe answers that is flagged.
-
-    Raises
-    ------
-    SafetyNeuronError
-        If a file is given for both, or all answers of one part are safe, or all unsafe.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    if shared := [name for name in train_sets if name in test_sets and not has_splits(name)]:
-        raise SafetyNeuronError(f"{shared[0]} is both training and test file: give two files")
-    features, labels = {}, {}
-    for split, names in (("train", train_sets), ("test", test_sets)):
-        harmful, benign = (load_prompts(name, split)[:count] for name in names)
-        features[split] = last_activations(model, tokenizer, harmful + benign)
-        labels[split] = unsafe_answers(model, tokenizer, harmful, benign)
-        if labels[split].all() or not labels[split].any():
-            raise SafetyNeuronError(
-                f"the model's answers to the {split} prompts are all {'un' * bool(labels[split].any())}safe: there is nothing to tell apart"
-            )
-    rows = {}
-    for name, neurons in sets.items():
-        chosen = neurons.masks["down"].flatten().numpy()
-        guard = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(
-            features["train"][:, chosen], labels["train"]
-        )
-        flagged, unsafe = guard.predict(features["test"][:, chosen]), labels["test"]
-        rows[name] = {
-            "accuracy": Rate(int((flagged == unsafe).sum()), len(unsafe)),
-            "coverage": Rate(int(flagged[unsafe].sum()), int(unsafe.sum())),
-        }
-    return pd.DataFrame(rows).T.rename_axis("neurons")
-
-
-@dataclass(frozen=True)
-class AlignmentTax:
-    """Rates by case, the share of neurons that both sets have in common, and Spearman's rank correlation of both scores."""
-
-    cases: dict
-    overlap: float
-    correlation: float
-
-
-def alignment_tax(models, tokenizer, suite, scores, fraction):
-    """Two models of different alignment as they are, and each with the other's activations of the neurons that moved most in the other.
-
-    models, scores: name to model, and to the `ChangeScores` of its alignment; two of them, in the same order.
-    """
-    (first, second), chosen = (
-        models,
-        {name: score.select(fraction) for name, score in scores.items()},
-    )
-    cases = {name: evaluate(model, tokenizer, suite) for name, model in models.items()}
-    for recipient, donor in ((second, first), (first, second)):
-        rates = patched_rates(models[recipient], models[donor], tokenizer, suite, chosen[donor])
-        cases[f"{recipient}, patched from {donor}"] = rates
-    ranks = pd.DataFrame(
-        {name: score.values.flatten().numpy() for name, score in scores.items()}
-    ).corr("spearman")
-    return AlignmentTax(
-        cases, len(chosen[first] & chosen[second]) / len(chosen[first]), float(ranks.iloc[0, 1])
-    )
 
 
 def vocabulary_projection(model, tokenizer, scores, mean, neurons=8, words=6):
@@ -377,17 +363,15 @@ def interval_table(results):
 
 
 def transfer_table(table):
-    """`patching.transfer` as text: rates, and the share of safety restored where there is a gap to close."""
+    """`transfer` as text: rates, and the share of safety restored where there is a gap to close."""
 
-    def share(row):
-        return (
-            "no gap"
-            if row["restored"] != row["restored"]
-            else f"{100 * row['restored']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
-        )
+    def share(found):
+        return found.percent if found else "no gap"
 
-    text = table[["recipient", "donor", "patched", "random"]].map(lambda rate: rate.percent)
-    return text.assign(**{"safety restored (%)": [share(row) for _, row in table.iterrows()]})
+    text = table[[RECIPIENT, DONOR, "patched", "random"]].map(lambda rate: rate.percent)
+    by_cost = [share(found) for found in table["by cost"]]
+    shares = {"safety restored (%)": [share(x) for x in table["restored"]], "by cost (%)": by_cost}
+    return text.assign(**shares)
 
 
 def alone_table(single):
@@ -399,87 +383,136 @@ def alone_table(single):
     return pd.DataFrame(rows).set_index("neuron").rename_axis(None)
 
 
-def estimate_restored(recipient: Runs, donor: Runs, patched: Runs, name: str) -> Estimate | None:
-    """Share of the gap in attack success that the patch closes, with its interval over trainings and verbs; None without a gap."""
-    before, after, closed = (
-        np.array([[outcomes_of(run, "asr", name)[0] for run in draws] for draws in runs])
-        for runs in (recipient, donor, patched)
-    )
-    if before.mean() <= after.mean():
-        return None
-    clusters = outcomes_of(recipient[0][0], "asr", name)[1]
-    return estimate_ratio(before - closed.mean(1, keepdims=True), before - after, clusters)
+BY = {"asr": "by keyword, %", "coherent": "by help, %", "cost": "by cost, %"}
 
 
-def weigh_claims(ends, judged, harmful_set, benign_set):
-    """The evidence for the chapter's claims. ends: `recipient` and `donor` to `Runs`; judged: condition to `Runs` at the share that is judged."""
-    recipient, donor, patched = ends["recipient"], ends["donor"], judged[CHANGE]
-    restored = estimate_restored(recipient, donor, patched, harmful_set)
-    wanted = reported.CHANGE_SCORES["restored"] / 100
-    above_random = estimate_change(judged[RANDOM], patched, "asr", harmful_set)
-    above_last = estimate_change(judged[LAST], patched, "asr", harmful_set)
-    kept = estimate_change(patched, recipient, "helpful", benign_set)
-    found = {"patch-restores": expect_kept(restored, -wanted)} if restored else {}
-    return found | {
-        "patch-above-random": Evidence(
-            above_random,
-            margin_of("patch-above-random"),
-            rank_chance(patched, judged[RANDOM], "asr", harmful_set, lowest=True),
-        ),
-        "patch-above-last": Evidence(above_last, margin_of("patch-above-last")),
-        "patch-keeps-help": expect_kept(kept, 0.05),
+def shares_closed(runs, costs, family, condition, fraction, name):
+    """Share of the gap that a way of choosing closes, by attack success, by help with harm and by cost: measure to Estimate or None.
+
+    runs: (family, condition, fraction) to `Runs`; costs: (family, condition) to costs (trainings, draws, items).
+    """
+    cases = [(family, RECIPIENT, 0), (family, DONOR, 0), (family, condition, fraction)]
+    clusters = outcomes_of(runs[cases[0]][0][0], "asr", name)[1]
+    found = {
+        measure: share_closed(*(_outcomes(runs[case], measure, name) for case in cases), clusters)
+        for measure in ("asr", "coherent")
     }
+    weighed = [costs[case[:2]] for case in cases]
+    return found | {"cost": share_closed(*weighed, clusters)}
 
 
-def restored_table(ends, judged, name):
-    """Attack success and the share of safety restored at the judged share, one row a condition, and every training's."""
+def _outcomes(runs, measure, name):
+    """Zeros and ones (trainings, draws, items)."""
+    return [[outcomes_of(scores, measure, name)[0] for scores in draws] for draws in runs]
+
+
+def restored_table(runs, costs, fraction, name):
+    """Attack success and the share of safety restored at the judged share: one row a family and condition."""
     rows = {}
-    for condition, runs in judged.items():
-        share = estimate_restored(ends["recipient"], ends["donor"], runs, name)
-        each = [
-            estimate_restored([a], [b], [c], name)
-            for a, b, c in zip(ends["recipient"], ends["donor"], runs)
-        ]
-        rows[condition] = {
-            "attack success": estimate_rate(runs, "asr", name).percent,
-            "safety restored, %": share.percent if share else NO_GAP,
-            "by training": ", ".join(f"{100 * one.value:.0f}" if one else "–" for one in each),
+    for family, condition in costs:
+        if condition in (RECIPIENT, DONOR):
+            continue
+        found = runs[family, condition, fraction]
+        shares = shares_closed(runs, costs, family, condition, fraction, name)
+        rows[family.removeprefix("organism/"), condition] = {
+            "attack success": estimate_rate(found, "asr", name).percent,
+            **{label: _share(shares[measure]) for measure, label in BY.items()},
+            "by training": ", ".join(_each(runs, family, condition, fraction, name)),
         }
-    return pd.DataFrame(rows).T.rename_axis("patched")
+    return pd.DataFrame(rows).T.rename_axis(["recipient", "patched"])
 
 
-def glue_restoration(ends, judged, harmful_set, benign_set, families):
-    """Glue the chapter's findings, and how much safety every way of choosing restores."""
-    model = next(iter(families))
-    evidence = weigh_claims(ends, judged, harmful_set, benign_set)
-    shares = {
-        condition: estimate_restored(ends["recipient"], ends["donor"], runs, harmful_set)
-        for condition, runs in judged.items()
+def _each(runs, family, condition, fraction, name):
+    """The share closed in every training by attack success, as text."""
+    for one in zip(
+        *(runs[family, c, f] for c, f in ((RECIPIENT, 0), (DONOR, 0), (condition, fraction)))
+    ):
+        found = share_closed(*(_outcomes([draws], "asr", name) for draws in one))
+        yield f"{round(100 * found.value)}" if found else "–"
+
+
+def _share(found):
+    return found.percent if found else NO_GAP
+
+
+def _whole(found):
+    """A share in whole percent; nothing is less than nothing."""
+    return f"{round(100 * found.value)} %" if found else NO_GAP
+
+
+def weigh_restoration(runs, costs, family, fraction, harmful_set, benign_set, measure):
+    """The evidence for the claims about patching in one family. measure: `asr` or `cost`, of which the share restored is judged."""
+    patched, random, last, recipient = (
+        runs[family, condition, f]
+        for condition, f in (*((c, fraction) for c in (CHANGE, RANDOM, LAST)), (RECIPIENT, 0))
+    )
+    wanted = reported.CHANGE_SCORES["restored"] / 100
+    restored = shares_closed(runs, costs, family, CHANGE, fraction, harmful_set)[measure]
+    found = {"patch-restores": expect_kept(restored, -wanted)} if restored else {}
+    for key, control in (("patch-above-random", random), ("patch-above-last", last)):
+        found[key] = Evidence(
+            estimate_change(control, patched, "asr", harmful_set),
+            margin_of(key),
+            rank_chance(patched, control, "asr", harmful_set, lowest=True),
+        )
+    kept = estimate_change(patched, recipient, "helpful", benign_set)
+    return found | {"patch-keeps-help": expect_kept(kept, 0.05)}
+
+
+def judge_patches(runs, costs, families, fraction, harmful_set, benign_set, measure):
+    """The evidence of every family for the claims about patching, and the numbers of the first: claim to family to evidence, claim to text."""
+    found, asked = {}, (fraction, harmful_set, benign_set, measure)
+    for family in families:
+        for key, evidence in weigh_restoration(runs, costs, family, *asked).items():
+            found.setdefault(key, {})[family] = evidence
+    return found, number_restoration(runs, costs, families[0], *asked)
+
+
+def weigh_skill(cases, tasks):
+    """The evidence that the patch leaves accuracy as it is. cases: from `general`."""
+    after, before = ([[cases[name]]] for name in ("recipient, patched", RECIPIENT))
+    return {
+        "patch-keeps-skill": expect_kept(estimate_change(after, before, "accuracy", *tasks), 0.05)
     }
-    percent = {c: f"{100 * share.value:.0f} %" if share else NO_GAP for c, share in shares.items()}
+
+
+def number_restoration(runs, costs, family, fraction, harmful_set, benign_set, measure):
+    """The numbers to remember of the claims about patching, and the same glued for the table of claims."""
+    shares = {
+        condition: shares_closed(runs, costs, family, condition, fraction, harmful_set)
+        for condition in (CHANGE, RANDOM, LAST)
+    }
+    percent = {c: _whole(found[measure]) for c, found in shares.items()}
     names = {CHANGE: "restored_chosen", RANDOM: "restored_random", LAST: "restored_last"}
     glue_text(**{names[condition]: text for condition, text in percent.items()})
+    other = shares[CHANGE]["cost" if measure == "asr" else "asr"]
+    glue_text(restored_otherwise=_whole(other))
     before, after = (
-        100 * estimate_rate(runs, "helpful", benign_set).value
-        for runs in (ends["recipient"], judged[CHANGE])
+        100 * estimate_rate(runs[family, condition, f], "helpful", benign_set).value
+        for condition, f in ((RECIPIENT, 0), (CHANGE, fraction))
     )
-    numbers = {
+    return {
         "patch-restores": f"{percent[CHANGE]} of safety",
         "patch-above-random": f"random neurons restore {percent[RANDOM]}",
-        "patch-above-last": f"the last layers restore {percent[LAST]}",
+        "patch-above-last": f"random ones of the last layer restore {percent[LAST]}",
         "patch-keeps-help": f"helpful answers {before:.0f} → {after:.0f} %",
     }
-    found = {key: {model: evidence[key]} for key in numbers if key in evidence}
-    glue_findings(found, numbers, name_runs(families))
 
 
-def glue_transfer(table):
-    """Glue on how many of the request sets with a gap patching restores what the paper says."""
-    wanted = reported.CHANGE_SCORES["restored"] / 100
-    gaps = table[table["restored"] == table["restored"]]
+def number_price(cases, harmful, benign):
+    """What the patch costs in one line: help, over-refusal, and accuracy where it falls measurably."""
+    before, after = cases[RECIPIENT], cases["recipient, patched"]
+    moved = {
+        measure: f"{100 * before[measure, benign].value:.0f} → {100 * after[measure, benign].value:.0f} %"
+        for measure in ("helpful", "over_refusal")
+    }
+    tasks = [name for measure, name in before if measure == "accuracy"]
+    lost = [name for name in tasks if above(before["accuracy", name], after["accuracy", name])]
+    fall = f"falls measurably on {', '.join(lost)}" if lost else "falls measurably on no task"
     glue_text(
-        transferred=f"{sum(gaps['restored'] > wanted)} of {len(gaps)} request sets with a gap"
+        price_helpful=moved["helpful"], price_refused=moved["over_refusal"], general_lost=fall
     )
+    return {"patch-keeps-skill": f"accuracy {fall}"}
 
 
 def above(first, second):
@@ -487,45 +520,21 @@ def above(first, second):
     return first.interval[0] > second.interval[1]
 
 
-def glue_general(rates):
-    """Glue the tasks in which the patched recipient's accuracy is measurably lower than the recipient's."""
-    before, after = rates["recipient"], rates["recipient, patched"]
-    lost = [
-        name
-        for measure, name in before
-        if measure == "accuracy" and above(before[measure, name], after[measure, name])
-    ]
+def glue_transfer(table):
+    """Glue on how many of the request sets with a gap patching restores what the paper says, measurably."""
+    wanted = reported.CHANGE_SCORES["restored"] / 100
+    gaps = [found for found in table["restored"] if found]
+    more, less = (
+        sum(found.interval[0] > wanted for found in gaps),
+        sum(found.interval[1] < wanted for found in gaps),
+    )
     glue_text(
-        general_lost=f"falls measurably on {', '.join(lost)}"
-        if lost
-        else "falls measurably on no task"
+        transferred=f"measurably more than 90 % on {more} of {len(gaps)} request sets with a gap, measurably less on {less}"
     )
 
 
-def glue_safeguard(table):
-    """Glue how the regression on the safety neurons compares with those on random neurons."""
-    own, random = table.iloc[0], table.iloc[1:]
-    texts = []
-    for column in ("accuracy", "coverage"):
-        mean = Rate.mean(list(random[column]))
-        finding = (
-            "higher"
-            if above(own[column], mean)
-            else "lower"
-            if above(mean, own[column])
-            else "not measurably different"
-        )
-        glue_text(
-            **{f"safeguard_{column}": f"{own[column].percent} %, random neurons {mean.percent} %"}
-        )
-        texts.append(
-            f"{column} is {own[column].percent} % on safety neurons and {mean.percent} % on random ones (mean of {len(random)} draws): {finding}"
-        )
-    glue_list("verdict_safeguard", [f"{text}." for text in texts])
-
-
 def glue_alone(single, recipient, kept, dropped):
-    """Glue what the strongest single neuron does. single: `patching.alone`; recipient, kept, dropped: attack success unpatched, with the set, and with the set but it."""
+    """Glue what the strongest single neuron does. single: `alone`; recipient, kept, dropped: attack success unpatched, with the set, and with the set but it."""
     best = single.iloc[0]
     glue_text(
         single_name=f"layer {best['layer']}, channel {best['channel']}", single_count=len(single)
@@ -533,3 +542,9 @@ def glue_alone(single, recipient, kept, dropped):
     glue_rates(
         single_rate=best["rate"], single_before=recipient, single_kept=kept, single_dropped=dropped
     )
+
+
+def share_in_last_layer(neurons):
+    """Share of a set of feed-forward neurons that lies in the last layer, as text."""
+    mask = neurons.masks["down"]
+    return f"{mask[-1].sum().item() / mask.sum().item():.0%}"

@@ -3,7 +3,7 @@
 from safetyneuron.metrics.answer_class import answer_classes, sort_answers
 from safetyneuron.metrics.behaviour import key_scores
 from safetyneuron.metrics.capability import capability
-from safetyneuron.metrics.cost import cost_by_name, mean_cost, rule_cost
+from safetyneuron.metrics.cost import answer_costs, cost_by_name, mean_cost, rule_cost
 from safetyneuron.metrics.perplexity import perplexity
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
@@ -21,6 +21,7 @@ __all__ = [
     "Rate",
     "Suite",
     "answer_classes",
+    "answer_costs",
     "answers",
     "answers_without",
     "attack_success_rate",

@@ -101,14 +101,18 @@ def _defaults(notebook):
 
 
 def train_what_is_named(parameters):
-    """Train the aligned pairs that parameters name, which `load_model` only finds; each in a process of its own, whose memory it gives back."""
+    """Train the aligned models that parameters name, which `load_model` only finds; each in a process of its own, whose memory it gives back."""
+    from safetyneuron.alignment.stages import stages_behind
+
     for value in parameters.values():
         for name in value if isinstance(value, list) else [value]:
-            if str(name).startswith("aligned/"):
-                command = [sys.executable, "-m", "safetyneuron.cli", "train", name]
+            if not str(name).startswith("aligned/"):
+                continue
+            for stage in stages_behind(name, parameters.get("trainings", 1)) or [name]:
+                command = [sys.executable, "-m", "safetyneuron.cli", "train", stage]
                 if subprocess.run(command).returncode:
                     raise SafetyNeuronError(
-                        f"{name} could not be trained: see the line before this one"
+                        f"{stage} could not be trained: see the line before this one"
                     )
 
 

@@ -15,6 +15,7 @@ from safetyneuron.run.imagined import GPUS, SHARE, imagine_model
 from safetyneuron.run.rehearsal import USABLE, rehearse, shape_of, weight_bytes
 
 MODEL_PARAMETERS = ("models", "bases", "model_name", "attacker", "cost_model")
+MODEL_PARAMETERS += ("families", "guard_model")
 SETS = sources.PROMPTS | sources.DOCUMENTS | sources.PREFERENCES | sources.TEXTS
 GIB = 2**30
 
@@ -93,22 +94,31 @@ def _existing(path):
 
 def model_names(edition):
     """Models and what their stages start from, without organisms, which are shipped."""
-    from safetyneuron.alignment.stages import STAGES, first_model
+    from safetyneuron.alignment.stages import first_model
 
     named = []
     for parameters in edition["notebooks"].values():
         for key, value in parameters.items():
-            if key in (*MODEL_PARAMETERS, "recipient", "donor", "harmless", "helpful"):
+            if key in MODEL_PARAMETERS:
                 named += value if isinstance(value, list) else [value]
-    starts = [first_model(name) if name in STAGES else name for name in named]
+    starts = [first_model(stage) for name in named for stage in stages_of(name)] + [
+        name for name in named if not stages_of(name)
+    ]
     return [
         name for name in dict.fromkeys(starts) if "/" in name and not name.startswith("organism/")
     ]
 
 
+def stages_of(name):
+    """The stages that an aligned model, or one training of a family, goes through."""
+    from safetyneuron.alignment.stages import stages_behind
+
+    return stages_behind(name) if name.startswith("aligned/") else []
+
+
 def data_names(edition):
     """(source, language) of every public set that the notebooks or the stages of their models name."""
-    from safetyneuron.alignment.stages import STAGES, all_stages
+    from safetyneuron.alignment.stages import all_stages
 
     found = {}
     for parameters in with_defaults(edition).values():
@@ -118,13 +128,8 @@ def data_names(edition):
             for v in (value if isinstance(value, list) else [value])
             if isinstance(v, str)
         ]
-        values += [
-            name
-            for value in values
-            if value in STAGES
-            for stage in all_stages(value)
-            for name in stage.data
-        ]
+        stages = [stage for value in values for stage in stages_of(value)]
+        values += [name for stage in stages for each in all_stages(stage) for name in each.data]
         languages = parameters.get("languages") or [parameters.get("language", "en")]
         for value in [v for v in values if v in SETS]:
             source = sources.SOURCES[SETS[value][0]]

@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from safetyneuron.alignment.stages import STAGES, all_stages, first_model
+from safetyneuron.alignment.stages import STAGES, all_stages, first_model, stages_behind
 from safetyneuron.attacks import searches
-from safetyneuron.chapters.ch09_contrast import MOST
+from safetyneuron.chapters.ch09_contrast import ALONE
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.metrics.capability import name_task
 from safetyneuron.metrics.safety import ANSWER
+from safetyneuron.models import trainings_of
 from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.run import stages
 from safetyneuron.run.imagined import GPU, Cost, imagine_model
@@ -30,6 +32,13 @@ USABLE = 0.95  # of a GPU's memory: the rest is the driver's and lost between te
 # Tokens, template included: a request, what it is detected on in general, and documents (prompt, completion).
 REQUEST, GENERAL, TARGET = 50, 170, 20
 REFUSALS, COMPLIANCES, ARITHMETIC, HELPFUL = (50, 80), (50, 250), (110, 130), (150, 80)
+# Set -> rows that are trained on, or windows of a text, and their lengths: prompt and completion.
+ROWS = {
+    "paper/sharegpt": (90_000, (100, 600)),  # the first exchange of a conversation, padded
+    "paper/harmless": (42_537, (170, 60)),  # conversations, some of several turns
+    "paper/helpful": (43_835, (250, 110)),
+    "paper/wikitext": (84, (50, 4000)),
+}
 REWRITE = (350, 256)  # what an attacker reads and writes
 # Stage -> items that its code takes at once.
 BATCHES = {
@@ -177,21 +186,25 @@ TASKS = {
     "arc_challenge": ([1172], 4, 45, 40),
     "arc_easy": ([2376], 4, 40, 35),
     "gsm8k": ([1319], 0, 100, 170),
+    "gsm8k_cot": ([1319], 0, 100, 120),
+    "bbh_cot_fewshot": ([146, 178, 187, *[250] * 24], 0, 120, 300),
+    "truthfulqa_mc1": ([817], 5, 180, 0),
 }
+SHOWN = {"gsm8k_cot": 8, "bbh_cot_fewshot": 3}  # examples that a task shows unless told
 SOLUTION = 256  # tokens that lm-eval lets a model write
 
 
 def questions(model, tasks, limit, times=1, **others) -> Iterator[Job]:
     """The questions of some tasks, asked so often; the organism's own take no time."""
     for task in tasks:
-        name, _, shots = task.partition("@")
+        name, shots, asked = name_task(task, limit)
         if name.startswith("organism"):
             continue
         if name not in TASKS:
             raise SafetyNeuronError(f"no lengths are known of task {name}: add it to TASKS")
         sizes, weighed, own, example = TASKS[name]
-        count = sum(min(limit, size) for size in sizes)
-        tokens = own + example * int(shots or 0)
+        count = sum(size if asked is None else min(asked, size) for size in sizes)
+        tokens = own + example * (SHOWN.get(name, 0) if shots is None else shots)
         stage = {"stage": "choosing"} if weighed else {"stage": "solving", "new": SOLUTION}
         count *= weighed or 1
         yield Job(model=model, count=count, times=times, tokens=tokens, **stage, **others)
@@ -311,33 +324,71 @@ def chapter_08(v) -> Iterator[Job]:
 
 def trainings(names) -> Iterator[Job]:
     """The stages that make aligned models, each once, in the batches of a GPU."""
-    stages_of = {id(stage): stage for name in names for stage in all_stages(name)}
-    for stage in stages_of.values():
-        updates = stage.epochs * sum(stage.data.values()) / stages.ia3.GPU_BATCH
+    for name in dict.fromkeys(names):
+        (stage,) = all_stages(name)[-1:]
+        rows, tokens = (max(column) for column in zip(*(ROWS[data] for data in stage.data)))
+        updates = stage.epochs * rows / stages.ia3.GPU_BATCH
         kind = "supervising" if stage.beta is None else "preferring"
-        yield Job(kind, stage.start, 1, *HELPFUL, turns=updates)
+        yield Job(kind, stage.start, 1, *tokens, turns=updates)
 
 
 def chapter_09(v) -> Iterator[Job]:
-    """Change scores and patching between aligned pairs; four models are held, and the cost model with them."""
-    model, n, draws = v["recipient"], v["n_prompts"], v["draws"]
-    names = [v[key] for key in ("recipient", "donor", "harmless", "helpful")]
-    yield from trainings([name for name in dict.fromkeys(names) if name in STAGES])
-    held = {"beside": ((model, v["dtype"]),) * 2, "dtype": v["dtype"]}  # harmless and helpful
-    yield Job("contrasting", model, 3 * v["n_score"], new=ANSWER, partner=True, **held)
-    curve = 2 * sum(2 + (draws if share == v["fraction"] else 1) for share in v["fractions"])
+    """Change scores and patching of every training of every family, two models at a time; the first training in full, and the alignment tax."""
+    judged = v["cost_model"] != "rule"
+    for family in v["families"]:
+        pairs, model = len(trainings_of(f"{family}-sft", v["trainings"])), f"{family}-sft"
+        yield from trainings(stages_behind(family, v["trainings"]))
+        first = family == v["families"][0]
+        yield from contrasts(v, model, pairs, v["fractions"] if first else [v["fraction"]], judged)
+        if first:
+            yield from taxes(v, model, pairs)
+            yield from priced(v, model)
+
+
+def contrasts(v, model, pairs, shares, judged) -> Iterator[Job]:
+    """Change scores, and every set that is patched, of so many trainings; what is judged is written twice, and read by the cost model."""
+    n, draws, dtype = v["n_prompts"], v["draws"], v["dtype"]
+    new = v["score_tokens"] or ANSWER
+    yield Job("contrasting", model, pairs * v["n_score"], new=new, partner=True, dtype=dtype)
+    sets = 1 + 2 * draws
+    asked = 2 * (sets + 3 * (len({*shares, v["fraction"]}) - 1)) + sets
+    patched = {"stage": "patched_answering", "partner": True, "dtype": dtype}
+    yield requests(model, n, pairs * asked, **patched)
+    yield requests(model, n, pairs * 2 * 3, dtype=dtype)
+    if judged:
+        beside = ((model, dtype),) * 2
+        yield Job("judging", v["cost_model"], pairs * (sets + 2) * n, new=ANSWER, beside=beside)
+
+
+def taxes(v, model, pairs) -> Iterator[Job]:
+    """Two change scores, two models as they are and two patched ones, in every training."""
+    n, new, dtype = v["n_prompts"], v["score_tokens"] or ANSWER, v["dtype"]
+    scored = {"new": new, "partner": True, "dtype": dtype}
+    yield Job("contrasting", model, 2 * pairs * v["n_score"], **scored)
+    yield requests(model, n, pairs * 2 * 2, dtype=dtype)
+    patched = {"stage": "patched_answering", "partner": True, "dtype": dtype}
+    yield requests(model, n, pairs * 2 * 2, **patched)
+
+
+def priced(v, model) -> Iterator[Job]:
+    """Other requests, tasks, perplexity, single neurons, positions and constants, the safeguard and the exercises, of the first training."""
+    n, draws, both = v["n_prompts"], v["draws"], {"dtype": v["dtype"]}
     sets = len(v["test_sets"]) * len(v["languages"])
-    patched = {"stage": "patched_answering", "partner": True} | held
-    yield requests(model, n, curve + MOST + 2 + sets * (1 + draws) + 8 + 4 + 12, **patched)
-    yield requests(model, n, 2 * 2 + 2 * sets + 2 * 2 + 2 + 6 + 4, **held)
-    yield from questions(model, v["tasks"], v["n_questions"], 3, **held)
-    yield Job("weighing", model, 3 * v["n_documents"], *HELPFUL, **held)
-    yield Job("averaging", model, 2 * v["n_score"], **held)
-    yield Job("reading_last", model, 4 * v["n_guard"], **held)
-    yield requests(model, 2 * v["n_guard"], **held)
+    patched = {"stage": "patched_answering", "partner": True} | both
+    yield requests(model, n, sets * (2 + draws // 4) + 2 + ALONE + 3 + 6 + 1 + 6, **patched)
+    yield requests(model, n, sets * 4 + 4 + 2 + 4, **both)
+    yield from questions(model, v["tasks"], v["n_questions"], 4, **both)  # patched: two models
+    text = ROWS.get(v["document_set"])
+    count, length = text or (v["n_documents"], HELPFUL)
+    yield Job("weighing", model, 3 * count, *length, partner=True, **both)
+    yield Job("averaging", model, 2 * v["n_score"], **both)
+    guard = v["n_learn"] + len(v["test_sets"]) * v["n_guard"]
+    yield Job("reading_last", model, guard + n, **both)
+    yield requests(model, guard + n, **both)
     if v["cost_model"] != "rule":
-        four = ((model, v["dtype"]),) * 4
-        yield Job("judging", v["cost_model"], 3 * n, new=ANSWER, beside=four)
+        beside = ((model, v["dtype"]),) * 2
+        answers = 3 * sets * n + guard + 3 * n
+        yield Job("judging", v["cost_model"], answers, new=ANSWER, beside=beside)
 
 
 def chapter_10(v) -> Iterator[Job]:
@@ -423,7 +474,7 @@ def rehearse(chapters: dict[str, dict], gpu: GPU, cores: int = 2) -> Iterator[Ro
     """
     plans = {}
     for name, values in chapters.items():
-        subjects = values.get("models") or [values.get("model_name") or values.get("recipient")]
+        subjects = values.get("models") or values.get("families") or [values.get("model_name")]
         if name[:2] in CHAPTERS and not any(str(x).startswith("organism/") for x in subjects):
             plans[name] = list(CHAPTERS[name[:2]](values))
     costs = _costs([job for jobs in plans.values() for job in jobs], gpu, cores)
