@@ -83,13 +83,31 @@ def test_switches_are_deactivation_and_peaks_are_activations(fresh_chat, strengt
         if off.masks[READ_AT[kind]][unit[1], unit[2]]:
             on.view(-1)[switches.place(unit)] = 0
     extra = () if strength is None else (torch.tensor([strength]),)
-    logits, peaks, past = switches.read([ids, ids], on, *extra)
+    logits, peaks, past, attention = switches.read([ids, ids], on, *extra)
     assert torch.allclose(logits, expected.expand(2, -1), atol=1e-4)
     assert torch.allclose(peaks[:, -peak.shape[1] :], peak * ~off.masks["down"], atol=1e-4)
-    *_, before = switches.read([ids[:3], ids[:3]], on, *extra)
+    _, _, before, _ = switches.read([ids[:3], ids[:3]], on, *extra)
     with torch.no_grad(), attending(model, switches.attend):  # the rest of the tokens after these
-        rest, _, whole = switches(torch.tensor([ids[3:], ids[3:]]), on, before, *extra)
+        rest, _, whole, looked = switches(torch.tensor([ids[3:], ids[3:]]), on, before, *extra)
     assert torch.allclose(rest, logits, atol=1e-4) and torch.allclose(whole, past, atol=1e-4)
+    assert torch.allclose(looked, attention, atol=1e-4)
+
+
+@pytest.mark.organism
+def test_the_graph_tells_where_the_last_token_looks(chat):
+    model, tokenizer = load_model("organism/llama-chat")
+    switches = playground.Switches(model)
+    (ids,) = encode_prompts(model, tokenizer, PROMPTS[:1])
+    *_, found = switches.read([ids], switches.inputs()[1])
+    usual = chat[0].config._attn_implementation
+    chat[0].set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            maps = chat[0](torch.tensor([ids]), output_attentions=True).attentions
+    finally:
+        chat[0].set_attn_implementation(usual)
+    expected = torch.stack([weights[0, :, -1].mean(0) for weights in maps])
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.organism
@@ -272,7 +290,7 @@ def test_scores_show_progress_stop_and_come_in_rows(browser, address):
     browser.find_element("id", "play-score").click()
     until(browser, lambda: text("progress-text").startswith("Done in"), 120)
     (row,) = browser.find_elements("css selector", "#play-scores tbody tr")
-    assert row.text.startswith("aligned as usual: 8 neurons that a learned mask closes off")
+    assert row.text.startswith("Model aligned as usual: 8 neurons that a learned mask closes off")
     assert text("progress-text").startswith("Done in")
 
 
@@ -309,3 +327,35 @@ def test_the_browser_measures_the_importance_of_a_request_as_python_does(
         expected = torch.cat([profile.minimum[p] for p in ("q", "k", "v", "o", "down")], 1)
         given = torch.tensor(scores).view_as(expected)
         assert torch.allclose(given, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+
+
+@pytest.mark.book
+@pytest.mark.browser
+def test_the_map_is_used_by_keyboard_and_leaves_out_layers_and_kinds(browser, address):
+    from selenium.webdriver.common.keys import Keys
+
+    def active(what):
+        return browser.execute_script(f"return document.activeElement.{what}")
+
+    open_page(browser, address, "model=chat&rule=eq3&count=200&ask=how+do+i+paint+the+door+%3F")
+    until(browser, lambda: text_of(browser, "count-text") == "200 of 4,032")
+    cell = browser.find_element("css selector", "#play-map td button")
+    cell.send_keys(Keys.ENTER)
+    until(browser, lambda: browser.find_element("id", "play-neurons").is_displayed())
+    assert active("getAttribute('aria-expanded')") == "true"
+    first = browser.find_element("css selector", "#play-neurons-list button[tabindex='0']")
+    first.send_keys(Keys.ARROW_RIGHT)
+    assert active("dataset.name") == "q.0.1"
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    until(browser, lambda: "q.0.1" in text_of(browser, "card-facts"))
+    assert active("dataset.name") == "q.0.1"
+    shares = (
+        "return [...document.querySelectorAll('#play-map thead button')].map(b => b.textContent)"
+    )
+    assert browser.execute_script(shares) == ["queries", "keys", "values", "feed-forward"]
+    for place in (0, -1):  # a kind, and a layer
+        before = text_of(browser, "count-text")
+        buttons = browser.find_elements("css selector", "#play-map th button[aria-pressed=true]")
+        buttons[place].click()
+        until(browser, lambda: text_of(browser, "count-text") != before)
+    assert "skip=" in browser.current_url

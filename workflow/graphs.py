@@ -26,8 +26,8 @@ class Switches(torch.nn.Module):
     """A model whose neurons have switches, a few tokens at a time.
 
     From tokens (batch, n), on (layers, neurons of a layer) and the keys and values of the m tokens before, past (2, layers, batch,
-    heads, m, width), to the last logits, peaks or which fired, and past with these tokens. A neuron's peak is the largest size
-    of its output over the tokens. The neurons of a layer lie in the order of the kinds. With a `delta`, a fourth input adds that
+    heads, m, width), to the last logits, peaks or which fired, past with these tokens, and where the last token of the first
+    request looks (layers, m + n), a mean over heads. A neuron's peak is the largest size of its output over the tokens. The neurons of a layer lie in the order of the kinds. With a `delta`, a fourth input adds that
     many times the change that SN-Tune made. For models in which every head has its own keys and values; use it inside
     `attending(model, switches.attend)`.
     """
@@ -78,8 +78,9 @@ class Switches(torch.nn.Module):
         key, value = (torch.cat((old, new), 2) for old, new in zip(before[:, layer], (key, value)))
         self.run[layer, "past"] = torch.stack((key, value))
         after = torch.arange(key.shape[2]) > self.run["positions"][0, :, None]
-        logits = (query @ key.mT * scaling).masked_fill(after, -torch.inf)
-        return (torch.softmax(logits, -1) @ value).transpose(1, 2).contiguous(), None
+        weights = torch.softmax((query @ key.mT * scaling).masked_fill(after, -torch.inf), -1)
+        self.run[layer, "attention"] = weights[0, :, -1].mean(0)
+        return (weights @ value).transpose(1, 2).contiguous(), None
 
     def forward(self, tokens, on, past, strength=None):
         """Run once."""
@@ -91,9 +92,10 @@ class Switches(torch.nn.Module):
         run, layers = self.run, range(self.layers)
         peaks = torch.stack([torch.cat([run[l, kind] for kind in self.widths]) for l in layers])
         present = torch.stack([run[l, "past"] for l in layers], 1)
+        attention = torch.stack([run[l, "attention"] for l in layers])
         fired = peaks if self.threshold is None else (peaks > self.threshold).float()
         self.run = {}
-        return found.logits[:, -1], fired, present
+        return found.logits[:, -1], fired, present, attention
 
     def inputs(self, batch=2, length=8, before=3):
         """Inputs with every neuron on and no repair, in the order of `forward`; no fourth one without a delta."""
@@ -102,7 +104,7 @@ class Switches(torch.nn.Module):
         return tokens, torch.ones(self.layers, self.width), past
 
     def read(self, requests, on, *strength):
-        """Last logits and peaks of requests of one length: lists of token ids."""
+        """All outputs for requests of one length: lists of token ids."""
         past = self.inputs(len(requests), before=0)[2]
         with torch.no_grad(), attending(self.model, self.attend):
             return self(torch.tensor(requests), on, past, *strength)
@@ -197,7 +199,7 @@ def write_switches(switches, path, *strength):
     )  # none before is as good, outside of Python
     lengths = {"tokens": {0: batch, 1: LENGTH}, "on": None, "past": {2: batch, 4: past}}
     lengths |= dict.fromkeys(("strength",) if strength else ())
-    outputs = ["logits", "fired", "present"]
+    outputs = ["logits", "fired", "present", "attention"]
     with attending(switches.model, switches.attend):
         write_graph(switches, path, switches.inputs() + strength, lengths, outputs)
 

@@ -1,9 +1,10 @@
 // The page "Playground": an organism in the browser, with switches before its neurons.
 import { Board, SAID } from "./lab/board.js";
-import { find, make, percent } from "./lab/dom.js";
+import { find, make } from "./lab/dom.js";
 import { drawCard, drawMap, drawNeurons, moveAmong } from "./lab/map.js";
 import { Organism, loadPage } from "./lab/organism.js";
 import { placesOff, presetState, readState, writeState } from "./lab/state.js";
+import { drawAttention, drawWords } from "./lab/words.js";
 
 class Lab {
   constructor(parts) {
@@ -62,7 +63,8 @@ class Lab {
     const changed = await organism.answer(state.ask.trim(), { off, strength: state.strength / 100 });
     drawAnswer(organism, "whole", state.ask, whole.text);
     drawAnswer(organism, "changed", state.ask, changed.text);
-    drawWords(organism, whole, changed);
+    const at = drawWords(organism, whole, changed);
+    drawAttention(organism, whole, changed, at);
     await this.drawNeurons(organism, off, whole, changed);
   }
 
@@ -150,27 +152,6 @@ function drawAnswer(organism, name, request, text) {
   const found = organism.language.classOf(request, text);
   find(`${name}-verdict`).textContent = found ? SAID[found] : "holds no refusal phrase";
   find(`${name}-verdict`).className = `play-verdict ${found ?? ""}`;
-}
-
-// The likeliest next words at the first place where the answers part, else at the start.
-function drawWords(organism, whole, changed) {
-  const part = whole.tokens.findIndex((token, i) => token !== changed.tokens[i]);
-  const [at, same] = [Math.max(0, part), part < 0];
-  const before = organism.decode(whole.tokens.slice(0, at));
-  const words = [...new Set([...whole.steps[at].top, ...(changed.steps[at]?.top ?? [])])];
-  const where = before ? `after “${before}”` : "as the first word";
-  find("words-text").textContent = same ? "Both give the same answer. The likeliest first words:" : `The answers part ${where}. The likeliest next words there:`;
-  const rows = words.map((token) =>
-    make("tr", [make("th", organism.word(token), { scope: "row" }), ...[whole, changed].map(({ steps }) => chanceCell(steps[at].shares[token]))]),
-  );
-  const head = make("tr", ["word", "whole model", "as set"].map((text) => make("th", text, { scope: "col" })));
-  find("words").replaceChildren(make("thead", head), make("tbody", rows));
-}
-
-function chanceCell(share) {
-  const cell = make("td", share < 0.0005 ? "< 0.1 %" : percent(share, 1), { className: "chance" });
-  cell.style.setProperty("--share", `${100 * share}%`);
-  return cell;
 }
 
 function report(error) {

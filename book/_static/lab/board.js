@@ -19,7 +19,7 @@ export function nameOf(state, organism, page) {
   const neurons = state.random ? `random neurons, drawn like those ${page.rules[state.rule]}` : `neurons ${page.rules[state.rule]}`;
   const repair = state.strength && organism.facts.repair ? `, repaired at ${state.strength} %` : "";
   const edited = state.flip.size ? ", edited by hand" : "";
-  return `${page.models.find(({ key }) => key === state.model).label}: ${off ? `${off} ${neurons}${edited} off` : "no neuron off"}${repair}`;
+  return `Model ${page.models.find(({ key }) => key === state.model).label}: ${off ? `${off} ${neurons}${edited} off` : "no neuron off"}${repair}`;
 }
 
 export class Board {

@@ -76,8 +76,8 @@ export class Graph {
   // One pass. rows: token ids of requests of one length, or what comes next after what left `past`.
   async next(rows, fixed, past = this.nothing(rows.length)) {
     const tokens = new this.ort.Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length]);
-    const { logits, fired, present } = await this.session.run({ tokens, past, ...fixed });
-    return { logits: logits.data, fired: fired.data, size: logits.dims[1], past: present };
+    const { logits, fired, present, attention } = await this.session.run({ tokens, past, ...fixed });
+    return { logits: logits.data, fired: fired.data, size: logits.dims[1], past: present, attention: attention.data };
   }
 
   // Keys and values of no tokens.

@@ -49,16 +49,17 @@ export class Organism {
     return token === this.page.end ? "(end)" : this.tokenizer.decode([token], { skip_special_tokens: false }).trim();
   }
 
-  // Greedy answer, its tokens, the likeliest words at each of them, and which neurons fired on the request.
+  // Greedy answer, its tokens, at each of them the likeliest words and where the model looks, and which neurons fired on the request.
   async answer(request, { off = [], strength = 0 } = {}) {
     const steps = [];
     let fired;
     const see = (found) => {
       fired ??= found.fired;
-      steps.push(chances(found.logits));
+      steps.push({ ...chances(found.logits), attention: found.attention });
     };
-    const [tokens] = await this.graph.complete([this.encode(request).tokens], this.graph.setting(off, strength), see);
-    return { text: this.decode(tokens), tokens, steps, fired };
+    const asked = this.encode(request).tokens;
+    const [tokens] = await this.graph.complete([asked], this.graph.setting(off, strength), see);
+    return { text: this.decode(tokens), asked, tokens, steps, fired };
   }
 
   // Where the layers and kinds of a place are: [kind, layer, channel].
