@@ -1,4 +1,5 @@
 # make book   build the book (EDITION=smoke, organism, organism-full, small or paper; PROFILE=slurm or kubernetes runs it on a cluster)
+#             SOLUTIONS=no leaves the solutions of the exercises out
 # make check  look up what EDITION needs: models, data, licences, disk; rehearse its memory and time
 # make lint   hold the style, and the order of the rooms of the package
 # make test   run the tests; make test-families the other seeds and families, and two trainings again;
@@ -6,13 +7,15 @@
 #             make test-faults builds that are killed twenty times, and two at once
 EDITION ?= organism
 PYTHON ?= $(shell command -v python3.11 || echo python3)
-CORES ?= 1
+# Two chapters at once where there are two cores and no GPU to share; each runs on one.
+CORES ?= $(if $(filter paper% small,$(EDITION)),1,$(shell test "$$(nproc 2>/dev/null || sysctl -n hw.ncpu)" -ge 2 && echo 2 || echo 1))
+SOLUTIONS ?= yes
 VENV ?= .venv
 
 # A build that was killed leaves nothing that the next one waits for or takes for finished.
 SNAKEMAKE = $(VENV)/bin/python workflow/alone.py $(VENV)/bin/snakemake --nolock --rerun-incomplete \
     -s workflow/Snakefile --configfile workflow/editions/$(EDITION).yaml --cores $(CORES) --quiet all \
-    $(if $(PROFILE),--profile workflow/profiles/$(PROFILE))
+    --config solutions=$(SOLUTIONS) $(if $(PROFILE),--profile workflow/profiles/$(PROFILE))
 
 # Two tests at a time, each on one core.
 TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal

@@ -143,6 +143,7 @@ def build_site(copy):
     addresses = {
         "BOOK_REPOSITORY": "https://github.com/example/book",
         "BOOK_JUPYTERHUB": "https://hub.example.org",
+        "BOOK_URL": "https://book.example.org",
     }
     result = subprocess.run(
         command, cwd=copy, capture_output=True, text=True, env=os.environ | threads | addresses

@@ -4,11 +4,15 @@ import importlib
 import json
 import re
 import statistics
+import sys
 
 import nbformat
 import pytest
 import yaml
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "workflow"))
+from assemble import drop_solutions
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -85,20 +89,49 @@ def test_editions_name_only_notebooks_and_parameters_that_exist():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_every_exercise_has_a_solution_that_runs_and_a_value_to_check(path):
+def test_every_exercise_asks_for_a_guess_and_has_a_hint_and_a_solution_that_runs(path):
     cells = nbformat.read(path, 4).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    labels = re.findall(r"```{exercise}.*?\n:label: (\S+)\n(.*?)```", text, re.S)
+    labels = re.findall(r"````{exercise}.*?\n:label: (\S+)\n(.*?)\n````", text, re.S)
     assert len(labels) >= 3 and text.count("{solution-end}") == len(labels)
     for label, question in labels:
-        start = next(
-            i for i, cell in enumerate(cells) if f"{{solution-start}} {label}\n" in cell.source
-        )
-        (check,) = re.findall(r"{glue:text}`(\w+)`", question)
+        assert "```{admonition} Hint" in question
+        assert re.search(r"^\*(Easy|Medium|Hard), \d+ minutes\.\*$", question, re.M)
+        (check,) = re.findall(r"{check}`(\w+)`", question)
+        i = next(i for i, cell in enumerate(cells) if f":label: {label}\n" in cell.source)
+        stub, start, solution, end = cells[i + 1 : i + 5]
+        assert f'predict("{check}", None)' in stub.source  # nothing is guessed in a build
+        assert f"{{solution-start}} {label}\n" in start.source
         assert (
-            cells[start + 1].cell_type == "code" and f"{check}=" in cells[start + 1].source
+            solution.cell_type == "code" and f"{check}=" in solution.source
         )  # so every build runs it
-        assert "{solution-end}" in cells[start + 2].source
+        assert "{solution-end}" in end.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_book_without_solutions_asks_every_exercise_and_answers_none(path):
+    cells = nbformat.read(path, 4).cells
+    text = "\n".join(cell.source for cell in drop_solutions(cells))
+    assert "{solution" not in text and "reveal(" not in text
+    assert text.count("{check}`") == text.count("predict(") == 3
+    assert "**What's next.**" in text
+
+
+@pytest.mark.book
+def test_a_site_with_an_address_lists_its_pages_and_has_cards(site):
+    places = (site / "html" / "sitemap.xml").read_text(encoding="utf-8")
+    page = (site / "html" / "book" / "index.html").read_text(encoding="utf-8")
+    for source in NOTEBOOKS:
+        assert f"<loc>https://book.example.org/notebooks/{source.stem}.html</loc>" in places
+    assert 'property="og:image" content="https://book.example.org/_static/poster.png"' in page
+    assert re.search(r'<meta name="description" content="\w+', page)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_chapter_has_an_open_question_and_a_wrong_read(path):
+    text = "\n".join(cell.source for cell in nbformat.read(path, 4).cells)
+    assert "{open}`" in text
+    assert "Wrong read, better read" in text and "*Wrong:*" in text and "*Better:*" in text
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -165,6 +165,58 @@ def test_arrow_keys_go_through_all_slides_and_every_figure_shows(browser, addres
     ] == []
 
 
+def test_a_guess_is_judged_and_remembered(browser, address):
+    show(browser, address + "notebooks/02_verification.html", "light")
+    box = browser.find_element("css selector", ".check[data-name=check_02_parts]")
+    said = box.find_element("css selector", "[role=status]")
+    answer = box.get_attribute("data-answer")
+    assert answer not in box.text
+    box.find_element("css selector", ".ask").click()
+    assert said.text == "Write down a guess first."
+    box.find_element("tag name", "input").send_keys("1000")
+    box.find_element("css selector", ".ask").click()
+    assert said.text == "much too high."
+    show(browser, address + "notebooks/02_verification.html", "light")
+    box = browser.find_element("css selector", ".check[data-name=check_02_parts]")
+    assert box.find_element("tag name", "input").get_attribute("value") == "1000"
+    box.find_element("css selector", ".show").click()
+    assert answer in box.find_element("css selector", "[role=status]").text
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_figure_is_enlarged_by_a_click_and_escape_goes_back(browser, address, view):
+    from selenium.webdriver.common.keys import Keys
+
+    show(browser, address + "notebooks/02_verification.html", view)
+    link = browser.find_element("css selector", "#fig-verification a.enlarge")
+    before = link.size["width"]
+    link.send_keys(Keys.ENTER)
+    (large,) = [i for i in browser.find_elements("css selector", "dialog img") if i.is_displayed()]
+    assert large.size["width"] > before and large.get_attribute("alt")
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not large.is_displayed()
+
+
+SMALLEST_TEXT = """
+const done = arguments[0];
+const check = async (image) => {
+  const svg = new DOMParser().parseFromString(await (await fetch(image.src)).text(), 'image/svg+xml').documentElement;
+  const scale = image.getBoundingClientRect().width / Number(svg.getAttribute('viewBox').split(' ')[2]);
+  const sizes = [...svg.querySelectorAll('text, tspan')].map(t => /font(?:-size)?: *(?:[a-z0-9]+ )*?([0-9.]+)px/.exec(t.getAttribute('style') ?? '')).filter(Boolean);
+  return [image.src.split('/').pop(), sizes.length, scale * Math.min(...sizes.map(s => Number(s[1])))];
+};
+Promise.all([...document.querySelectorAll('figure img[src$=".svg"]')].map(check)).then(done);
+"""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("notebooks")])
+def test_the_text_of_figures_can_be_read(browser, address, page):
+    show(browser, address + page, "light")
+    figures = browser.execute_async_script(SMALLEST_TEXT)
+    assert [(name, size) for name, count, size in figures if count and size < 9] == []
+    assert any(count for _, count, _ in figures)
+
+
 def test_a_printed_chapter_is_complete_and_has_nothing_around_it(browser, address):
     show(browser, address + "notebooks/02_verification.html", "light")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})

@@ -31,11 +31,12 @@ def built(tmp_path_factory):
     """A copy of the repository with an empty file in the place of every output."""
     copy = tmp_path_factory.mktemp("built") / "repository"
     copy_repository(copy, "*.safetensors")
-    assert plan(copy) == CHAPTERS | {"site", "playground", "runtime"}
+    assert plan(copy) == CHAPTERS | {"site", "playground", "runtime", "handout"}
     stage = copy / "_build" / "stage" / "smoke"
     for folder in ("playground", "runtime"):
         (stage / "book" / "_static" / folder).mkdir(parents=True)
         (stage / "book" / "_static" / folder / ".snakemake_timestamp").touch()
+    (stage / "book" / "_static" / "handout.zip").touch()
     (stage / "notebooks").mkdir()
     for name in CHAPTERS:
         (stage / "notebooks" / f"{name}.ipynb").touch()

@@ -68,10 +68,15 @@ def write(stage):
 def write_data(notebook, path):
     """A zip archive of the chapter's tables and figures as CSV, its glued values and its parameters."""
     tables, values = executed.data(notebook)
+    files = {f"{name}.csv": text for name, text in tables.items()}
+    files["values.json"] = json.dumps(values, ensure_ascii=False, indent=1)
+    files["parameters.json"] = json.dumps(parameters(notebook), ensure_ascii=False, indent=1)
+    write_archive(path, files)
+
+
+def write_archive(path, files):
+    """A zip archive. files: name to text."""
     with zipfile.ZipFile(path, "w") as archive:
-        files = {f"{name}.csv": text for name, text in tables.items()}
-        files["values.json"] = json.dumps(values, ensure_ascii=False, indent=1)
-        files["parameters.json"] = json.dumps(parameters(notebook), ensure_ascii=False, indent=1)
         for name, text in files.items():
             archive.writestr(
                 zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED

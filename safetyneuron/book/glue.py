@@ -1,11 +1,13 @@
 """What the notebooks hand to the pages: values, tables, figures and data, glued under a name."""
 
 import base64
+import io
 import json
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML, Markdown
+from matplotlib.collections import PathCollection
 from myst_nb import glue
 
 from safetyneuron.book import paper as reported
@@ -15,6 +17,8 @@ from safetyneuron.metrics.answer_class import examples_of
 from safetyneuron.metrics.estimates import Estimate
 from safetyneuron.metrics.outcomes import estimate_rate, rates_by_run
 from safetyneuron.metrics.rates import Rate
+
+MANY_DOTS = 500  # more dots of one kind are drawn as pixels within the SVG
 
 MEASURES = {
     "asr": "Attack success",
@@ -41,9 +45,29 @@ def glue_list(name, items):
     glue(name, Markdown("\n".join(f"- {item}" for item in items)), display=False)
 
 
+class Drawn:
+    """A figure as SVG for the pages and as PNG for the slides; the same drawing gives the same bytes."""
+
+    def __init__(self, figure):
+        self.figure = figure
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        for dots in self.figure.findobj(PathCollection):
+            dots.set_rasterized(len(dots.get_offsets()) > MANY_DOTS)
+        with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "safetyneuron"}):
+            vector = self._save(format="svg", metadata={"Date": None}).decode()
+        pixels = base64.b64encode(self._save(format="png")).decode()
+        return {"image/svg+xml": vector, "image/png": pixels}
+
+    def _save(self, **options):
+        file = io.BytesIO()
+        self.figure.savefig(file, bbox_inches="tight", **options)
+        return file.getvalue()
+
+
 def glue_figure(name, axes):
     """Glue a figure under `name` and close it, so that it appears once, with its caption."""
-    glue(name, axes.figure, display=False)
+    glue(name, Drawn(axes.figure), display=False)
     plt.close(axes.figure)
 
 

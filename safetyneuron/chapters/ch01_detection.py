@@ -12,19 +12,23 @@ from safetyneuron.neurons.architecture import PROJECTIONS
 
 
 def survival_curve(profile):
-    """Share of neurons whose minimum importance is at least ε, one line per projection."""
-    _, axes = plt.subplots()
+    """Share of neurons whose minimum importance is at least ε, one line for all projections with the same curve."""
+    curves = {}
     for projection in PROJECTIONS:
         values = profile.minimum[projection].flatten().sort().values
-        left = 1 - pd.Series(range(len(values))) / len(values)
-        axes.plot(values, 100 * left, label=projection)
+        same = tuple(f"{value:.3g}" for value in values.tolist())
+        curves.setdefault(same, (values, []))[1].append(projection)
+    _, axes = plt.subplots()
+    for values, names in curves.values():
+        left = 1 - np.arange(len(values)) / len(values)
+        axes.plot(values, 100 * left, label=", ".join(names))
     axes.set(
         xscale="log",
         yscale="log",
         xlabel="threshold ε (change of the sub-block's output)",
         ylabel="neurons with minimum ≥ ε (%)",
     )
-    axes.legend(title="projection", ncols=2)
+    axes.legend(title="projection", frameon=False)
     return axes
 
 

@@ -1,7 +1,6 @@
 """Chapter A1: closed forms against brute force, and the departures of the released code one by one."""
 
 import statistics
-import time
 from dataclasses import replace
 from itertools import islice
 
@@ -29,6 +28,7 @@ from safetyneuron.metrics.verdict import Evidence
 from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.encoding import encode_documents, encode_prompts, pad
 from safetyneuron.neurons.sets import NeuronSet
+from safetyneuron.progress import clock
 from safetyneuron.tuning.sn_tune import TunedNeurons
 
 PRINTED = "as printed"
@@ -249,9 +249,9 @@ def rule_costs(model, tokenizer, prompts, repeats=5):
     batch = one_batch(model, tokenizer, prompts)
 
     def seconds(action):
-        start = time.perf_counter()
+        start = clock()
         action()
-        return time.perf_counter() - start
+        return clock() - start
 
     def plain():
         with torch.inference_mode():

@@ -1,6 +1,5 @@
 """What detectors look at: a model, prompts and documents; and what several of them measure, measured once."""
 
-import time
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +10,7 @@ from safetyneuron.memory import Batches
 from safetyneuron.metrics.log_odds import pairs_for
 from safetyneuron.neurons.activations import channel_means, last_activations
 from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.progress import clock
 
 
 @dataclass
@@ -56,18 +56,18 @@ class Case:
         if key in self._kept:
             self.saved += self._kept[key][1]
         else:
-            saved, started = self.saved, time.perf_counter()
+            saved, started = self.saved, clock()
             result = work()
-            self._kept[key] = result, time.perf_counter() - started + self.saved - saved
+            self._kept[key] = result, clock() - started + self.saved - saved
         return self._kept[key][0]
 
     def timed(self, work):
         """Result of a rule and the seconds that it takes alone, whatever others have measured before."""
-        saved, started = self.saved, time.perf_counter()
+        saved, started = self.saved, clock()
         result = work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return result, time.perf_counter() - started + self.saved - saved
+        return result, clock() - started + self.saved - saved
 
     def importance(self, rule, name, language=None):
         """`ImportanceProfile` on the prompts of a name, or of another language."""
