@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from safetyneuron.chapters import ch11_answer_key as chapter
-from safetyneuron.detectors.effects import all_units, neurons_of
+from safetyneuron.detectors.effects import all_units, neurons_of, units_named
 from safetyneuron.detectors.table import DETECTORS
 from safetyneuron.kept.truth import MASK
 from safetyneuron.neurons.sets import Units
@@ -78,8 +78,8 @@ def test_units_are_read_back_as_they_were_written(chat):
     model = chat[0]
     units = all_units(model)[::701]
     text = " ".join(f"{kind}.{layer}.{channel}" for kind, layer, channel in units)
-    assert chapter.units_named(text) == units
-    assert len(neurons_of(model, chapter.units_named(text)).units()) == len(units)
+    assert units_named(text) == units
+    assert len(neurons_of(model, units_named(text)).units()) == len(units)
 
 
 def test_rules_are_sorted_by_what_they_find(planted):

@@ -297,3 +297,13 @@ def test_a_change_score_ranks_feed_forward_units_and_every_set_fills_its_budget(
     assert changed.counts()["ffn"] == len(changed) and all(d.passes > 0 for d in found.values())
     overlap = ch10_comparison.share_units(found, 0.01)
     assert np.allclose(np.diag(overlap), 1) and (overlap <= 1).all().all()
+
+
+@pytest.mark.organism
+def test_the_mask_of_the_answer_key_is_an_upper_line_for_the_model_that_has_one(chat):
+    model = chat[0]
+    mask = ch10_comparison.read_mask(model, "organism/llama-chat")
+    assert 0 < len(mask.units()) < 20
+    assert ch10_comparison.read_mask(model, "organism/llama-dpo") is None
+    upper = ch10_comparison.estimate_mask([scores_of(0, 100)], [scores_of(90, 100)], ["t"], "h")
+    assert upper.value == pytest.approx(0.9)

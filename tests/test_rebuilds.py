@@ -97,4 +97,4 @@ def test_a_changed_parameter_or_notebook_runs_its_own_chapter_and_no_other(built
 def test_other_organisms_run_every_chapter(built):
     path = "safetyneuron/organism/weights/manifest.json"
     found = planned(built, path, lambda text: text + "\n")
-    assert found == CHAPTERS | {"site", "playground"}
+    assert found == CHAPTERS | {"site", "playground", "handout"}

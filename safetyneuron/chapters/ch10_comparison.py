@@ -9,8 +9,10 @@ from safetyneuron.book.glue import glue_text, lines
 from safetyneuron.book.labels import SMALL
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import PALETTE
+from safetyneuron.detectors.effects import neurons_of, units_named
 from safetyneuron.detectors.table import DETECTORS, random_scores
 from safetyneuron.importance.selection import select_units
+from safetyneuron.kept.truth import read_truth
 from safetyneuron.metrics.estimates import Estimate, estimate_mean, score_best
 from safetyneuron.metrics.outcomes import Scores, outcomes_of
 from safetyneuron.metrics.verdict import Evidence, judge
@@ -136,6 +138,19 @@ def estimate_areas(values, clusters):
     return pd.DataFrame({key: rows[key] for key in order}).T.rename_axis("rule")
 
 
+def read_mask(model, name):
+    """The smallest set that breaks refusal in a model of the answer key, by a learned mask; None of a model without a key."""
+    rows = read_truth("breaking").query("model == @name and method == 'mask'")
+    return neurons_of(model, units_named(rows["which"].item())) if len(rows) else None
+
+
+def estimate_mask(whole, masked, task_names, harmful_set):
+    """The trade-off of one set a training, as of a rule with one budget. whole, masked: a `Scores` a training."""
+    points = {"mask": [[[scores]] for scores in masked]}
+    values, clusters = trade_offs(whole, points, task_names, harmful_set)
+    return estimate_mean(values["mask"], clusters)
+
+
 def judge_rules(areas, margin=0.1):
     """Whether each rule finds what refusal rests on better than random sets, corrected for the number of rules."""
     claims = {
@@ -156,8 +171,10 @@ def label_of(key):
     return DETECTORS[key].label if key in DETECTORS else "random units"
 
 
-def areas_table(areas, verdicts, detectors, budget):
-    """The trade-off of every rule, best first: verdict, where its set lies, and what it costs. detectors: key to `Detector`."""
+def areas_table(areas, verdicts, detectors, budget, name):
+    """The trade-off of every rule, best first: verdict, where its set lies, how stable it is, and what it costs. detectors: key to `Detector`; name: the model's."""
+    halves = read_truth("stability").query("model == @name and over == 'halves of the prompts'")
+    shared = halves.set_index("detector")["shared"]
     rows = {}
     for key, row in areas.iterrows():
         detector = detectors.get(key)
@@ -167,6 +184,7 @@ def areas_table(areas, verdicts, detectors, budget):
             "trade-off": lines_of(row["area"]),
             "better than random": verdicts[key].value if key in verdicts else "–",
             "in attention": place,
+            "found again": f"{shared[key]:.0%}" if key in shared else "–",
             "cost, in forward passes": f"{detector.passes:.0f} ×" if detector else "–",
         }
     return pd.DataFrame(rows).T.rename_axis("rule")
@@ -178,8 +196,11 @@ def lines_of(estimate: Estimate) -> str:
     return f"{estimate.value:.2f}\n[{low:.2f}, {high:.2f}]"
 
 
-def draw_areas(areas):
-    """Trade-off of every rule, sorted, one colour a model; random units as a band. areas: model to `estimate_areas`."""
+def draw_areas(areas, upper):
+    """Trade-off of every rule, sorted, one colour a model; random units as a band, learned masks as dashed lines.
+
+    areas: model to `estimate_areas`; upper: model to `estimate_mask`, where it has one.
+    """
     first = next(iter(areas.values()))
     keys = [key for key in first.index if key not in (RANDOM, "control/random")]
     _, axes = plt.subplots(figsize=(7.5, 0.26 * len(keys) + 1.2))
@@ -187,6 +208,8 @@ def draw_areas(areas):
         colour, shift = sns.color_palette(PALETTE)[i], 0.2 * (i - (len(areas) - 1) / 2)
         low, high = table.loc[RANDOM, "area"].interval
         axes.axvspan(max(low, 0), high, color=colour, alpha=0.12, linewidth=0)
+        if model in upper:
+            axes.axvline(upper[model].value, color=colour, linestyle="--", linewidth=1.2)
         for row, key in enumerate(keys):
             if key in table.index:
                 estimate = table.loc[key, "area"]
@@ -194,7 +217,10 @@ def draw_areas(areas):
                 axes.plot(estimate.value, row + shift, "o", color=colour, markersize=4)
         axes.plot([], [], "o-", color=colour, label=model.removeprefix("organism/"))
     axes.set_yticks(range(len(keys)), [label_of(key) for key in keys], fontsize=8)
-    axes.set(xlabel="trade-off: harm at kept capability (shaded: random units)", xlim=(-0.02, 1.02))
+    axes.set(
+        xlabel="trade-off: harm at kept capability (shaded: random units; dashed: learned mask)",
+        xlim=(-0.02, 1.02),
+    )
     axes.invert_yaxis()
     axes.legend(loc="lower right", fontsize=9)
     return axes

@@ -10,7 +10,7 @@ import seaborn as sns
 from safetyneuron.book.glue import glue_text, lines
 from safetyneuron.book.ledger import glue_findings, margin_of
 from safetyneuron.book.plots import PALETTE
-from safetyneuron.detectors.effects import Unit, neurons_of
+from safetyneuron.detectors.effects import neurons_of, units_named
 from safetyneuron.detectors.table import DETECTORS
 from safetyneuron.kept.truth import GREEDY, LIMIT, MASK, NATURAL, PLANTED, read_truth
 from safetyneuron.metrics.estimates import Estimate, estimate_exact, estimate_mean
@@ -76,12 +76,6 @@ def summarise_planted(planted: pd.DataFrame) -> pd.DataFrame:
 def units_needed(breaking: pd.DataFrame, model: str) -> pd.Series:
     """How many units each method switches off before refusal breaks; NaN where `LIMIT` are not enough."""
     return breaking[breaking["model"] == model].set_index("method")["units"]
-
-
-def units_named(text: str) -> list[Unit]:
-    """Units from the column `which` of a table: `kind.layer.channel`, with spaces between."""
-    parts = (name.split(".") for name in text.split())
-    return [(kind, int(layer), int(channel)) for kind, layer, channel in parts]
 
 
 def sets_found(model, name: str) -> list:

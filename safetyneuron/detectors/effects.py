@@ -48,6 +48,12 @@ def neurons_of(model, units: Iterable[Unit]) -> NeuronSet:
     return Units(kinds).neurons()
 
 
+def units_named(text: str) -> list[Unit]:
+    """Units from the column `which` of a table: `kind.layer.channel`, with spaces between."""
+    parts = (name.split(".") for name in text.split())
+    return [(kind, int(layer), int(channel)) for kind, layer, channel in parts]
+
+
 def measure_effects(
     model,
     tokenizer,
