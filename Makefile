@@ -39,6 +39,7 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check --quiet
 	$(VENV)/bin/ruff check --quiet
+	$(VENV)/bin/ruff check --quiet --isolated --select F notebooks/*.ipynb
 	$(VENV)/bin/lint-imports
 
 test-families: $(VENV)/installed

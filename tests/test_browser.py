@@ -18,6 +18,7 @@ PAGES += ["SECURITY.html"] + [
         "status",
         "rerun",
         "league",
+        "neurons",
         "teachers",
         "glossary",
         "bibliography",

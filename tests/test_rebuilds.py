@@ -31,12 +31,13 @@ def built(tmp_path_factory):
     """A copy of the repository with an empty file in the place of every output."""
     copy = tmp_path_factory.mktemp("built") / "repository"
     copy_repository(copy, "*.safetensors")
-    assert plan(copy) == CHAPTERS | {"site", "playground", "runtime", "handout"}
+    assert plan(copy) == CHAPTERS | {"site", "playground", "runtime", "handout", "neurons"}
     stage = copy / "_build" / "stage" / "smoke"
     for folder in ("playground", "runtime"):
         (stage / "book" / "_static" / folder).mkdir(parents=True)
         (stage / "book" / "_static" / folder / ".snakemake_timestamp").touch()
     (stage / "book" / "_static" / "handout.zip").touch()
+    (stage / "book" / "neurons.md").touch()
     (stage / "notebooks").mkdir()
     for name in CHAPTERS:
         (stage / "notebooks" / f"{name}.ipynb").touch()
@@ -97,4 +98,4 @@ def test_a_changed_parameter_or_notebook_runs_its_own_chapter_and_no_other(built
 def test_other_organisms_run_every_chapter(built):
     path = "safetyneuron/organism/weights/manifest.json"
     found = planned(built, path, lambda text: text + "\n")
-    assert found == CHAPTERS | {"site", "playground", "handout"}
+    assert found == CHAPTERS | {"site", "playground", "handout", "neurons"}

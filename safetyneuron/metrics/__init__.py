@@ -15,7 +15,7 @@ from safetyneuron.metrics.safety import (
     helpfulness,
     over_refusal_rate,
 )
-from safetyneuron.metrics.suite import Suite, answers_without, evaluate
+from safetyneuron.metrics.suite import Suite, evaluate
 
 __all__ = [
     "Rate",
@@ -23,7 +23,6 @@ __all__ = [
     "answer_classes",
     "answer_costs",
     "answers",
-    "answers_without",
     "attack_success_rate",
     "capability",
     "coherent_compliance_rate",

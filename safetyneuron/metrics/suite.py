@@ -67,25 +67,6 @@ def evaluate(model, tokenizer, suite, without=None):
         return remember_scores("scores", key, lambda: _measure(model, tokenizer, suite, prompts))
 
 
-def answers_without(model, tokenizer, prompts, sets):
-    """Greedy answers of a model with each set of neurons switched off, and whole where the set is None.
-
-    Parameters
-    ----------
-    sets : dict of str to NeuronSet or None
-
-    Returns
-    -------
-    dict of str to list of str
-        Answers of real models to harmful prompts are for scoring: do not store or show them.
-    """
-    texts = {}
-    for name, neurons in sets.items():
-        with deactivate(model, neurons) if neurons else nullcontext():
-            texts[name] = answers(model, tokenizer, prompts)
-    return texts
-
-
 def remember_scores(kind, key, compute):
     """The `Scores` that `compute()` gives rows for, made once for this key."""
     rows = remember(kind, key, compute)
