@@ -36,7 +36,7 @@ def counts_heatmap(neurons):
     """Share of each layer's rows in the set, layer against projection, in percent."""
     shares = {p: 100 * mask.float().mean(1).numpy() for p, mask in neurons.masks.items()}
     axes = sns.heatmap(
-        pd.DataFrame(shares).T,
+        pd.DataFrame(shares).T.rename(columns=lambda layer: layer + 1),
         annot=True,
         fmt=".1f",
         cmap="viridis",
