@@ -9,6 +9,7 @@ import yaml
 
 from safetyneuron.cache import cache_folder
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.run.editions import read_edition, read_mapping
 from safetyneuron.run.execute import notebook_parameters, run_notebook
 
 TRAIN = (
@@ -182,12 +183,12 @@ def _truth(options):
 def _check(options):
     from safetyneuron.run.preflight import check
 
-    check(_read_mapping(options.edition))
+    check(read_edition(options.edition))
 
 
 def _given(options):
     """Parameters from the file, then from the command line; values are read as YAML."""
-    given = _read_mapping(options.parameter_file) if options.parameter_file else {}
+    given = read_mapping(options.parameter_file) if options.parameter_file else {}
     for text in options.parameter:
         name, equals, value = text.partition("=")
         if not equals:
@@ -201,18 +202,6 @@ def _given(options):
                 f"parameter {text!r} cannot be read ({' '.join(str(error).split())}): write a YAML value, lists as [a, b]"
             ) from None
     return given
-
-
-def _read_mapping(path):
-    try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SafetyNeuronError(
-            f"parameter file {path} cannot be read ({' '.join(str(error).split())}): write a YAML mapping"
-        ) from None
-    if not isinstance(mapping, dict):
-        raise SafetyNeuronError(f"parameter file {path} holds no mapping: write lines NAME: VALUE")
-    return mapping
 
 
 def _show(notebook):

@@ -8,11 +8,12 @@ import sys
 
 import nbformat
 import pytest
-import yaml
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "workflow"))
 from assemble import drop_solutions
+
+from safetyneuron.run.editions import read_edition
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -75,7 +76,7 @@ def test_every_figure_has_alt_text(path):
 
 def test_editions_name_only_notebooks_and_parameters_that_exist():
     for path in (ROOT / "workflow" / "editions").glob("*.yaml"):
-        edition = yaml.safe_load(path.read_text(encoding="utf-8"))
+        edition = read_edition(path)
         assert edition["edition"] == path.stem
         assert set(edition["notebooks"]) == {n.stem for n in NOTEBOOKS}
         for name, given in edition["notebooks"].items():

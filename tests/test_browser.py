@@ -186,6 +186,7 @@ def test_a_guess_is_judged_and_remembered(browser, address):
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_figure_is_enlarged_by_a_click_and_escape_goes_back(browser, address, view):
+    from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
     show(browser, address + "notebooks/02_verification.html", view)
@@ -194,7 +195,7 @@ def test_a_figure_is_enlarged_by_a_click_and_escape_goes_back(browser, address, 
     link.send_keys(Keys.ENTER)
     (large,) = [i for i in browser.find_elements("css selector", "dialog img") if i.is_displayed()]
     assert large.size["width"] > before and large.get_attribute("alt")
-    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
     assert not large.is_displayed()
 
 

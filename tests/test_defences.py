@@ -258,7 +258,7 @@ ASKED = (["en"], ["GCG"], list("abc"))
 
 
 def test_table_2_stands_beside_the_paper_with_its_slip():
-    table = book.full_table(2, RESULTS, "m", "Llama3-8B-Instruction", ASKED)
+    table = book.full_table(2, {"organism/m": RESULTS}, "Llama3-8B-Instruction", ASKED)
     paper = table["Llama3-8B-Instruction"]
     assert paper.loc[("Attack success", "direct, en")].tolist() == ["30.0", "0.0", "0.0"]
     assert paper.loc[("Accuracy", "c (paper: GSM8K)")].tolist() == ["63.2", "64.3", "69.6"]
@@ -276,7 +276,9 @@ def test_table_2_stands_beside_the_paper_with_its_slip():
 
 
 def test_cells_for_the_page_of_all_carry_the_papers_rows_and_columns():
-    cells = book.full_table(2, RESULTS, "m", "Llama3-8B-Instruction", ASKED).attrs["cells"]
+    cells = book.full_table(2, {"organism/m": RESULTS}, "Llama3-8B-Instruction", ASKED).attrs[
+        "cells"
+    ]
     found = {(cell["row"], cell["column"]): cell["text"] for cell in cells}
     assert found["Direct", "SN-Tune"].startswith("2.0\n[") and len(found) == len(cells)
     assert found["Direct", "Circ-Break"].startswith("40.0\n[")
@@ -285,7 +287,7 @@ def test_cells_for_the_page_of_all_carry_the_papers_rows_and_columns():
 
 
 def test_the_headline_has_one_row_a_model_and_the_papers_three_numbers():
-    table = book.headline_table(3, RESULTS, "Mistral-7B-v0.1", ASKED)
+    table = book.headline_table(3, {"organism/m": RESULTS}, "Mistral-7B-v0.1", ASKED)
     assert len(table) == len(RESULTS) and len(table.columns) <= 6
     assert table.loc["as it is"].iloc[-1] == "100.0; 100.0; 62.0*\n(its rows: 64.5)"
     assert table.loc["random like SN-Tune"].iloc[-1] == "–; –; –"
@@ -327,3 +329,20 @@ def test_too_few_documents_and_a_file_in_two_languages_are_refused(tmp_path):
     with pytest.raises(SafetyNeuronError, match="give one language"):
         defences.by_language(load_documents, str(path), 1, LANGUAGES)
     assert len(defences.by_language(load_documents, str(path), 1, ["en"])) == 1
+
+
+def test_every_model_stands_beside_its_own_column_of_the_paper_and_others_beside_none():
+    models = {
+        "lmsys/vicuna-13b-v1.5@c832": "92.0",
+        "mistralai/Mistral-7B-Instruct-v0.2": "36.0",
+        "some/other": "–",
+    }
+    table = book.full_table(2, dict.fromkeys(models, RESULTS), "Llama3-8B-Instruction", ASKED)
+    for model, direct in models.items():
+        row = table.loc[(model, "Attack success", "direct, en")]
+        assert row["the paper", "Origin."] == direct
+    alone = book.headline_table(2, {"some/other": RESULTS}, "Llama3-8B-Instruction", ASKED)
+    assert not any("paper" in column for column in alone.columns)
+    assert len(table.attrs["cells"]) == 3 * len(
+        {(c["row"], c["column"]) for c in table.attrs["cells"]}
+    )

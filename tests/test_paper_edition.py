@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 import yaml
@@ -34,6 +35,7 @@ from safetyneuron.metrics import answers
 from safetyneuron.metrics.capability import _correct
 from safetyneuron.models import Loaded
 from safetyneuron.neurons.weights import fingerprint
+from safetyneuron.run import executed
 from safetyneuron.run.execute import run_notebook
 
 EDITION = yaml.safe_load(
@@ -187,6 +189,18 @@ def small(name):
 def test_every_chapter_runs_on_checkpoints_of_the_papers_architectures(offline, tmp_path, name):
     run_notebook(ROOT / "notebooks" / f"{name}.ipynb", small(name), tmp_path / f"{name}.ipynb")
     assert (tmp_path / f"{name}.ipynb").is_file()
+
+
+@pytest.mark.paper
+@pytest.mark.parametrize("name", ["05_sn_tune_instruct", "06_sn_tune_base"])
+def test_the_tuning_chapters_run_without_attacks(offline, tmp_path, name):
+    given = small(name) | {"n_attacked": 0}
+    run_notebook(ROOT / "notebooks" / f"{name}.ipynb", given, tmp_path / f"{name}.ipynb")
+    found = executed.texts(nbformat.read(tmp_path / f"{name}.ipynb", 4))
+    assert (
+        found["attacked_eq3"] == "–"
+        and "GCG" not in found[f"csv-table-{2 + name.startswith('06')}"]
+    )
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def planned(copy, path, change):
         ("book/plots.py", CHAPTERS),
         (
             "detectors/change_scores.py",
-            {"09_activation_contrast", "10_comparison", "11_answer_key", "playground"},
+            {"09_activation_contrast", "10_comparison", "11_answer_key", "playground", "neurons"},
         ),
         ("cli.py", set()),
     ],

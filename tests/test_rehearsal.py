@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,6 +26,7 @@ from safetyneuron.metrics.perplexity import perplexity
 from safetyneuron.neurons.activations import channel_means
 from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.run import preflight, rehearsal, stages
+from safetyneuron.run.editions import read_edition
 from safetyneuron.run.imagined import GPUS, imagine_model
 from safetyneuron.run.stages import PATCHED, Subject
 from safetyneuron.tuning.circuit_breaker import circuit_break
@@ -208,7 +208,7 @@ def test_the_check_names_a_model_whose_shape_is_unknown(toy):
 
 def test_every_model_that_an_edition_names_has_a_shape():
     for path in (ROOT / "workflow" / "editions").glob("*.yaml"):
-        for name in preflight.model_names(yaml.safe_load(path.read_text(encoding="utf-8"))):
+        for name in preflight.model_names(read_edition(path)):
             assert rehearsal.shape_of(name)["config"]["hidden_size"]
 
 

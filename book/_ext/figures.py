@@ -2,13 +2,17 @@
 
 import re
 
-PICTURE = re.compile(r'(<img [^>]*?src="((?:\.\./)*_images/[^"]+)"[^>]*>)')
+PICTURE = re.compile(r'(?<!">)(<img [^>]*?src="((?:\.\./)*_images/[^"]+)"[^>]*>)')
+SCALED = (
+    'class="reference internal image-reference"'  # Sphinx links a picture of a given width already
+)
 
 
 def link_pictures(app, pagename, templatename, context, doctree):
     """Wrap the pictures of the page's body."""
     if "body" in context:
-        context["body"] = PICTURE.sub(r'<a class="enlarge" href="\2">\1</a>', context["body"])
+        body = context["body"].replace(SCALED, 'class="enlarge"')
+        context["body"] = PICTURE.sub(r'<a class="enlarge" href="\2">\1</a>', body)
 
 
 def setup(app):

@@ -3,15 +3,18 @@ document.addEventListener("DOMContentLoaded", () => {
   const dialog = document.createElement("dialog");
   dialog.className = "enlarged";
   dialog.setAttribute("aria-label", "Enlarged figure");
-  const image = dialog.appendChild(document.createElement("img"));
   dialog.addEventListener("click", () => dialog.close());
   document.body.append(dialog);
   for (const link of document.querySelectorAll("a.enlarge")) {
     link.addEventListener("click", (event) => {
       if (event.ctrlKey || event.metaKey) return;
       event.preventDefault();
+      const image = new Image();
       image.src = link.href;
       image.alt = link.querySelector("img").alt;
+      const close = document.createElement("button");
+      close.textContent = "Close";
+      dialog.replaceChildren(close, image);
       dialog.showModal();
     });
   }

@@ -6,8 +6,16 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from safetyneuron.book.glue import MEASURES, glue_text, lines, printed_cells, run_cell
+from safetyneuron.book.glue import (
+    MEASURES,
+    by_model_rows,
+    glue_text,
+    lines,
+    printed_cells,
+    run_cell,
+)
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.paper import column_for
 from safetyneuron.book.plots import draw_dots
 from safetyneuron.kept.defences import BREAKER, EQ3, ORIGIN, RANDOM, SPECIFIC, Column
 from safetyneuron.metrics.answer_class import CLASSES, RULES
@@ -52,20 +60,30 @@ def was_asked(runs: Runs, measure: str, *names: str) -> bool:
 def measures_of(languages, attacks, tasks):
     """Column or panel title to measure and sets; attacks are made in the first language."""
     searched = (languages[0], *attacks)
-    return {
+    found = {
         "attack success,\ndirect": ("asr", *languages),
         "attack success,\nwith attacks": ("asr", *searched),
         "help with harm,\nwith attacks": ("coherent", *searched),
         "over-refusal": ("over_refusal", *languages),
         "accuracy": ("accuracy", *tasks),
     }
+    return {title: key for title, key in found.items() if attacks or "attacks" not in title}
 
 
-def headline_table(number, columns: Columns, paper_model, asked):
-    """One row a condition, in percent, and what the paper has for it: direct, with attacks, and capability.
+def headline_table(number, results: dict[str, Columns], paper_model, asked):
+    """One row a model and condition, in percent, and what the paper has for it: direct, with attacks, and capability.
 
-    asked: languages, names of the attacks, tasks.
+    paper_model: whose cells stand beside an organism's; asked: languages, names of the attacks, tasks.
     """
+    return by_model_rows(
+        {
+            model: _headline(number, columns, column_for(number, model, paper_model), asked)
+            for model, columns in results.items()
+        }
+    )
+
+
+def _headline(number, columns: Columns, paper_model, asked):
     printed, rows = printed_cells(number, paper_model), {}
     for condition, runs in runs_of(columns).items():
         theirs = [
@@ -76,17 +94,30 @@ def headline_table(number, columns: Columns, paper_model, asked):
             title: lines(estimate_rate(runs, *key)) if was_asked(runs, *key) else "–"
             for title, key in measures_of(*asked).items()
         }
-        rows[LABELS[condition]] = here | {
-            "paper: direct,\nwith attacks, accuracy": "; ".join(theirs)
-        }
+        told = "; ".join(theirs) if printed else "–"
+        rows[LABELS[condition]] = here | {"paper: direct,\nwith attacks, accuracy": told}
     return pd.DataFrame(rows).T.rename_axis("%")
 
 
-def full_table(number, columns: Columns, model, paper_model, asked):
+def full_table(number, results: dict[str, Columns], paper_model, asked):
     """Paper's Table 2 or 3 beside the measurement: cost, capability, direct requests in several languages, attacks in the first one.
 
-    asked: languages, names of the attacks, tasks, which stand for MMLU, ARC-challenge and GSM8K in this order.
+    paper_model: whose cells stand beside an organism's; asked: languages, names of the attacks, tasks, which stand for MMLU,
+    ARC-challenge and GSM8K in this order.
     """
+    return by_model_rows(
+        {
+            model: _full(number, columns, model, column_for(number, model, paper_model), asked)
+            for model, columns in results.items()
+        }
+    ).rename(
+        columns={"the paper": column_for(number, next(iter(results)), paper_model)}
+        if len(results) == 1
+        else {}
+    )
+
+
+def _full(number, columns: Columns, model, paper_model, asked):
     printed, runs, table = printed_cells(number, paper_model), runs_of(columns), {}
     rows, cells = _rows(*asked), []
     for group, name, paper_row, key in rows:
@@ -99,7 +130,7 @@ def full_table(number, columns: Columns, model, paper_model, asked):
             for c, column in PAPER_COLUMNS.items() if paper_row and c in columns
         ]  # fmt: skip
         line |= {
-            (paper_model, column): printed.get((paper_row, column), "–")
+            ("the paper", column): printed.get((paper_row, column), "–")
             for column in PAPER_COLUMNS.values()
         }
         table[group, name] = line
@@ -127,8 +158,10 @@ def _rows(languages, attacks, tasks):
     for measure in ("asr", "coherent"):
         names = {f"direct, {language}": (measure, language) for language in languages}
         names |= {f"{attack}, {languages[0]}": (measure, attack) for attack in attacks}
-        names[f"average, {languages[0]}"] = (measure, languages[0], *attacks)
-        papers = ["Direct", *[None] * (len(languages) - 1), *attacks, "Avg. Harmful"]
+        papers = ["Direct", *[None] * (len(languages) - 1), *attacks]
+        if attacks:
+            names[f"average, {languages[0]}"] = (measure, languages[0], *attacks)
+            papers.append("Avg. Harmful")
         rows += [
             (MEASURES[measure], name, paper if measure == "asr" else None, key)
             for (name, key), paper in zip(names.items(), papers)
@@ -217,9 +250,10 @@ def weigh_claims(stage, columns: Columns, languages, attacks, tasks):
     else:
         price = estimate_change(runs[ORIGIN], runs[EQ3], "over_refusal", *languages)
         found["aligned-price"] = expect_kept(price, 0.05)
-    found |= lower("resists", runs[ORIGIN], runs[EQ3], "asr", *searched)
-    found |= lower("above-breaker", runs[BREAKER], runs[EQ3], "asr", *searched)
-    found |= lower("above-breaker-help", runs[BREAKER], runs[EQ3], "coherent", *searched)
+    if attacks:
+        found |= lower("resists", runs[ORIGIN], runs[EQ3], "asr", *searched)
+        found |= lower("above-breaker", runs[BREAKER], runs[EQ3], "asr", *searched)
+        found |= lower("above-breaker-help", runs[BREAKER], runs[EQ3], "coherent", *searched)
     found |= _above_random(f"{stage}-above-random", runs_of(columns, every=True), direct)
     kept = estimate_change(runs[EQ3], runs[ORIGIN], "accuracy", *tasks)
     return found | {f"{stage}-capability": expect_kept(kept, 0.05)}
@@ -262,6 +296,8 @@ def _percents(columns, languages, attacks, tasks):
         "accuracy": ("accuracy", *tasks),
     }
     found = {name: _texts(runs_of(columns), *key) for name, key in keys.items()}
+    if not attacks:
+        found |= dict.fromkeys(("attacked", "help"), dict.fromkeys(columns, "–"))
     return found | {"every": _texts(runs_of(columns, every=True), *keys["direct"])}
 
 

@@ -107,8 +107,12 @@ def by_model(tables):
 
 
 def by_model_rows(tables):
-    """Tables of several models below each other, the model in front; of one model as it is."""
-    return next(iter(tables.values())) if len(tables) == 1 else pd.concat(tables, names=["model"])
+    """Tables of several models below each other, the model in front; of one model as it is. Columns with nothing but dashes are left out."""
+    cells = [cell for table in tables.values() for cell in table.attrs.get("cells", [])]
+    joined = next(iter(tables.values())) if len(tables) == 1 else pd.concat(tables, names=["model"])
+    joined = joined.loc[:, (joined != "–").any()]
+    joined.attrs["cells"] = cells
+    return joined
 
 
 def percent_table(table):
@@ -146,7 +150,9 @@ def run_cell(runs, measure, *names):
 
 
 def printed_cells(number, paper_model):
-    """Cells of one model in a table of the paper, (row, column) to text; an asterisk where its own rows give another value."""
+    """Cells of one model in a table of the paper, (row, column) to text; an asterisk where its own rows give another value; none of no model."""
+    if paper_model is None:
+        return {}
     cells = reported.table(number).query("model == @paper_model")
     if cells.empty:
         raise SafetyNeuronError(

@@ -71,6 +71,15 @@ Harmful|Harmful|0.0 41.0 38.0 26.0 36.0 79.0 72.0 41.0
 Detection|Number of Safety Neurons|8912 4825 3594 2329 2322 2314
 """,
 }
+NAMES = {
+    "meta-llama/Llama-2-7b-chat-hf": "Llama2-7B-Chat",
+    "meta-llama/Llama-2-7b-hf": "Llama2-7B-Base",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "Llama3-8B-Instruction",
+    "meta-llama/Meta-Llama-3-8B": "Llama3-8B-Base",
+    "mistralai/Mistral-7B-Instruct-v0.2": "Mistral-7B-Instruct-v0.2",
+    "mistralai/Mistral-7B-v0.1": "Mistral-7B-v0.1",
+    "lmsys/vicuna-13b-v1.5": "Vicuna-13B-v1.5",
+}
 # (table, row, model, column) -> the value its own rows give.
 SLIPS = {
     (2, "Avg. Capability", "Llama3-8B-Instruction", "SN-Tune"): 70.6,
@@ -88,6 +97,17 @@ ATTENTION = {"Llama2-7B-Chat": 77}  # % of the safety neurons that lie in attent
 OVERLAP_BELOW = 30  # % (§2.3.2): the overlap of two languages' safety neurons is typically smaller
 # Chen et al. (2025): patching this share of the feed-forward neurons restores more than this share of safety (%).
 CHANGE_SCORES = {"neurons": 5, "restored": 90}
+
+
+def column_for(number, model, shown):
+    """The paper's name of the model whose cells of a table stand beside a model's.
+
+    That is the model itself, if the table has it; for an organism, which no paper has, `shown`; for every other model None.
+    """
+    if model.startswith("organism/"):
+        return shown
+    name = NAMES.get(model.partition("@")[0])
+    return name if name in _COLUMNS[number][0] else None
 
 
 def table(number):

@@ -5,13 +5,16 @@ import pandas as pd
 
 from safetyneuron.book.glue import (
     MEASURES,
+    by_model_rows,
     glue_rates,
     glue_text,
+    lines,
     printed_cells,
     run_cell,
     with_cells,
 )
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.paper import column_for
 from safetyneuron.book.plots import draw_dots
 from safetyneuron.importance.selection import select_without_foundation
 from safetyneuron.metrics.estimates import chance_of_ranks, rank_among
@@ -50,9 +53,10 @@ def asked_fully(runs: Runs) -> Runs:
 def table_1(results, paper_model, harmful_sets, tasks):
     """Paper's Table 1 beside the measurement: rows are sets and tasks, columns are conditions.
 
-    results: model name to condition to `Runs`.
+    results: model name to condition to `Runs`; paper_model: whose cells stand beside an organism's.
     """
-    printed = printed_cells(1, paper_model)
+    papers = dict.fromkeys(column_for(1, model, paper_model) for model in results)
+    printed = {name: printed_cells(1, name) for name in papers if name}
     rows = _rows(results, harmful_sets, tasks)
     table = []
     for measure, paper_row, names in rows:
@@ -62,7 +66,8 @@ def table_1(results, paper_model, harmful_sets, tasks):
             for condition, runs in conditions.items()
         }
         line |= {
-            ("Paper", paper_model, c): printed.get((paper_row, c), "–")
+            ("Paper", name, c): cells.get((paper_row, c), "–")
+            for name, cells in printed.items()
             for c in ("Origin.", "Deact-R", "Deact-SN")
         }
         table.append(line)
@@ -76,6 +81,37 @@ def table_1(results, paper_model, harmful_sets, tasks):
         columns=pd.MultiIndex.from_tuples(table[0]),
     )
     return with_cells(1, frame, [paper_row for _, paper_row, _ in rows])
+
+
+def headline_table(results, paper_model, harmful_sets, benign_set, tasks):
+    """Table 1 in short: one row a model and condition, averages over the harmful sets and over the tasks in percent, and the paper's.
+
+    results: model to condition to `Runs`; paper_model: whose cells stand beside an organism's.
+    """
+    return by_model_rows(
+        {
+            model: _headline(found, column_for(1, model, paper_model), harmful_sets, benign_set, tasks)
+            for model, found in results.items()
+        }
+    )  # fmt: skip
+
+
+def _headline(results, paper_model, harmful_sets, benign_set, tasks):
+    printed, columns = printed_cells(1, paper_model), {
+        "attack success": ("asr", *harmful_sets),
+        "help with harm": ("coherent", *harmful_sets),
+        "over-refusal": ("over_refusal", benign_set),
+        "accuracy": ("accuracy", *tasks),
+    }  # fmt: skip
+    rows = {}
+    for condition, runs in results.items():
+        reading, theirs = _heading(condition)
+        here = {title: lines(estimate_rate(asked_fully(runs), *key)) for title, key in columns.items()}  # fmt: skip
+        paper = [printed.get((row, theirs), "–") for row in ("Avg. Harmful", "Avg. Capability")]
+        rows[reading or "none off", theirs] = here | {
+            "paper: attack\nsuccess, accuracy": "; ".join(paper) if printed else "–"
+        }
+    return pd.DataFrame(rows).T.rename_axis(["neurons", "condition, in %"])
 
 
 def _rows(results, harmful_sets, tasks):

@@ -6,6 +6,7 @@ import pandas as pd
 import seaborn as sns
 
 from safetyneuron.book.defences import LABELS
+from safetyneuron.book.glue import glue_figure, glue_table, glue_text
 from safetyneuron.book.plots import PALETTE
 
 
@@ -70,6 +71,15 @@ def costs_of_attacks(columns, attacks):
         if trainings[0][0].attacks
     }
     return pd.DataFrame(rows).T.rename_axis("queries per request")
+
+
+def glue_searches(columns, attacks):
+    """Glue what the attacks spent and how GCG's loss fell; in an edition without attacks, that there are none."""
+    if attacks:
+        glue_table("spent", costs_of_attacks(columns, attacks))
+        glue_figure("gcg", search_curves(columns, "GCG"))
+    else:
+        glue_text(**dict.fromkeys(("spent", "gcg"), "Nothing is attacked in this edition."))
 
 
 def _label(condition):

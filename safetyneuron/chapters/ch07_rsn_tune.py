@@ -3,8 +3,9 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from safetyneuron.book.glue import glue_text, lines, printed_cells
+from safetyneuron.book.glue import by_model_rows, glue_text, lines, printed_cells
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.paper import column_for
 from safetyneuron.book.plots import draw_dots
 from safetyneuron.metrics.outcomes import Runs, estimate_change, estimate_rate
 from safetyneuron.metrics.verdict import Evidence, expect_kept
@@ -43,11 +44,21 @@ def overlap_table(sets):
     return pd.DataFrame(rows).T.rename_axis("training")
 
 
-def downstream_table(found, model, paper_model, language, task):
-    """Paper's Table 4 beside the measurement, in percent: a row a document set and condition.
+def downstream_table(results, paper_model, language, task):
+    """Paper's Table 4 beside the measurement, in percent: a row a model, document set and condition.
 
-    found: document set that was fine-tuned on to condition to `Runs`; task: of capability.
+    results: model to document set that was fine-tuned on to condition to `Runs`; paper_model: whose cells stand beside an
+    organism's; task: of capability.
     """
+    return by_model_rows(
+        {
+            model: _downstream(found, model, column_for(4, model, paper_model), language, task)
+            for model, found in results.items()
+        }
+    )
+
+
+def _downstream(found, model, paper_model, language, task):
     printed, rows, cells = printed_cells(4, paper_model), {}, []
     for lesson, conditions in found.items():
         for condition, runs in conditions.items():

@@ -226,7 +226,8 @@ def defence(v, model) -> Iterator[Job]:
     asked = v["n_prompts"] * len(v["languages"])
     yield requests(model, asked, 2 * (columns + 1) + 2 * (draws - 1), **others)
     yield from questions(model, v["tasks"], v["n_questions"], columns + 1, **others)
-    yield from attacked(v, model, columns)
+    if v["n_attacked"]:
+        yield from attacked(v, model, columns)
 
 
 def attacked(v, model, columns) -> Iterator[Job]:

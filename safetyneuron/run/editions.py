@@ -1,0 +1,46 @@
+"""Editions of the book: which chapters, with which parameters; one may extend another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from safetyneuron.errors import SafetyNeuronError
+
+
+def read_mapping(path: Path) -> dict:
+    """A YAML file of names and values.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If it cannot be read or holds something else.
+    """
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SafetyNeuronError(
+            f"parameter file {path} cannot be read ({' '.join(str(error).split())}): write a YAML mapping"
+        ) from None
+    if not isinstance(mapping, dict):
+        raise SafetyNeuronError(f"parameter file {path} holds no mapping: write lines NAME: VALUE")
+    return mapping
+
+
+def read_edition(path: Path) -> dict:
+    """An edition, with all that the edition it extends says and it does not.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If a file cannot be read.
+    """
+    own = read_mapping(path)
+    if "extends" not in own:
+        return own
+    base = read_edition(path.with_name(f"{own.pop('extends')}.yaml"))
+    chapters = base["notebooks"]
+    for name, given in own.pop("notebooks", {}).items():
+        chapters[name] = chapters[name] | given
+    return base | own
