@@ -7,6 +7,8 @@ from urllib.parse import unquote, urljoin, urlparse
 import pytest
 from conftest import ROOT, VIEWS, show
 
+from safetyneuron.metrics.refusal import is_refusal
+
 PAGES = [f"notebooks/{path.stem}.html" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
 PAGES += ["SECURITY.html"] + [
     f"book/{name}.html"
@@ -164,6 +166,21 @@ def test_arrow_keys_go_through_all_slides_and_every_figure_shows(browser, addres
     assert [
         entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"
     ] == []
+
+
+@pytest.mark.parametrize("view", ["light", "phone"])
+def test_page_one_breaks_a_refusal_on_a_click(browser, address, view):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    show(browser, address + "book/index.html", view)
+    button = browser.find_element("id", "demo-run")
+    assert button.location["y"] + button.size["height"] < VIEWS[view][1]  # above the fold
+    button.click()
+    WebDriverWait(browser, 60).until(lambda b: b.find_element("id", "demo-changed").text)
+    whole, changed = (
+        browser.find_element("id", f"demo-{name}").text for name in ("whole", "changed")
+    )
+    assert is_refusal(whole) and not is_refusal(changed)
 
 
 def test_a_guess_is_judged_and_remembered(browser, address):
