@@ -36,6 +36,12 @@ def _parser():
     parser = argparse.ArgumentParser(prog="safetyneuron", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")
     commands = parser.add_subparsers(required=True)
+    for add in (_add_run, _add_params, _add_importance, _add_train, _add_export, _add_league, _add_truth, _add_check):  # fmt: skip
+        add(commands)
+    return parser
+
+
+def _add_run(commands):
     run = commands.add_parser("run", help="execute a notebook with parameters")
     run.add_argument("notebook", type=Path)
     run.add_argument(
@@ -56,9 +62,15 @@ def _parser():
         help="where to write the executed notebook (default: _build/runs/NAME)",
     )
     run.set_defaults(action=lambda o: run_notebook(o.notebook, _given(o), o.output))
+
+
+def _add_params(commands):
     params = commands.add_parser("params", help="list the parameters of a notebook")
     params.add_argument("notebook", type=Path)
     params.set_defaults(action=lambda o: _show(o.notebook))
+
+
+def _add_importance(commands):
     importance = commands.add_parser(
         "importance",
         help="measure importance, also with several processes: accelerate launch -m safetyneuron.cli importance …",
@@ -72,6 +84,9 @@ def _parser():
         "-o", "--output", type=Path, required=True, help="profile to write (.safetensors)"
     )
     importance.set_defaults(action=_importance)
+
+
+def _add_train(commands):
     train = commands.add_parser(
         "train",
         help="train an organism again, which takes up to half an hour, or an aligned pair of the paper",
@@ -89,10 +104,16 @@ def _parser():
         help="of an organism's weights (default: organism, in the cache)",
     )
     train.set_defaults(action=_train)
+
+
+def _add_export(commands):
     export = commands.add_parser("export", help="write an organism as a plain Hugging Face folder")
     export.add_argument("name", help="for example organism/llama-planted")
     export.add_argument("folder", type=Path, help="a new or empty one")
     export.set_defaults(action=_export)
+
+
+def _add_league(commands):
     league = commands.add_parser(
         "league",
         help="hold a detector of your own, a Python file with find(model, tokenizer, harmful, benign), against planted neurons",
@@ -110,6 +131,8 @@ def _parser():
     )
     league.set_defaults(action=_league)
 
+
+def _add_truth(commands):
     truth = commands.add_parser(
         "truth",
         help="compute the answer key: what every unit does, and what every detector finds (up to an hour on two cores; a run that was killed goes on)",
@@ -129,12 +152,14 @@ def _parser():
         help="only compute a part again and hold it against the shipped tables",
     )
     truth.set_defaults(action=_truth)
+
+
+def _add_check(commands):
     check = commands.add_parser(
         "check", help="look up what an edition needs before a GPU hour is spent"
     )
     check.add_argument("edition", type=Path, help="a file of workflow/editions")
     check.set_defaults(action=_check)
-    return parser
 
 
 def _importance(options):
