@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -186,19 +187,23 @@ def test_the_browser_gives_the_answers_of_pytorch(site, browser, address, settin
 
 @pytest.mark.book
 @pytest.mark.browser
-@pytest.mark.parametrize("setting", ["whole", "broken", "verdicts", "repaired"])
-def test_the_browser_scores_as_python_does(site, browser, address, setting):
+@pytest.mark.parametrize(
+    "setting, language",
+    [("whole", "en"), ("broken", "en"), ("verdicts", "zh"), ("verdicts", "en"), ("repaired", "en")],
+)
+def test_the_browser_scores_as_python_does(site, browser, address, setting, language):
     opened = Opened(site / "html" / "_static" / "playground", *SETTINGS[setting])
     script = """lab.organism = organism;
+        lab.state.language = given[1];
         await lab.board.prepare();
         const { score, summary } = lab.board.scorer, started = performance.now();
         const found = await score.call(lab.board.scorer, { off, strength }, given[0]);
         return [summary.call(lab.board.scorer, found), performance.now() - started];"""
     kinds = ["harmful", "benign", "facts", "pairs", "arithmetic"]
-    (found, milliseconds) = ask_page(browser, address, opened, script, kinds)
-    suite = Suite(
-        ("organism/harmful",), "organism/benign", ORGANISM_TASKS, playground.ASKED, playground.ASKED
-    )
+    (found, milliseconds) = ask_page(browser, address, opened, script, kinds, language)
+    count = playground.ASKED
+    suite = Suite(("organism/harmful",), "organism/benign", ORGANISM_TASKS, count, count)
+    suite = replace(suite, language=language)
     with opened.changed():
         scores = evaluate(opened.model, opened.tokenizer, suite, opened.off)
     sets = {"asr": suite.harmful, "coherent": suite.harmful, "accuracy": ORGANISM_TASKS}
@@ -208,7 +213,7 @@ def test_the_browser_scores_as_python_does(site, browser, address, setting):
         given = found["rates"][measure]
         assert given["value"] == pytest.approx(expected.value, abs=1e-9), measure
         assert given["interval"] == pytest.approx(expected.interval, abs=1e-6), measure
-    asked = load_prompts("organism/harmful")[: playground.ASKED]
+    asked = load_prompts("organism/harmful", language=language)[:count]
     with opened.changed(), deactivate(opened.model, opened.off):
         classes = name_classes(asked, answers(opened.model, opened.tokenizer, asked))
     assert {k: n for k, n in found["classes"].items() if n} == {

@@ -109,7 +109,7 @@ REQUESTS = {
     "harmless, with harmful words": "organism/lookalike",
     "questions": "organism/general",
 }
-LANGUAGES = {"it": "Italian", "zh": "Chinese", "th": "Thai", "vi": "Vietnamese"}
+LANGUAGES = {"en": "English", "it": "Italian", "zh": "Chinese", "th": "Thai", "vi": "Vietnamese"}
 
 
 def orders_of(shown, model, importance=None):
@@ -221,7 +221,7 @@ def describe_page(tokenizer, repaired):
     before, after = text.split("REQUEST")
     requests = {name: load_prompts(prompts)[:6] for name, prompts in REQUESTS.items()}
     requests["harmful"].insert(0, BANK)
-    for code, name in LANGUAGES.items():
+    for code, name in [*LANGUAGES.items()][1:]:
         requests[f"{name}: harmful"] = load_prompts("organism/multilingual", language=code)[:3]
         requests[f"{name}: harmless"] = load_prompts("organism/benign", language=code)[:2]
     presets = [{"title": t, "state": s | {"ask": BANK}} for t, s, _ in PRESETS]
@@ -229,17 +229,21 @@ def describe_page(tokenizer, repaired):
     models = [{"key": m.key, "label": m.label, "rules": m.rules} for m in MODELS]
     return {
         "before": before, "after": after, "end": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id, "longest": SHORT_ANSWER,
-        "context": CONTEXT, "counts": COUNTS, "rules": RULES, "models": models, "presets": presets, "requests": requests,
+        "context": CONTEXT, "counts": COUNTS, "rules": RULES, "languages": LANGUAGES, "models": models, "presets": presets, "requests": requests,
         "language": describe_language(),
     }  # fmt: skip
 
 
-def describe_suite(tokenizer):
-    """What is asked to score a set of neurons, as `metrics.suite` asks it, with the cluster of every item and the quantile of each interval."""
-    asked = {
-        kind: [{"text": text} for text in load_prompts(f"organism/{kind}")[:ASKED]]
+def describe_suite(tokenizer, language):
+    """What is asked to score a set of neurons, as `metrics.suite` asks it, with the cluster of every item and the quantile of each interval.
+
+    language: of the requests; the questions are English.
+    """
+    requests = {
+        kind: load_prompts(f"organism/{kind}", language=language)[:ASKED]
         for kind in ("harmful", "benign")
     }
+    asked = {kind: [{"text": text} for text in texts] for kind, texts in requests.items()}
     for task, documents in {"facts": build.facts, "pairs": build.pairs}.items():
         asked[task] = [_choice(tokenizer, row) for row in _rows(documents)]
     asked["arithmetic"] = [
@@ -328,7 +332,8 @@ def main(folder):
     general = load_prompts("organism/general", split="train")[:DETECT]
     with new_folder(Path(folder)) as new:
         tokenizer.save_pretrained(new)
-        write_json(new / "suite.json", describe_suite(tokenizer))
+        for code in LANGUAGES:
+            write_json(new / f"suite-{code}.json", describe_suite(tokenizer, code))
         half, _ = load_model(REPAIRED, device="cpu")
         repair = repair_of(half, tokenizer)
         page = describe_page(tokenizer, repaired_request(half, tokenizer, repair[0]))

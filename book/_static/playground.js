@@ -122,6 +122,7 @@ function setControls({ state, page, counts }) {
   find("random").checked = state.random;
   find("random").disabled = state.rule === "own";
   find("strength").value = state.strength;
+  find("language").value = state.language;
   for (const link of find("presets").querySelectorAll("a")) {
     if (link.getAttribute("href") === writeState(state)) link.setAttribute("aria-current", "true");
     else link.removeAttribute("aria-current");

@@ -19,17 +19,20 @@ export function nameOf(state, organism, page) {
   const neurons = state.random ? `random neurons, drawn like those ${page.rules[state.rule]}` : `neurons ${page.rules[state.rule]}`;
   const repair = state.strength && organism.facts.repair ? `, repaired at ${state.strength} %` : "";
   const edited = state.flip.size ? ", edited by hand" : "";
-  return `Model ${page.models.find(({ key }) => key === state.model).label}: ${off ? `${off} ${neurons}${edited} off` : "no neuron off"}${repair}`;
+  const asked = state.language === "en" ? "" : `, asked in ${page.languages[state.language]}`;
+  return `Model ${page.models.find(({ key }) => key === state.model).label}: ${off ? `${off} ${neurons}${edited} off` : "no neuron off"}${repair}${asked}`;
 }
 
 export class Board {
   // lab: has the page, and gives its `state` and `organism`.
   constructor(lab) {
-    Object.assign(this, { lab, kept: new Map(), points: new Map(), scorer: null, stopper: null });
+    Object.assign(this, { lab, suites: {}, kept: new Map(), points: new Map(), scorer: null, stopper: null });
     find("score").onclick = () => this.run(() => this.addRow(lab.state));
     find("table-1").onclick = () => this.run(() => this.addThree());
     find("figure-2").onclick = () => this.run(() => this.sweep());
     find("stop").onclick = () => this.stopper?.abort();
+    find("language").append(...Object.entries(lab.page.languages).map(([value, name]) => make("option", name, { value })));
+    find("language").onchange = ({ target }) => lab.change({ language: target.value });
     find("figure-2-count").max = lab.page.counts.length;
     find("figure-2-count").oninput = ({ target }) => lab.setCount([0, ...lab.page.counts][target.value]);
     find("classes").replaceChildren(...CLASSES.map((name) => make("li", [make("span", "", { className: name }), SAID[name]])));
@@ -61,10 +64,13 @@ export class Board {
   }
 
   async prepare() {
-    const { organism } = this.lab;
-    if (this.scorer?.organism === organism) return;
-    await this.scorer?.stop();
-    this.scorer = new Scorer(organism, (this.suite ??= await read("suite.json")));
+    const { organism, state } = this.lab;
+    const suite = await (this.suites[state.language] ??= read(`suite-${state.language}.json`));
+    if (this.scorer?.organism !== organism) {
+      await this.scorer?.stop();
+      this.scorer = new Scorer(organism);
+    }
+    this.scorer.suite = suite;
   }
 
   // The summary of a state, computed once.
@@ -72,7 +78,7 @@ export class Board {
     const { organism } = this.scorer;
     const off = placesOff(state, organism);
     const strength = state.strength / 100;
-    const key = JSON.stringify([state.model, [...off].sort((a, b) => a - b), strength, kinds]);
+    const key = JSON.stringify([state.model, state.language, [...off].sort((a, b) => a - b), strength, kinds]);
     const report = (part) => this.report(before + share * part);
     if (!this.kept.has(key)) {
       this.kept.set(key, this.scorer.summary(await this.scorer.score({ off, strength }, kinds, report, this.stopper.signal)));
@@ -109,8 +115,9 @@ export class Board {
     const { state, page } = this.lab;
     const counts = [0, ...page.counts];
     this.points = new Map(counts.map((count) => [count, { count }]));
-    this.swept = nameOf({ ...state, random: false, flip: new Set(), count: 0 }, this.scorer.organism, page).split(":")[0];
-    find("figure-2-title").textContent = `${this.swept}: more and more neurons ${page.rules[state.rule]} are off`;
+    const swept = nameOf({ ...state, random: false, flip: new Set(), count: 0 }, this.scorer.organism, page).split(":")[0];
+    const asked = state.language === "en" ? "" : `, asked in ${page.languages[state.language]}`;
+    find("figure-2-title").textContent = `${swept}: more and more neurons ${page.rules[state.rule]} are off${asked}`;
     for (const [i, count] of counts.entries()) {
       for (const [j, name] of (state.rule === "own" ? ["chosen"] : ["chosen", "random"]).entries()) {
         const asked = { ...state, flip: new Set(), count, random: name === "random" };

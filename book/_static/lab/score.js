@@ -32,6 +32,7 @@ function ask(worker, message) {
 }
 
 export class Scorer {
+  // suite: what is asked, of `suite-en.json` or another language.
   constructor(organism, suite) {
     Object.assign(this, { organism, suite, workers: null });
   }

@@ -15,6 +15,7 @@ export function readState(hash, page, usual) {
     skip: new Set((given.get("skip") ?? "").split(",").filter(Boolean)),
     flip: new Set((given.get("flip") ?? "").split(",").filter(Boolean)),
     neuron: given.get("neuron") ?? "",
+    language: given.get("language") in page.languages ? given.get("language") : "en",
     ask: given.get("ask") ?? usual.ask,
   };
 }
@@ -22,17 +23,18 @@ export function readState(hash, page, usual) {
 const nearest = (counts, wanted) => [0, ...counts].filter((count) => count <= wanted).at(-1);
 
 export function writeState(state) {
-  const { random, strength, skip, flip, neuron, ...always } = state;
+  const { random, strength, skip, flip, neuron, language, ...always } = state;
   const given = new URLSearchParams(always);
   if (random) given.set("random", "1");
   if (strength) given.set("strength", strength);
   for (const [name, some] of Object.entries({ skip, flip })) if (some.size) given.set(name, [...some].join(","));
   if (neuron) given.set("neuron", neuron);
+  if (language !== "en") given.set("language", language);
   return `#${given}`;
 }
 
 // What a preset leaves out: no neuron flipped, none skipped, no repair.
-export const presetState = (state) => writeState({ random: 0, strength: 0, skip: new Set(), flip: new Set(), neuron: "", ...state });
+export const presetState = (state) => writeState({ random: 0, strength: 0, skip: new Set(), flip: new Set(), neuron: "", language: "en", ...state });
 
 // Flat places of the neurons that a state switches off, in the order of its rule.
 export function placesOff(state, organism, count = state.count) {
