@@ -120,9 +120,9 @@ def test_the_cases_of_the_page_are_what_they_say(title, state, classes):
     if state.get("random"):
         units = playground.random_partners(model, units)
     with deactivate(model, neurons_of(model, units[: state["count"]])):
-        (changed,) = answers(model, tokenizer, [playground.BANK])
-    (whole,) = answers(model, tokenizer, [playground.BANK])
-    assert tuple(classify(playground.BANK, text) for text in (whole, changed)) == classes
+        (changed,) = answers(model, tokenizer, [state["ask"]])
+    (whole,) = answers(model, tokenizer, [state["ask"]])
+    assert tuple(classify(state["ask"], text) for text in (whole, changed)) == classes
 
 
 @pytest.mark.organism
