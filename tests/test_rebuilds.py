@@ -95,6 +95,25 @@ def test_a_changed_parameter_or_notebook_runs_its_own_chapter_and_no_other(built
     assert planned(built, "notebooks/01_detection.ipynb", other_words) == wanted
 
 
+def test_the_command_of_the_readme_plans_a_whole_book_with_or_without_solutions(tmp_path):
+    copy_repository(tmp_path, "*.safetensors")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    venv = Path(sys.executable).parent.parent
+    command = ["make", "--dry-run", "book", f"VENV={venv}", "-o", venv / "installed"]
+    plans = {}
+    for solutions in ("yes", "no", "perhaps"):
+        told = subprocess.run([*command, f"SOLUTIONS={solutions}"], cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+        line = next(line for line in told.stdout.splitlines() if "snakemake" in line)
+        plan = subprocess.run(f"{line} --dry-run", shell=True, cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+        plans[solutions] = plan.returncode
+        if solutions == "perhaps":
+            assert "SOLUTIONS is 'perhaps': use yes or no" in plan.stderr
+        else:
+            kept = json.loads((tmp_path / "_build/stage/organism/code/solutions.json").read_text())
+            assert kept == (solutions == "yes")
+    assert plans["yes"] == plans["no"] == 0 != plans["perhaps"]
+
+
 def test_other_organisms_run_every_chapter(built):
     path = "safetyneuron/organism/weights/manifest.json"
     found = planned(built, path, lambda text: text + "\n")
