@@ -332,6 +332,16 @@ def test_two_alignments_are_scored_on_one_set_and_patched_both_ways(models, toke
     assert alike.shared == 1 and alike.within == pytest.approx(1)
 
 
+def test_trainings_agree_with_themselves_and_organisms_cannot_be_asked(scores, monkeypatch):
+    told = {}
+    monkeypatch.setattr(ch09_tax, "glue_list", told.__setitem__)
+    ch09_tax.glue_agreement({"aligned/one": [scores] * 3, "organism/two": [scores] * 3}, 0.25)
+    first, second = told["agreement"]
+    assert "100%" in first and "1.00" in first and "%" not in second
+    ch09_tax.glue_agreement({"aligned/one": [scores]}, 0.25)
+    assert len(told["agreement"]) == 1 and "%" not in told["agreement"][0]
+
+
 def test_what_chance_shares_is_what_random_sets_share():
     draw = torch.Generator().manual_seed(0)
     counts = ((12, 2), (9, 5))
