@@ -3,7 +3,9 @@
 import importlib
 import json
 import re
+import shutil
 import statistics
+import subprocess
 import sys
 
 import nbformat
@@ -116,6 +118,23 @@ def test_a_book_without_solutions_asks_every_exercise_and_answers_none(path):
     assert "{solution" not in text and "reveal(" not in text
     assert text.count("{check}`") == text.count("predict(") == 3
     assert "**What's next.**" in text
+
+
+@pytest.mark.book
+def test_the_first_chapters_can_be_read_while_the_others_run(site, tmp_path):
+    names = ("00_organism", "01_detection")
+    notebooks = [site / "stage" / "smoke" / "notebooks" / f"{name}.ipynb" for name in names]
+    pages = ["_config.yml", *[str(p.relative_to(ROOT)) for p in (ROOT / "book" / "_ext").glob("*.py")]]  # fmt: skip
+    pages += [str(p.relative_to(ROOT)) for p in (ROOT / "book" / "_static").glob("*.*")]
+    for page in pages:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / page, tmp_path / page)
+    command = [sys.executable, ROOT / "workflow" / "assemble.py", "--first", "done", *notebooks]
+    told = subprocess.run([*command, *pages], cwd=tmp_path, capture_output=True, text=True)
+    assert "can be read in _build/first/notebooks/00_organism.html" in told.stderr
+    for name in names:
+        page = tmp_path / "_build" / "first" / "notebooks" / f"{name}.html"
+        assert "_images/" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.book

@@ -21,6 +21,7 @@ PAGES += ["SECURITY.html"] + [
         "rerun",
         "league",
         "neurons",
+        "accessibility",
         "teachers",
         "glossary",
         "bibliography",

@@ -53,6 +53,7 @@ def main(stage, *pages):
         if not json.loads((Path(stage) / "code" / "solutions.json").read_text(encoding="utf-8")):
             stage = copy_without_solutions(stage)
         build(stage, url)
+        shutil.rmtree(FIRST, ignore_errors=True)  # all of it is in the site now
     finally:
         shutil.rmtree(WORK, ignore_errors=True)
 
