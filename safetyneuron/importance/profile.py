@@ -185,8 +185,7 @@ def measure_importance(
     model, tokenizer : transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
         The chat template formats the prompts; without one they are used as they are.
     prompts : list of str
-    rule : str
-        `exact`, `first_order`, `paper` or `released`.
+    rule : {'exact', 'first_order', 'paper', 'released'}
     batch_size : int
         Prompts a forward pass; the result does not depend on it.
     progress : bool
