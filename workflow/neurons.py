@@ -19,7 +19,8 @@ from safetyneuron.metrics import answers, sort_answers
 from safetyneuron.neurons.activations import channel_means
 from safetyneuron.neurons.architecture import Architecture
 
-SHOWN, WORDS, TOP, ASKED = 50, 6, 0.01, 50  # 50 requests were asked without each unit
+SHOWN, NAMED, WORDS, TOP = 50, 10, 6, 0.01
+ASKED = 50  # requests that were asked without each unit
 KINDS = {"ffn": "feed-forward", "vo": "value and output", "q": "query", "k": "key"}
 READS = {"ffn": "gate", "vo": "v", "q": "q", "k": "k"}
 WRITES = {"ffn": "down", "vo": "o"}
@@ -85,21 +86,19 @@ def anchor(unit):
 
 def write_section(place, unit, without, ranks, look, limit):
     """A section: where the unit is, what becomes of the answers without it, its words, and the rules that find it."""
-    found = [
-        rule.label for key, rule in DETECTORS.items()
-        if key in ranks.index and ranks[key] <= limit and not key.startswith("control/")
-    ]  # fmt: skip
+    rules = [key for key in DETECTORS if key in ranks.index and not key.startswith("control/")]
+    found = [DETECTORS[key].label for key in rules if ranks[key] <= limit]
     place_in_model = (unit.kind, unit.layer, unit.channel)
     writes = (
         f" It makes these likelier: {look.writes(*place_in_model)}." if unit.kind in WRITES else ""
     )
-    finders = "; ".join(found) if found else "none of the rules"
+    finders = f" ({'; '.join(found)})" if found and place <= NAMED else ""
     return f"""({anchor(unit)})=
 ### {place}. {KINDS[unit.kind].capitalize()} unit {unit.channel} of layer {unit.layer + 1}
 
 Without it the log odds of refusing a harmful request {"fall" if unit.effect > 0 else "rise"} by {abs(unit.effect):.2f} nats: the model refuses {100 * without["harmful refusal"]:.0f} % of {ASKED} harmful requests
 and helps correctly with {100 * without["harmful correct"]:.0f} % of them; of the harmless ones it refuses {100 * without["harmless refusal"]:.0f} %. It reads most along the words {look.reads(*place_in_model)}.{writes}
-Among the first percent of: {finders}. In the tables it is `{name_of(unit)}`.
+{len(found)} of {len(rules)} rules have it among their first percent{finders}. In the tables it is `{name_of(unit)}`.
 """
 
 
@@ -128,7 +127,7 @@ def draw_map(units, top):
 def draw_unit(unit, x, y, largest, linked):
     """One square; what the mouse shows over it; a link where the unit has a section."""
     colour = "#d55e00" if unit.effect > 0 else "#0072b2"
-    strength = np.sqrt(abs(unit.effect) / largest)
+    strength = 0.12 + 0.88 * np.sqrt(abs(unit.effect) / largest)  # none is invisible
     title = f"{KINDS[unit.kind]} {unit.channel}, layer {unit.layer + 1}: {unit.effect:+.3f} nats"
     square = f'<rect x="{x}" y="{y}" width="{CELL - 1}" height="{CELL - 1}" fill="{colour}" fill-opacity="{strength:.2f}"><title>{title}</title></rect>'
     if (unit.kind, unit.layer, unit.channel) not in linked:
@@ -150,7 +149,7 @@ def write_page(units, top, left, sections, look):
 **What we found.** {found}: without any one of the {SHOWN} strongest the model still refuses at least {least:.0f} % of harmful requests. The strongest of {len(units):,}, {first}, weighs {strongest["effect"]:.1f} nats
 of the log odds of refusing; the ten strongest together carry {ten:.0f} %, the {SHOWN} listed here {all_shown:.0f} % of all that speaks for refusal when units are switched off one by one.
 
-Each square is one {{term}}`functional unit` of `{NATURAL}`. The deeper its orange, the less the model refuses harmful requests without it; blue ones work against refusal. Point at a square for its number;
+Each square is one {{term}}`functional unit` of `{NATURAL}`. <span style="color: #d55e00">■</span> Orange: the deeper, the less the model refuses harmful requests without it. <span style="color: #0072b2">■</span> Blue: it works against refusal. Point at a square for its number;
 the {SHOWN} strongest are links. Effects are those of [](../notebooks/11_answer_key.ipynb): each unit alone set to zero, whole answers scored, {ASKED} harmful requests of the test split. The whole
 model refuses {look.refused.percent} % of them. Layers count from 1 here and from 0 in the tables.
 

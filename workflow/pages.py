@@ -106,12 +106,17 @@ def _slide(chapter, name, key, notebook):
         badge = f'<span class="badge {verdict.replace(" ", "-")}">{verdict}</span>'
         head = f"{badge} {html.escape(sentence_of(key, verdict))}"
         number = f'<p class="number">{html.escape(row["number"])}</p>'
-        foot = f"Claim: {claim['claim']} {claim['paper']}."
+        foot = f"Claim: {claim['claim']} ({claim['paper']})"
         notes = f"Measured: {claim['effect']}; margin {claim['margin']:g}. Ran on {row['ran_on']}."
     else:
         asked = re.search(r"\*\*The (?:paper's )?(?:claims?|question)\.\*\* (.*?)\n\n", text, re.S)
         head, number, foot, notes = title, "", _plain(asked[1]), ""
-    return f"""<section><p class="chapter"><a href="../../notebooks/{chapter}.html">{title}</a></p>
+    place = (
+        ""
+        if head == title
+        else f'<p class="chapter"><a href="../../notebooks/{chapter}.html">{title}</a></p>'
+    )
+    return f"""<section>{place}
 <h2>{head}</h2>{number}
 <img src="{chapter}-{name}.png" alt="{html.escape(alt)}">
 <p class="claim">{html.escape(foot, quote=False)}</p><aside class="notes">{html.escape(notes)}</aside></section>
@@ -176,9 +181,11 @@ def ledger(notebooks):
     rows = "".join(
         _claim_row(claim, *judged[key]) for key, claim in load_claims().items() if key in judged
     )
+    found = Counter(row["verdict"] for _, row in judged.values())
+    tally = ", ".join(f"{count} {verdict}" for verdict, count in found.most_common())
     return f"""# Claims and verdicts
 
-Every claim that a chapter of this build judges, with what was found. Its effect and its margin, the smallest effect that would matter, were written down before the run.
+**Of {len(judged)} claims: {tally}.** Every claim that a chapter of this build judges, with what was found. Its effect and its margin, the smallest effect that would matter, were written down before the run.
 
 ```{{admonition}} One rule for every verdict
 :class: note

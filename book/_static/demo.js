@@ -15,7 +15,7 @@ async function show() {
   find("whole").textContent = (await organism.answer(state.ask)).text;
   find("changed").textContent = (await organism.answer(state.ask, { off })).text;
   find("count").textContent = `${off.length} of ${organism.graph.neurons.toLocaleString("en")}`;
-  find("answers").hidden = false;
+  find("answers").hidden = find("note").hidden = false;
   find("status").textContent = "";
 }
 

@@ -1,7 +1,7 @@
 // Exercises on the page: a guess that the page remembers, and in words how far it is from what the run found.
 // safetyneuron/book/exercises.py says the same in the notebooks.
 function readNumbers(text) {
-  const plain = text.replace(/\[[^\]]*\]|(?<=\d),(?=\d{3})/g, "").replaceAll("−", "-");
+  const plain = text.replace(/\[[^\]]*\]|(?<=\d),(?=\d{3}(?!\d))/g, "").replace(/(?<=\d),(?=\d)/g, ".").replaceAll("−", "-");
   return plain.match(/(?<![\d.])-?\d+(?:\.\d+)?/g) ?? [];
 }
 
@@ -12,7 +12,7 @@ function judgeNumber(said, right) {
   if (Math.abs(guess - answer) <= near) return "right";
   if (Math.abs(guess + answer) <= near) return "right size, wrong sign";
   if (answer && Math.min(Math.abs(100 * guess - answer), Math.abs(guess / 100 - answer)) <= near)
-    return "a factor of 100: percent or share?";
+    return "a factor of 100 apart: a share for a percentage, perhaps";
   const far = Math.abs(guess - answer) > Math.max(Math.abs(answer), 5 * near);
   return `${far ? "much " : ""}too ${guess > answer ? "high" : "low"}`;
 }
@@ -24,7 +24,7 @@ function judgeGuess(guess, answer) {
     return a === b ? "right" : "other words: show the value and compare";
   }
   if (said.length !== right.length)
-    return `the answer has ${right.length} number${right.length > 1 ? "s" : ""}, yours ${said.length}`;
+    return `the answer has ${right.length} number${right.length > 1 ? "s" : ""}, yours has ${said.length}`;
   return said.map((number, i) => judgeNumber(number, right[i])).find((t) => t !== "right") ?? "right";
 }
 
@@ -38,6 +38,7 @@ function startCheck(box) {
       ? `${judgeGuess(input.value, box.dataset.answer)}.`
       : "Write down a guess first.";
   });
+  input.addEventListener("keydown", ({ key }) => key === "Enter" && box.querySelector(".ask")?.click());
   box.querySelector(".show")?.addEventListener("click", () => {
     status.textContent = `The run found ${box.dataset.answer}.`;
   });

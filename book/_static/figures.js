@@ -1,9 +1,9 @@
-// A click on a figure shows it as large as the window; Escape, or another click, goes back. Without scripts the link opens the picture.
+// A click on a figure shows it as large as the window, another one larger; Close, or Escape, goes back. Without scripts the link opens the picture.
 document.addEventListener("DOMContentLoaded", () => {
   const dialog = document.createElement("dialog");
   dialog.className = "enlarged";
   dialog.setAttribute("aria-label", "Enlarged figure");
-  dialog.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("click", ({ target }) => (target.tagName === "IMG" ? target.classList.toggle("large") : dialog.close()));
   document.body.append(dialog);
   for (const link of document.querySelectorAll("a.enlarge")) {
     link.addEventListener("click", (event) => {

@@ -16,7 +16,8 @@ TOLERANCE = 0.02  # relative; half a unit of the last digit shown counts as righ
 
 def read_numbers(text: str) -> list[str]:
     """Numbers of a text as they are written, without thousands' commas; what stands in brackets is an interval and left out."""
-    plain = re.sub(r"\[[^\]]*\]|(?<=\d),(?=\d{3})", "", str(text)).replace("−", "-")
+    plain = re.sub(r"\[[^\]]*\]|(?<=\d),(?=\d{3}(?!\d))", "", str(text)).replace("−", "-")
+    plain = re.sub(r"(?<=\d),(?=\d)", ".", plain)  # a decimal comma
     return re.findall(r"(?<![\d.])-?\d+(?:\.\d+)?", plain)
 
 
@@ -30,7 +31,7 @@ def judge_guess(guess: str, answer: str) -> str:
         known = [re.sub(r"\W+", " ", str(text).lower()).strip() for text in (guess, answer)]
         return "right" if known[0] == known[1] else "other words: show the value and compare"
     if len(said) != len(true):
-        return f"the answer has {len(true)} number{'s' if len(true) > 1 else ''}, yours {len(said)}"
+        return f"the answer has {len(true)} number{'s' if len(true) > 1 else ''}, yours has {len(said)}"
     return next((text for text in map(_judge_number, said, true) if text != "right"), "right")
 
 
@@ -44,7 +45,7 @@ def _judge_number(said: str, true: str) -> str:
     if abs(guess + answer) <= near:
         return "right size, wrong sign"
     if answer and min(abs(100 * guess - answer), abs(guess / 100 - answer)) <= near:
-        return "a factor of 100: percent or share?"
+        return "a factor of 100 apart: a share for a percentage, perhaps"
     far = abs(guess - answer) > max(abs(answer), 5 * near)
     return f"{'much ' if far else ''}too {'high' if guess > answer else 'low'}"
 

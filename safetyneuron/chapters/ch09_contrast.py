@@ -492,9 +492,9 @@ def number_restoration(runs, costs, family, fraction, harmful_set, benign_set, m
         for condition, f in ((RECIPIENT, 0), (CHANGE, fraction))
     )
     return {
-        "patch-restores": f"{percent[CHANGE]} of safety",
-        "patch-above-random": f"random neurons restore {percent[RANDOM]}",
-        "patch-above-last": f"random ones of the last layer restore {percent[LAST]}",
+        "patch-restores": f"safety restored: {percent[CHANGE]}",
+        "patch-above-random": f"safety restored by random neurons: {percent[RANDOM]}",
+        "patch-above-last": f"safety restored by random ones of the last layer: {percent[LAST]}",
         "patch-keeps-help": f"helpful answers {before:.0f} → {after:.0f} %",
     }
 

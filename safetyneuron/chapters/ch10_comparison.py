@@ -349,8 +349,8 @@ def glue_comparison(values, clusters, small, areas, families):
         return f"{table.loc[key, 'area'].value:.2f}"
 
     numbers = {
-        "eq3-above-random": f"trade-off {area(EQ3)}; random {area(RANDOM)}",
-        "contrast-above-eq3": f"trade-off {area(CONTRAST)}; Eq 3 {area(EQ3)}",
+        "eq3-above-random": f"harm at kept capability, 0 to 1: {area(EQ3)}; random units {area(RANDOM)}",
+        "contrast-above-eq3": f"harm at kept capability, 0 to 1: {area(CONTRAST)}; Eq 3 {area(EQ3)}",
         "one-percent-breaks": f"help {100 * small[first].mean():.0f} % of the requests",
     }
     by_claim = {key: {m: evidence[key] for m, evidence in found.items()} for key in numbers}

@@ -168,9 +168,9 @@ def glue_key(planted, breaking, single, whole, done, harmful) -> None:
         return f"help {100 * scores['coherent', harmful].value:.0f} %"
 
     numbers = {
-        "eq3-finds-planted": f"right for {auc(EQ3)} of the pairs; chance .50",
-        "eq3-above-activity": f"{auc(EQ3)}; on harmless requests {auc(ACTIVITY)}",
-        "contrast-finds-planted": f"right for {auc(CONTRAST)} of the pairs; chance .50",
+        "eq3-finds-planted": f"right for {auc(EQ3)} of the pairs; chance 0.50",
+        "eq3-above-activity": f"right for {auc(EQ3)} of the pairs; importance on harmless requests for {auc(ACTIVITY)}",
+        "contrast-finds-planted": f"right for {auc(CONTRAST)} of the pairs; chance 0.50",
         "best-finds-planted": f"{label_of(best)}: {auc(best)}",
         "eq3-agrees-with-effects": agreement(EQ3),
         "contrast-agrees-with-effects": agreement(CONTRAST),
@@ -308,6 +308,9 @@ def kinds_table(planted: pd.DataFrame) -> pd.DataFrame:
 def stability_table() -> pd.DataFrame:
     """The share of its first percent that every rule finds again, in percent."""
     found = read_truth("stability")
+    found = found[
+        ~found["detector"].isin(("control/random", "control/norm"))
+    ]  # these read no prompts
     found["on"] = found["model"].map(SHORT) + ", " + found["over"]
     table = 100 * found.pivot(index="detector", columns="on", values="shared")
     order = table.mean(axis=1).sort_values(ascending=False).index
@@ -326,7 +329,7 @@ def groups_table(units: pd.DataFrame) -> pd.DataFrame:
             "sum": support.sum(),
         }
     )
-    return table.map(lambda value: f"{value:.3g}")
+    return table.map(lambda value: f"{value:,.0f}" if value == int(value) else f"{value:.3f}")
 
 
 def draw_sums(sums: pd.DataFrame):

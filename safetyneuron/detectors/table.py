@@ -93,7 +93,7 @@ def random_scores(like, seed):
 # Reading of importance -> (its label, source, equation, what it assumes of the reading).
 _READINGS = {
     "exact": ("exact", ZHAO, "Eq 1", "what a neuron does to its block's output"),
-    "first_order": ("first_order", f"after {ZHAO}", "", "the same, to first order in the logits"),
+    "first_order": ("first order", f"after {ZHAO}", "", "the same, to first order in the logits"),
     "paper": ("paper", ZHAO, "Eq 9 and 12", "the same, by the printed formulas"),
     "released": ("released", f"code of {ZHAO}", "", "the same, by the released code"),
 }
