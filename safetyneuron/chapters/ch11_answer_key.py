@@ -236,7 +236,7 @@ def draw_poster(summary: pd.DataFrame, needed: pd.Series):
     left.set_title("planted safety", fontsize=10)
     right.set_title("natural safety", fontsize=10)
     note = f"mask: {needed[MASK]:.0f}"
-    right.text(needed[MASK], -1, note, color=colours[3], fontsize=10, ha="center", va="center")
+    right.text(1.2 * needed[MASK], -1, note, color=colours[3], fontsize=10, ha="left", va="center")
     left.set_ylim(len(keys) - 0.4, -1.6)
     for axes in (left, right):
         axes.grid(axis="y", visible=False)
