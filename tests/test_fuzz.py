@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from safetyneuron import NeuronDelta, NeuronSet, SafetyNeuronError, load_documents, load_prompts
-from safetyneuron.cli import _read_mapping
 from safetyneuron.importance.profile import ImportanceProfile
+from safetyneuron.run.editions import read_mapping
 from safetyneuron.run.execute import check_parameters, notebook_parameters
 
 QUICK = settings(
@@ -122,6 +122,6 @@ def test_prompt_and_document_files(tmp_path, ending, content):
 def test_parameter_files(tmp_path, content):
     path = tmp_path / "f.yaml"
     path.write_bytes(content)
-    given_ = quiet(_read_mapping, path)
+    given_ = quiet(read_mapping, path)
     if given_ is not None:
         quiet(check_parameters, ROOT / "notebooks" / "02_verification.ipynb", given_)
