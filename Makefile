@@ -3,6 +3,7 @@
 # make check  look up what EDITION needs: models, data, licences, disk; rehearse its memory and time
 # make lint   hold the style, and the order of the rooms of the package
 # make test   run the tests; make test-families the other seeds and families, and two trainings again;
+#             make test-plain the organisms' tests with the plainest instructions of the processor;
 #             make test-paper the paper's chapters on random checkpoints of its architectures;
 #             make test-faults builds that are killed twenty times, and two at once
 EDITION ?= organism
@@ -20,7 +21,7 @@ SNAKEMAKE = $(VENV)/bin/python workflow/alone.py $(VENV)/bin/snakemake --nolock 
 # Two tests at a time, each on one core.
 TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: book announce check lint test test-families test-paper test-faults clean
+.PHONY: book announce check lint test test-families test-plain test-paper test-faults clean
 
 book: announce $(VENV)/installed
 	@$(SNAKEMAKE)
@@ -44,6 +45,12 @@ lint: $(VENV)/installed
 
 test-families: $(VENV)/installed
 	$(TESTS) -m families
+
+# What every processor has: numbers may move, verdicts may not.
+PLAIN = ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
+
+test-plain: $(VENV)/installed
+	$(PLAIN) $(TESTS) -m "organism and not families and not paper and not faults"
 
 test-paper: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m paper
