@@ -53,7 +53,7 @@ test-plain: $(VENV)/installed
 	$(PLAIN) $(TESTS) -m "organism and not families and not paper and not faults"
 
 test-paper: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m paper
+	$(TESTS) -m paper
 
 test-faults: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m faults
