@@ -222,7 +222,8 @@ def glue_verification(results, families, fraction, harmful_set, tasks):
         label: estimate_rate(asked_fully(first[c]), "accuracy", *tasks)
         for label, c in _labels().items()
     }
-    glue_text(model=model, share=f"{fraction:.1%}")
+    help_eq3 = f"{100 * rates['eq3', 'coherent'].value:.0f}"  # for page one, without its interval
+    glue_text(model=model, share=f"{fraction:.1%}", help_eq3=help_eq3)
     glue_text(**{f"capability_{label}": f"{100 * r.value:.1f}" for label, r in skill.items()})
 
     def change(measure, label, control):
