@@ -386,6 +386,6 @@ def test_transfer_says_where_there_is_no_gap(models, tokenizer, scores):
         rule_cost,
     )
     assert (
-        ch09_contrast.transfer_table(table).loc["organism/harmful, zh", "safety restored (%)"]
+        ch09_contrast.transfer_table(table).loc["organism/harmful, zh", "safety\nrestored (%)"]
         == "no gap"
     )

@@ -9,7 +9,7 @@ import seaborn as sns
 import torch
 
 from safetyneuron.book import paper as reported
-from safetyneuron.book.glue import MEASURES, glue_rates, glue_text
+from safetyneuron.book.glue import MEASURES, glue_rates, glue_text, lines
 from safetyneuron.book.ledger import margin_of, name_runs
 from safetyneuron.book.plots import PALETTE, draw_bands, rate_panels
 from safetyneuron.data.documents import load_documents
@@ -342,7 +342,7 @@ def restoration_curves(tables, measures):
 def cases_table(cases):
     """Rates of several cases: one row per case, one column per measure and set. cases: name to `evaluate`'s result."""
     keys = list(next(iter(cases.values())))
-    rows = {name: [rates[key].percent for key in keys] for name, rates in cases.items()}
+    rows = {name: [lines(rates[key]) for key in keys] for name, rates in cases.items()}
     return pd.DataFrame.from_dict(
         rows, orient="index", columns=pd.MultiIndex.from_tuples([(MEASURES[m], s) for m, s in keys])
     )
@@ -366,12 +366,14 @@ def transfer_table(table):
     """`transfer` as text: rates, and the share of safety restored where there is a gap to close."""
 
     def share(found):
-        return found.percent if found else "no gap"
+        return lines(found) if found else "no gap"
 
-    text = table[[RECIPIENT, DONOR, "patched", "random"]].map(lambda rate: rate.percent)
-    by_cost = [share(found) for found in table["by cost"]]
-    shares = {"safety restored (%)": [share(x) for x in table["restored"]], "by cost (%)": by_cost}
-    return text.assign(**shares)
+    shares = {
+        "safety\nrestored (%)": [share(found) for found in table["restored"]],
+        "by cost (%)": [share(found) for found in table["by cost"]],
+    }
+    rates = table[[RECIPIENT, DONOR, "patched", "random"]].map(lines)
+    return pd.DataFrame(shares, index=table.index).join(rates)
 
 
 def alone_table(single):
@@ -415,7 +417,7 @@ def restored_table(runs, costs, fraction, name):
         found = runs[family, condition, fraction]
         shares = shares_closed(runs, costs, family, condition, fraction, name)
         rows[family.removeprefix("organism/"), condition] = {
-            "attack success": estimate_rate(found, "asr", name).percent,
+            "attack success": lines(estimate_rate(found, "asr", name)),
             **{label: _share(shares[measure]) for measure, label in BY.items()},
             "by training": ", ".join(_each(runs, family, condition, fraction, name)),
         }
@@ -432,7 +434,7 @@ def _each(runs, family, condition, fraction, name):
 
 
 def _share(found):
-    return found.percent if found else NO_GAP
+    return lines(found) if found else NO_GAP
 
 
 def _whole(found):
