@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "workflow"))
 from assemble import drop_solutions
 
 from safetyneuron.run.editions import read_edition
+from safetyneuron.run.execute import check_parameters
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -89,6 +90,7 @@ def test_editions_name_only_notebooks_and_parameters_that_exist():
                 for line in c.source
             )
             assert all(re.search(rf"^{parameter} = ", source, re.M) for parameter in given)
+            check_parameters(ROOT / "notebooks" / f"{name}.ipynb", given)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -30,6 +30,9 @@ def notebook_parameters(notebook):
     return inspect_notebook(str(notebook))
 
 
+MAY_BE_ZERO = ("seed", "skip", "n_attacked")  # whatever their default
+
+
 def check_parameters(notebook, given):
     """The parameters, refused if the notebook does not have them or their type is not their default's."""
     checked, known = {}, notebook_parameters(notebook)
@@ -48,7 +51,7 @@ def check_parameters(notebook, given):
             raise SafetyNeuronError(
                 f"parameter {name} of {notebook} is {value}: it must be in (0, 1], for example 0.01"
             )
-        lowest = 0 if name in ("seed", "skip") or 0 in _numbers(default) else sys.float_info.min
+        lowest = 0 if name in MAY_BE_ZERO or 0 in _numbers(default) else sys.float_info.min
         if (
             not all(lowest <= number < float("inf") for number in _numbers(value))
             and min(_numbers(default), default=0) >= 0
