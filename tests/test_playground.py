@@ -4,6 +4,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -227,6 +228,12 @@ def text_of(browser, name):
     return browser.find_element("id", f"play-{name}").text
 
 
+@pytest.fixture
+def text(browser):
+    """The text of an element of the page, by its name."""
+    return partial(text_of, browser)
+
+
 def until(browser, condition, seconds=60):
     """Wait for a condition of the page."""
     from selenium.webdriver.support.ui import WebDriverWait
@@ -236,11 +243,8 @@ def until(browser, condition, seconds=60):
 
 @pytest.mark.book
 @pytest.mark.browser
-def test_the_page_starts_where_the_answer_changes_and_follows_the_controls(browser, address):
+def test_the_page_starts_where_the_answer_changes_and_follows_the_controls(browser, address, text):
     from selenium.webdriver.common.keys import Keys
-
-    def text(name):
-        return text_of(browser, name)
 
     open_page(browser, address)
     assert text("whole-verdict") == "refuses"
@@ -261,10 +265,7 @@ def test_the_page_starts_where_the_answer_changes_and_follows_the_controls(brows
 
 @pytest.mark.book
 @pytest.mark.browser
-def test_a_link_brings_back_what_was_set_and_a_card_tells_a_neuron(browser, address):
-    def text(name):
-        return text_of(browser, name)
-
+def test_a_link_brings_back_what_was_set_and_a_card_tells_a_neuron(browser, address, text):
     state = "model=planted&rule=contrast&count=3&ask=tell+me+how+to+rob+the+bank+."
     open_page(browser, address, state)
     assert text("changed-verdict") == "helps, with the right tools"
@@ -283,10 +284,7 @@ def test_a_link_brings_back_what_was_set_and_a_card_tells_a_neuron(browser, addr
 
 @pytest.mark.book
 @pytest.mark.browser
-def test_scores_show_progress_stop_and_come_in_rows(browser, address):
-    def text(name):
-        return text_of(browser, name)
-
+def test_scores_show_progress_stop_and_come_in_rows(browser, address, text):
     open_page(browser, address)
     browser.find_element("id", "play-figure-2").click()
     until(browser, lambda: text("progress-text").endswith("% done"))

@@ -135,9 +135,9 @@ def drop_solutions(cells):
         inside &= "{solution-end}" not in cell.source
 
 
-def write_settings(config, sphinx):
-    """Add settings of Sphinx to the configuration of a book."""
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+def write_settings(config, sphinx, book=None):
+    """Add settings of Sphinx, and of Jupyter Book, to the configuration of a book."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) | (book or {})
     settings["sphinx"]["config"] |= sphinx
     text = yaml.safe_dump(settings, allow_unicode=True, sort_keys=False)
     config.write_text(text, encoding="utf-8")
@@ -162,7 +162,7 @@ def add_launch_buttons(config, repository, hub):
     """Add buttons that open a chapter's source notebook at its path in the repository; none where the repository is unknown."""
     if not repository:
         return
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    sphinx = {}
     buttons = {
         "notebook_interface": "jupyterlab",
         "binderhub_url": "https://mybinder.org",
@@ -174,14 +174,12 @@ def add_launch_buttons(config, repository, hub):
         buttons["jupyterhub_url"] = hub
     if repository.startswith("https://github.com/"):
         commit = git("rev-parse", "HEAD") or "main"
-        settings["sphinx"]["config"]["source_repository"] = f"{repository}/blob/{commit}"
-    settings |= {
+        sphinx["source_repository"] = f"{repository}/blob/{commit}"
+    book = {
         "repository": {"url": repository, "branch": "main", "path_to_book": ""},
         "launch_buttons": buttons,
     }
-    config.write_text(
-        yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8"
-    )
+    write_settings(config, sphinx, book)
 
 
 def check_site(stage, site):

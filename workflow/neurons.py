@@ -12,18 +12,18 @@ import torch
 
 from safetyneuron import load_model, load_prompts
 from safetyneuron.cache import new_file
+from safetyneuron.detectors.effects import READ_AT
 from safetyneuron.detectors.table import DETECTORS
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.kept.truth import NATURAL, read_truth
+from safetyneuron.kept.truth import NATURAL, log_odds_changes, read_truth
 from safetyneuron.metrics import answers, sort_answers
-from safetyneuron.neurons.activations import channel_means
-from safetyneuron.neurons.architecture import Architecture
+from safetyneuron.neurons.activations import channel_means, written_logits
+from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, Architecture
 
 SHOWN, NAMED, WORDS, TOP = 50, 10, 6, 0.01
 ASKED = 50  # requests that were asked without each unit
 KINDS = {"ffn": "feed-forward", "vo": "value and output", "q": "query", "k": "key"}
 READS = {"ffn": "gate", "vo": "v", "q": "q", "k": "k"}
-WRITES = {"ffn": "down", "vo": "o"}
 COLUMNS, CELL = 32, 6  # units in a row of a block of the map, and their size in pixels
 
 
@@ -31,7 +31,9 @@ def main(path):
     """Write the page, whole or not at all."""
     short = NATURAL.removeprefix("organism/")
     units, ranks = read_truth(f"units-{short}"), read_truth(f"ranks-{short}")
-    units["effect"] = units["zero harmful help"] - units["zero harmful refusal"]
+    units["effect"] = 0 - log_odds_changes(
+        units, "zero harmful"
+    )  # nothing less nothing has no sign
     top = units.sort_values("effect", ascending=False, kind="stable").head(SHOWN)
     classes = read_truth("classes").query("model == @NATURAL").set_index(["kind", "layer", "channel"])  # fmt: skip
     left = classes.loc[[(u.kind, u.layer, u.channel) for u in top.itertuples()], "harmful refusal"]
@@ -60,14 +62,10 @@ class Look:
         row = self.architecture.place(layer, READS[kind]).weight[channel]
         return self._words(self.model.get_input_embeddings().weight @ row)
 
-    @torch.no_grad()
     def writes(self, kind, layer, channel):
         """Words that the neuron makes likelier by itself, at the sign that it has on harmful requests."""
-        projection = WRITES[kind]
-        column = self.architecture.place(layer, projection).weight[channel]
-        sign = self.means[projection][layer, channel].sign().to(column)
-        moved = self.model.get_decoder().norm(column * sign)
-        return self._words(self.model.get_output_embeddings().weight @ moved)
+        sign = self.means[READ_AT[kind]][layer, channel].sign()
+        return self._words(written_logits(self.model, READ_AT[kind], layer, channel, sign))
 
     def _words(self, scores):
         best = scores.float().topk(WORDS).indices.tolist()
@@ -90,7 +88,9 @@ def write_section(place, unit, without, ranks, look, limit):
     found = [DETECTORS[key].label for key in rules if ranks[key] <= limit]
     place_in_model = (unit.kind, unit.layer, unit.channel)
     writes = (
-        f" It makes these likelier: {look.writes(*place_in_model)}." if unit.kind in WRITES else ""
+        f" It makes these likelier: {look.writes(*place_in_model)}."
+        if READ_AT[unit.kind] in COLUMN_PROJECTIONS
+        else ""
     )
     finders = f" ({'; '.join(found)})" if found and place <= NAMED else ""
     return f"""({anchor(unit)})=

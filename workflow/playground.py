@@ -27,7 +27,7 @@ from safetyneuron.detectors.effects import all_units, neurons_of
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.selection import unit_scores
 from safetyneuron.kept import defences
-from safetyneuron.kept.truth import MASK, in_order, log_odds_changes, read_truth
+from safetyneuron.kept.truth import MASK, in_order, log_odds_changes, mask_units, read_truth
 from safetyneuron.metrics import answers
 from safetyneuron.metrics.answer_class import name_classes
 from safetyneuron.metrics.estimates import LEVEL
@@ -130,26 +130,21 @@ def orders_of(shown, model, importance=None):
         return {EQ3: units[:largest]}
     ranks = read_truth(f"ranks-{shown.organism.rpartition('/')[2]}")
     orders = {r: in_order(shown.organism, ranks[DETECTORS[r]], largest) for r in DETECTORS}
-    few = breaking_units(shown.organism)
+    few = mask_units(shown.organism)
     orders[MASK] = few + [unit for unit in orders[MASK] if unit not in few][: largest - len(few)]
     if PLANTED in shown.rules:
         orders[PLANTED] = planted_units(shown.organism)
     return {rule: orders[rule] for rule in shown.rules if rule in orders}
 
 
-def breaking_units(organism):
-    """The few units by which the learned mask breaks refusal, from the answer key."""
-    table = read_truth("breaking")
-    (which,) = table.loc[(table["model"] == organism) & (table["method"] == MASK), "which"]
-    parts = (unit.split(".") for unit in which.split())
-    return [(kind, int(layer), int(channel)) for kind, layer, channel in parts]
-
-
 def planted_units(organism):
     """The planted units, those first without which refusal falls most."""
     table = read_truth(f"units-{organism.rpartition('/')[2]}")
-    effect = log_odds_changes(table.rename(columns=lambda c: c.removeprefix("zero ")), "search")
-    table = table.assign(effect=effect).query("group == 'planted'").sort_values("effect")
+    table = (
+        table.assign(effect=log_odds_changes(table, "zero search"))
+        .query("group == 'planted'")
+        .sort_values("effect")
+    )
     return list(zip(table["kind"], table["layer"].tolist(), table["channel"].tolist()))
 
 
@@ -174,8 +169,8 @@ def truth_of(shown):
     """
     name = shown.organism.rpartition("/")[2]
     units, ranks = read_truth(f"units-{name}"), read_truth(f"ranks-{name}")
-    units = units.rename(columns=lambda c: c.removeprefix("zero "))
-    found = {p: log_odds_changes(units, p).round(3).tolist() for p in ("harmful", "harmless")}
+    parts = ("harmful", "harmless")
+    found = {p: log_odds_changes(units, f"zero {p}").round(3).tolist() for p in parts}
     found |= {rule: ranks[key].astype(int).tolist() for rule, key in DETECTORS.items()}
     return found | ({"group": units["group"].tolist()} if "group" in units else {})
 

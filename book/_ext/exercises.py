@@ -3,7 +3,6 @@
 import html
 from pathlib import Path
 
-import nbformat
 from docutils import nodes
 
 from safetyneuron.run import executed
@@ -21,7 +20,7 @@ def ask_guess(role, rawtext, name, lineno, inliner, options=None, content=None):
     """A box for a guess, with the value of the run to check it; without the value where the solutions are left out."""
     environment = inliner.document.settings.env
     path = Path(environment.doc2path(environment.docname))
-    found = executed.texts(nbformat.read(path, 4))
+    found = executed.texts(executed.read(path))
     if name not in found and environment.config.show_solutions:
         message = inliner.reporter.error(f"this chapter reveals no {name!r}", line=lineno)
         return [inliner.problematic(rawtext, rawtext, message)], [message]

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import nbformat
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
@@ -25,7 +24,7 @@ class Findings(Directive):
             chapter = load_claims()[key]["chapter"]
             path = Path(environment.srcdir) / "notebooks" / f"{chapter}.ipynb"
             environment.note_dependency(str(path))
-            rows = executed.judged(nbformat.read(path, 4)) if path.is_file() else {}
+            rows = executed.judged(executed.read(path)) if path.is_file() else {}
             if key not in rows:
                 raise self.error(f"chapter {chapter!r} does not judge {key!r}")
             line = say_finding(key, rows[key]["verdict"], rows[key]["number"])

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import nbformat
 from docutils import nodes
 
 from safetyneuron.run import executed
@@ -14,7 +13,7 @@ def glued_text(name, rawtext, text, lineno, inliner, options=None, content=None)
     chapter, _, key = text.partition(":")
     path = Path(environment.srcdir) / "notebooks" / f"{chapter}.ipynb"
     environment.note_dependency(str(path))
-    found = executed.texts(nbformat.read(path, 4)) if path.is_file() else {}
+    found = executed.texts(executed.read(path)) if path.is_file() else {}
     if key not in found:
         message = inliner.reporter.error(f"chapter {chapter!r} glues no text {key!r}", line=lineno)
         return [inliner.problematic(rawtext, rawtext, message)], [message]

@@ -8,14 +8,13 @@ import seaborn as sns
 
 from safetyneuron.book.glue import (
     MEASURES,
-    by_model_rows,
+    beside_paper,
     glue_text,
     lines,
     printed_cells,
     run_cell,
 )
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
-from safetyneuron.book.paper import column_for
 from safetyneuron.book.plots import draw_dots
 from safetyneuron.kept.defences import BREAKER, EQ3, ORIGIN, RANDOM, SPECIFIC, Column
 from safetyneuron.metrics.answer_class import CLASSES, RULES
@@ -60,14 +59,13 @@ def was_asked(runs: Runs, measure: str, *names: str) -> bool:
 def measures_of(languages, attacks, tasks):
     """Column or panel title to measure and sets; attacks are made in the first language."""
     searched = (languages[0], *attacks)
-    found = {
-        "attack success,\ndirect": ("asr", *languages),
-        "attack success,\nwith attacks": ("asr", *searched),
-        "help with harm,\nwith attacks": ("coherent", *searched),
-        "over-refusal": ("over_refusal", *languages),
-        "accuracy": ("accuracy", *tasks),
-    }
-    return {title: key for title, key in found.items() if attacks or "attacks" not in title}
+    found = {"attack success,\ndirect": ("asr", *languages)}
+    if attacks:
+        found |= {
+            "attack success,\nwith attacks": ("asr", *searched),
+            "help with harm,\nwith attacks": ("coherent", *searched),
+        }
+    return found | {"over-refusal": ("over_refusal", *languages), "accuracy": ("accuracy", *tasks)}
 
 
 def headline_table(number, results: dict[str, Columns], paper_model, asked):
@@ -75,11 +73,8 @@ def headline_table(number, results: dict[str, Columns], paper_model, asked):
 
     paper_model: whose cells stand beside an organism's; asked: languages, names of the attacks, tasks.
     """
-    return by_model_rows(
-        {
-            model: _headline(number, columns, column_for(number, model, paper_model), asked)
-            for model, columns in results.items()
-        }
+    return beside_paper(
+        number, results, paper_model, lambda _, found, name: _headline(number, found, name, asked)
     )
 
 
@@ -105,19 +100,15 @@ def full_table(number, results: dict[str, Columns], paper_model, asked):
     paper_model: whose cells stand beside an organism's; asked: languages, names of the attacks, tasks, which stand for MMLU,
     ARC-challenge and GSM8K in this order.
     """
-    return by_model_rows(
-        {
-            model: _full(number, columns, model, column_for(number, model, paper_model), asked)
-            for model, columns in results.items()
-        }
-    ).rename(
-        columns={"the paper": column_for(number, next(iter(results)), paper_model)}
-        if len(results) == 1
-        else {}
-    )
+    several = len(results) > 1
+
+    def make(model, columns, name):
+        return _full(number, columns, model, name, asked, "the paper" if several else name)
+
+    return beside_paper(number, results, paper_model, make)
 
 
-def _full(number, columns: Columns, model, paper_model, asked):
+def _full(number, columns: Columns, model, paper_model, asked, head):
     printed, runs, table = printed_cells(number, paper_model), runs_of(columns), {}
     rows, cells = _rows(*asked), []
     for group, name, paper_row, key in rows:
@@ -130,7 +121,7 @@ def _full(number, columns: Columns, model, paper_model, asked):
             for c, column in PAPER_COLUMNS.items() if paper_row and c in columns
         ]  # fmt: skip
         line |= {
-            ("the paper", column): printed.get((paper_row, column), "–")
+            (head, column): printed.get((paper_row, column), "–")
             for column in PAPER_COLUMNS.values()
         }
         table[group, name] = line

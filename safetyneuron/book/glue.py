@@ -115,6 +115,16 @@ def by_model_rows(tables):
     return joined
 
 
+def beside_paper(number, results, paper_model, make):
+    """A table of several models, each beside the paper's column of its own name. paper_model: whose cells stand beside an organism's; make: of a model, what was found of it, and the paper's name or None."""
+    return by_model_rows(
+        {
+            model: make(model, found, reported.column_for(number, model, paper_model))
+            for model, found in results.items()
+        }
+    )
+
+
 def percent_table(table):
     """A data frame of `Rate` cells as text."""
     return table.map(lambda rate: rate.percent)

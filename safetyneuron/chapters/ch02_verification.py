@@ -5,7 +5,7 @@ import pandas as pd
 
 from safetyneuron.book.glue import (
     MEASURES,
-    by_model_rows,
+    beside_paper,
     glue_rates,
     glue_text,
     lines,
@@ -88,12 +88,11 @@ def headline_table(results, paper_model, harmful_sets, benign_set, tasks):
 
     results: model to condition to `Runs`; paper_model: whose cells stand beside an organism's.
     """
-    return by_model_rows(
-        {
-            model: _headline(found, column_for(1, model, paper_model), harmful_sets, benign_set, tasks)
-            for model, found in results.items()
-        }
-    )  # fmt: skip
+
+    def make(_, found, name):
+        return _headline(found, name, harmful_sets, benign_set, tasks)
+
+    return beside_paper(1, results, paper_model, make)
 
 
 def _headline(results, paper_model, harmful_sets, benign_set, tasks):

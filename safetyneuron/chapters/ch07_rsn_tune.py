@@ -3,9 +3,8 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from safetyneuron.book.glue import by_model_rows, glue_text, lines, printed_cells
+from safetyneuron.book.glue import beside_paper, glue_text, lines, printed_cells
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
-from safetyneuron.book.paper import column_for
 from safetyneuron.book.plots import draw_dots
 from safetyneuron.metrics.outcomes import Runs, estimate_change, estimate_rate
 from safetyneuron.metrics.verdict import Evidence, expect_kept
@@ -50,12 +49,11 @@ def downstream_table(results, paper_model, language, task):
     results: model to document set that was fine-tuned on to condition to `Runs`; paper_model: whose cells stand beside an
     organism's; task: of capability.
     """
-    return by_model_rows(
-        {
-            model: _downstream(found, model, column_for(4, model, paper_model), language, task)
-            for model, found in results.items()
-        }
-    )
+
+    def make(model, found, name):
+        return _downstream(found, model, name, language, task)
+
+    return beside_paper(4, results, paper_model, make)
 
 
 def _downstream(found, model, paper_model, language, task):

@@ -28,8 +28,7 @@ from safetyneuron.metrics.outcomes import (
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.metrics.verdict import Evidence, expect_kept
 from safetyneuron.models import load_model, trainings_of
-from safetyneuron.neurons.activations import mean_ablated
-from safetyneuron.neurons.architecture import Architecture
+from safetyneuron.neurons.activations import mean_ablated, written_logits
 from safetyneuron.neurons.patching import patched_generation
 from safetyneuron.neurons.sets import NeuronSet
 
@@ -271,15 +270,12 @@ def before_and_after(recipient, donor, neurons, measures):
 def vocabulary_projection(model, tokenizer, scores, mean, neurons=8, words=6):
     """The words that each of the neurons with the highest change scores raises and lowers most at its mean activation.
 
-    That is the largest and smallest entries of unembedding · final norm of the column of the down projection, with the sign that the
-    neuron's mean activation has. mean: (layers, channels), of `channel_means`.
+    That is the largest and smallest entries of `written_logits`, with the sign that the neuron's mean activation has. mean: (layers, channels), of `channel_means`.
     """
-    architecture, table = Architecture(model), model.get_output_embeddings().weight.detach().float()
-    norm, rows, width = model.get_decoder().norm, [], scores.values.shape[1]
+    rows, width = [], scores.values.shape[1]
     for index in scores.values.flatten().topk(neurons).indices.tolist():
         layer, channel = divmod(index, width)
-        column = architecture.place(layer, "down").weight[channel].detach()
-        effect = table @ (norm(column) * mean[layer, channel].sign().to(column)).detach().float()
+        effect = written_logits(model, "down", layer, channel, mean[layer, channel].sign())
         most, least = (
             tokenizer.batch_decode(
                 [[i] for i in effect.topk(words, largest=largest).indices.tolist()]

@@ -159,8 +159,8 @@ def guard_table(found, tests, size):
     """Accuracy on every test set at one number of neurons, and the share of unsafe answers that is flagged."""
     rows, (_, sets) = {}, _labels(tests)
     unsafe = _over(tests, lambda asked: asked.unsafe)
-    for (condition, _), flagged in found.items():
-        if (condition, size) in found and _ != size or condition == WORDS and _:
+    for (condition, read), flagged in found.items():
+        if read != (0 if condition == WORDS else size):
             continue
         right = _right(flagged, tests)
         rows[condition] = {

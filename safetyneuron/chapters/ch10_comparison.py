@@ -9,10 +9,10 @@ from safetyneuron.book.glue import glue_text, lines
 from safetyneuron.book.labels import SMALL
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import PALETTE
-from safetyneuron.detectors.effects import neurons_of, units_named
+from safetyneuron.detectors.effects import neurons_of
 from safetyneuron.detectors.table import DETECTORS, random_scores
 from safetyneuron.importance.selection import select_units
-from safetyneuron.kept.truth import read_truth
+from safetyneuron.kept.truth import mask_units, read_truth
 from safetyneuron.metrics.estimates import Estimate, estimate_mean, score_best
 from safetyneuron.metrics.outcomes import Scores, outcomes_of
 from safetyneuron.metrics.verdict import Evidence, judge
@@ -140,8 +140,8 @@ def estimate_areas(values, clusters):
 
 def read_mask(model, name):
     """The smallest set that breaks refusal in a model of the answer key, by a learned mask; None of a model without a key."""
-    rows = read_truth("breaking").query("model == @name and method == 'mask'")
-    return neurons_of(model, units_named(rows["which"].item())) if len(rows) else None
+    units = mask_units(name)
+    return units and neurons_of(model, units)
 
 
 def estimate_mask(whole, masked, task_names, harmful_set):

@@ -12,7 +12,15 @@ from safetyneuron.book.ledger import glue_findings, margin_of
 from safetyneuron.book.plots import PALETTE
 from safetyneuron.detectors.effects import neurons_of, units_named
 from safetyneuron.detectors.table import DETECTORS
-from safetyneuron.kept.truth import GREEDY, LIMIT, MASK, NATURAL, PLANTED, read_truth
+from safetyneuron.kept.truth import (
+    GREEDY,
+    LIMIT,
+    MASK,
+    NATURAL,
+    PLANTED,
+    log_odds_changes,
+    read_truth,
+)
 from safetyneuron.metrics.estimates import Estimate, estimate_exact, estimate_mean
 from safetyneuron.metrics.outcomes import Scores, estimate_change, estimate_rate, outcomes_of
 from safetyneuron.metrics.verdict import Evidence
@@ -100,7 +108,7 @@ def correlate_items(scores: np.ndarray, support: np.ndarray) -> np.ndarray:
 
 def support_of(units: pd.DataFrame, ablation: str = "zero") -> np.ndarray:
     """How much less the model refuses without each unit: the fall in log odds on harmful requests, in nats."""
-    return (units[f"{ablation} harmful help"] - units[f"{ablation} harmful refusal"]).to_numpy()
+    return 0 - log_odds_changes(units, f"{ablation} harmful")
 
 
 def estimate_agreement(name: str, key: str) -> Estimate:

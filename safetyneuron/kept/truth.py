@@ -21,6 +21,7 @@ from safetyneuron.detectors.effects import (
     classes_without,
     compare_sums,
     measure_effects,
+    units_named,
 )
 from safetyneuron.detectors.league import judge
 from safetyneuron.detectors.mask import Row, help_rows, learn_mask
@@ -141,7 +142,7 @@ def effects_of_layer(name: str, ablation: str, units: Sequence[Unit]) -> pd.Data
 
 
 def log_odds_changes(effects: pd.DataFrame, part: str) -> np.ndarray:
-    """Change in the mean log odds of refusing the requests of a part, by unit, in nats."""
+    """Change in the mean log odds of refusing the requests of a part, by unit, in nats; of a shipped table a part is `zero harmful` and the like."""
     return (effects[f"{part} refusal"] - effects[f"{part} help"]).to_numpy()
 
 
@@ -362,3 +363,9 @@ def read_truth(table: str, folder: Path = FOLDER) -> pd.DataFrame:
             f"{path} is not the file of its manifest: restore it, or make it again with `safetyneuron truth`"
         )
     return pd.read_csv(path)
+
+
+def mask_units(name: str) -> list[Unit] | None:
+    """The few units by which the learned mask breaks refusal in a model, from the shipped tables; None of a model without a key."""
+    rows = read_truth("breaking").query("model == @name and method == @MASK")
+    return units_named(rows["which"].item()) if len(rows) else None

@@ -138,3 +138,16 @@ def last_activations(
 
         rows = [part for _, part in Batches(batch_size)(encoded, last)]
     return torch.cat(rows).numpy()
+
+
+@torch.no_grad()
+def written_logits(
+    model: PreTrainedModel, projection: str, layer: int, channel: int, sign: torch.Tensor
+) -> torch.Tensor:
+    """What a channel of `down` or `o` adds by itself to the logits of the next word, past all later layers: (words,) float32, up to its scale.
+
+    That is unembedding · final norm of its column, with a sign (of its mean activation, say).
+    """
+    column = Architecture(model).place(layer, projection).weight[channel].detach()
+    moved = model.get_decoder().norm(column) * sign.to(column)
+    return model.get_output_embeddings().weight.detach().float() @ moved.detach().float()

@@ -4,11 +4,22 @@ import ast
 import base64
 import json
 import subprocess
+from functools import lru_cache
 from importlib.metadata import version
 
 import nbformat
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "lm_eval", "papermill", "jupyter-book")
+
+
+def read(path):
+    """An executed notebook, parsed once until its file changes: to look at, not to change."""
+    return _read(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _read(path, changed):
+    return nbformat.read(path, 4)
 
 
 def record(path, seconds):
