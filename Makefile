@@ -5,7 +5,8 @@
 # make test   run the tests; make test-families the other seeds and families, and two trainings again;
 #             make test-plain the organisms' tests with the plainest instructions of the processor;
 #             make test-paper the paper's chapters on random checkpoints of its architectures;
-#             make test-faults builds that are killed twenty times, and two at once
+#             make test-faults builds that are killed twenty times, and two at once;
+#             make test-binder the environment of the Binder button, from nothing
 EDITION ?= organism
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 # Two chapters at once where there are two cores and no GPU to share; each runs on one.
@@ -21,7 +22,7 @@ SNAKEMAKE = $(VENV)/bin/python workflow/alone.py $(VENV)/bin/snakemake --nolock 
 # Two tests at a time, each on one core.
 TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: book announce check lint test test-families test-plain test-paper test-faults clean
+.PHONY: book announce check lint test test-families test-plain test-paper test-faults test-binder clean
 
 book: announce $(VENV)/installed
 	@$(SNAKEMAKE)
@@ -35,7 +36,7 @@ check: announce $(VENV)/installed
 	@$(VENV)/bin/safetyneuron check workflow/editions/$(EDITION).yaml
 
 test: $(VENV)/installed
-	$(TESTS) -m "not families and not paper and not faults"
+	$(TESTS) -m "not families and not paper and not faults and not binder"
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check --quiet
@@ -50,13 +51,16 @@ test-families: $(VENV)/installed
 PLAIN = ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 
 test-plain: $(VENV)/installed
-	$(PLAIN) $(TESTS) -m "organism and not families and not paper and not faults"
+	$(PLAIN) $(TESTS) -m "organism and not families and not paper and not faults and not binder"
 
 test-paper: $(VENV)/installed
 	$(TESTS) -m paper
 
 test-faults: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m faults
+
+test-binder: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m binder
 
 $(VENV)/installed: requirements.txt requirements.lock pyproject.toml
 	@echo "Installing into $(VENV): about 2 minutes, once"
