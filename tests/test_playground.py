@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT, show
+from onnx.reference import ReferenceEvaluator
 
 from safetyneuron import (
     NeuronDelta,
@@ -53,6 +54,9 @@ SETTINGS = {
     "half": ("half", "eq3", 0, False, 0),
     "repaired": ("half", "eq3", 0, False, 100),
     "stronger": ("half", "eq3", 12, False, 150),
+    "second": ("chat1", "contrast", 80, False, 0),
+    "taught": ("base", "eq3", 0, False, 100),
+    "tuned": ("tuned", "eq3", 0, False, 100),
 }
 
 
@@ -68,31 +72,55 @@ def random_delta(model, neurons):
 
 
 @pytest.mark.organism
-@pytest.mark.parametrize("strength", [None, 0.0, 1.0])
-def test_switches_are_deactivation_and_peaks_are_activations(fresh_chat, strength):
+def test_switches_are_deactivation_and_peaks_are_activations(fresh_chat):
     model, tokenizer = fresh_chat
     (ids,) = encode_prompts(model, tokenizer, PROMPTS[:1])
     masks = NeuronSet.empty(model).masks.items()
     off = NeuronSet({p: torch.rand(m.shape) < 0.05 for p, m in masks}).units().neurons()
-    delta = random_delta(model, NeuronSet({p: torch.rand(m.shape) < 0.02 for p, m in masks}))
-    changed = delta.merged(model) if strength else nullcontext()
-    with changed, torch.no_grad(), activations(model) as read, deactivate(model, off):
+    with torch.no_grad(), activations(model) as read, deactivate(model, off):
         expected = model(torch.tensor([ids])).logits[0, -1]
         peak = torch.stack([read[layer][0].abs().amax(0) for layer in sorted(read)])
-    switches = playground.Switches(model, None if strength is None else delta)
+    switches = playground.Switches(model)
     on = switches.inputs()[1]
     for unit, kind in ((u, u[0]) for u in all_units(model)):
         if off.masks[READ_AT[kind]][unit[1], unit[2]]:
             on.view(-1)[switches.place(unit)] = 0
-    extra = () if strength is None else (torch.tensor([strength]),)
-    logits, peaks, past, attention = switches.read([ids, ids], on, *extra)
+    logits, peaks, past, attention = switches.read([ids, ids], on)
     assert torch.allclose(logits, expected.expand(2, -1), atol=1e-4)
     assert torch.allclose(peaks[:, -peak.shape[1] :], peak * ~off.masks["down"], atol=1e-4)
-    _, _, before, _ = switches.read([ids[:3], ids[:3]], on, *extra)
+    _, _, before, _ = switches.read([ids[:3], ids[:3]], on)
     with torch.no_grad(), attending(model, switches.attend):  # the rest of the tokens after these
-        rest, _, whole, looked = switches(torch.tensor([ids[3:], ids[3:]]), on, before, *extra)
+        rest, _, whole, looked = switches(torch.tensor([ids[3:], ids[3:]]), on, before)
     assert torch.allclose(rest, logits, atol=1e-4) and torch.allclose(whole, past, atol=1e-4)
     assert torch.allclose(looked, attention, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return playground.graph_of(MODELS["chat"])
+
+
+@pytest.mark.organism
+@pytest.mark.parametrize("strength", [None, 0.0, 1.0, 1.5])
+def test_the_graph_of_one_model_holds_another_and_its_repair(graph, tmp_path, strength):
+    model, tokenizer = load_model("organism/llama-planted")
+    masks = NeuronSet.empty(model).masks.items()
+    delta = random_delta(model, NeuronSet({p: torch.rand(m.shape) < 0.02 for p, m in masks}))
+    switches = playground.Switches(model)
+    switches.threshold = torch.rand(switches.inputs()[1].shape)
+    path = tmp_path / "planted.onnx"
+    graph.write(switches, path, None if strength is None else delta)
+    (ids,) = encode_prompts(model, tokenizer, PROMPTS[:1])
+    on = (torch.rand(switches.threshold.shape) > 0.05).float()
+    past = switches.inputs(1, before=0)[2]
+    given = {"tokens": torch.tensor([ids]), "on": on, "past": past}
+    given |= {} if strength is None else {"strength": torch.tensor([strength])}
+    found = ReferenceEvaluator(str(path)).run(None, {k: v.numpy() for k, v in given.items()})
+    delta.values = {place: value * (strength or 0) for place, value in delta.values.items()}
+    with delta.merged(model):
+        expected = switches.read([ids], on)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(torch.tensor(ours), theirs, atol=1e-4)
 
 
 @pytest.mark.organism
@@ -140,10 +168,10 @@ class Opened:
 
     def __init__(self, files, model, rule, count, random, strength):
         self.name, self.strength = model, strength / 100
-        self.model, self.tokenizer = load_model(MODELS[model].organism)
+        self.model, self.tokenizer = playground.load_shown(MODELS[model])
         facts = json.loads((files / f"{model}.json").read_text(encoding="utf-8"))
         self.places = facts["random" if random else "orders"][rule][:count]
-        switches = playground.Switches(load_model(MODELS[model].organism)[0])
+        switches = playground.Switches(playground.load_shown(MODELS[model])[0])
         units = {switches.place(unit): unit for unit in all_units(self.model)}
         self.off = neurons_of(self.model, [units[place] for place in self.places])
         self.delta = None
@@ -190,7 +218,7 @@ def test_the_browser_gives_the_answers_of_pytorch(site, browser, address, settin
 @pytest.mark.browser
 @pytest.mark.parametrize(
     "setting, language",
-    [("whole", "en"), ("broken", "en"), ("verdicts", "zh"), ("verdicts", "en"), ("repaired", "en")],
+    [("whole", "en"), ("broken", "en"), ("verdicts", "zh"), ("repaired", "en"), ("taught", "en")],
 )
 def test_the_browser_scores_as_python_does(site, browser, address, setting, language):
     opened = Opened(site / "html" / "_static" / "playground", *SETTINGS[setting])

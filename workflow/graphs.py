@@ -3,6 +3,7 @@
 Weights are stored in half precision where that loses nothing, and computed with in single.
 """
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from safetyneuron import NeuronSet
 from safetyneuron.detectors.effects import READ_AT
+from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance import exact
 from safetyneuron.importance.attending import attending
 from safetyneuron.neurons.architecture import COLUMN_PROJECTIONS, Architecture
@@ -27,20 +29,15 @@ class Switches(torch.nn.Module):
 
     From tokens (batch, n), on (layers, neurons of a layer) and the keys and values of the m tokens before, past (2, layers, batch,
     heads, m, width), to the last logits, peaks or which fired, past with these tokens, and where the last token of the first
-    request looks (layers, m + n), a mean over heads. A neuron's peak is the largest size of its output over the tokens. The neurons of a layer lie in the order of the kinds. With a `delta`, a fourth input adds that
-    many times the change that SN-Tune made. For models in which every head has its own keys and values; use it inside
+    request looks (layers, m + n), a mean over heads. A neuron's peak is the largest size of its output over the tokens. The neurons of a layer lie in the order of the kinds. For models in which every head has its own keys and values; use it inside
     `attending(model, switches.attend)`.
     """
 
-    def __init__(self, model, delta=None):
+    def __init__(self, model):
         super().__init__()
         self.model, self.threshold = model, None
         self.run = {}  # inputs, peaks, keys and values of the forward pass under way
         architecture = Architecture(model)
-        for (projection, layer), value in delta.values.items() if delta else ():
-            channels = delta.neurons.masks[projection][layer].nonzero().flatten()
-            add = partial(self._repaired, projection, channels, value)
-            architecture.place(layer, projection).module.register_forward_hook(add)
         kinds = NeuronSet.empty(model).units().kinds
         self.layers, self.heads = len(architecture.layers), model.config.num_attention_heads
         self.head_width = architecture.attention(0).head_dim
@@ -65,13 +62,6 @@ class Switches(torch.nn.Module):
         self.run[layer, kind] = values.abs().amax((0, 1))
         return values
 
-    def _repaired(self, projection, channels, value, module, inputs, output):
-        value = value * self.run["strength"]
-        if projection in COLUMN_PROJECTIONS:
-            return output + inputs[0].index_select(-1, channels) @ value
-        places = torch.nn.functional.one_hot(channels, output.shape[-1]).float()
-        return output + inputs[0] @ value.T @ places
-
     def attend(self, module, query, key, value, attention_mask, scaling, **_):
         """Attention to the tokens before, too (an attention interface function)."""
         layer, before = module.layer_idx, self.run["past"]
@@ -82,10 +72,10 @@ class Switches(torch.nn.Module):
         self.run[layer, "attention"] = weights[0, :, -1].mean(0)
         return (weights @ value).transpose(1, 2).contiguous(), None
 
-    def forward(self, tokens, on, past, strength=None):
+    def forward(self, tokens, on, past):
         """Run once."""
         positions = past.shape[4] + torch.arange(tokens.shape[1])[None]
-        self.run |= {"on": on, "past": past, "positions": positions, "strength": strength}
+        self.run |= {"on": on, "past": past, "positions": positions}
         found = self.model(
             input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1
         )
@@ -98,16 +88,16 @@ class Switches(torch.nn.Module):
         return found.logits[:, -1], fired, present, attention
 
     def inputs(self, batch=2, length=8, before=3):
-        """Inputs with every neuron on and no repair, in the order of `forward`; no fourth one without a delta."""
+        """Inputs with every neuron on, in the order of `forward`."""
         tokens = torch.ones(batch, length, dtype=torch.long)
         past = torch.zeros(2, self.layers, batch, self.heads, before, self.head_width)
         return tokens, torch.ones(self.layers, self.width), past
 
-    def read(self, requests, on, *strength):
+    def read(self, requests, on):
         """All outputs for requests of one length: lists of token ids."""
         past = self.inputs(len(requests), before=0)[2]
         with torch.no_grad(), attending(self.model, self.attend):
-            return self(torch.tensor(requests), on, past, *strength)
+            return self(torch.tensor(requests), on, past)
 
     def place(self, unit):
         """The flat place (layer · width + channel) of a (kind, layer, channel)."""
@@ -118,10 +108,10 @@ class Switches(torch.nn.Module):
         )
 
 
-def threshold(switches, encoded, *strength):
+def threshold(switches, encoded):
     """The `FIRES` quantile of every neuron's peaks over general requests: (layers, neurons of a layer)."""
     on = switches.inputs()[1]
-    peaks = torch.stack([switches.read([ids], on, *strength)[1] for ids in encoded])
+    peaks = torch.stack([switches.read([ids], on)[1] for ids in encoded])
     return peaks.quantile(FIRES, dim=0)
 
 
@@ -191,17 +181,96 @@ def change_of_output(attention, factors, removal):
     )
 
 
-def write_switches(switches, path, *strength):
-    """Export a model with switches, and with the strength of its repair as an input if there is one."""
-    batch = torch.export.Dim("batch", min=1, max=BATCH)
-    past = torch.export.Dim(
-        "before", min=2, max=CONTEXT
-    )  # none before is as good, outside of Python
-    lengths = {"tokens": {0: batch, 1: LENGTH}, "on": None, "past": {2: batch, 4: past}}
-    lengths |= dict.fromkeys(("strength",) if strength else ())
-    outputs = ["logits", "fired", "present", "attention"]
-    with attending(switches.model, switches.attend):
-        write_graph(switches, path, switches.inputs() + strength, lengths, outputs)
+class SwitchGraph:
+    """The graph of models with switches: exported from one of them, which takes seconds, for all of its architecture."""
+
+    def __init__(self, switches):
+        batch = torch.export.Dim("batch", min=1, max=BATCH)
+        past = torch.export.Dim(
+            "before", min=2, max=CONTEXT
+        )  # none before is as good, outside of Python
+        lengths = {"tokens": {0: batch, 1: LENGTH}, "on": None, "past": {2: batch, 4: past}}
+        outputs = ["logits", "fired", "present", "attention"]
+        with attending(switches.model, switches.attend):
+            self.graph = export(switches, switches.inputs(), lengths, outputs)
+        self.places = self._find(dict(switches.model.named_parameters()))
+
+    def _find(self, weights):
+        """Where the graph holds each weight: name of its own to name of the weight, and whether the exporter has turned the matrix."""
+        known = {
+            weight.detach().numpy().tobytes(): (name, False)
+            for name, weight in weights.items()
+            if weight.dim() == 2
+        }
+        known |= {
+            weights[name].detach().numpy().T.tobytes(): (name, True) for name, _ in known.values()
+        }
+        found = {}
+        for held in self.graph.graph.initializer:
+            name = held.name.removeprefix("model.")
+            place = (
+                (name, False)
+                if name in weights
+                else known.get(numpy_helper.to_array(held).tobytes())
+            )
+            found |= {held.name: place} if place else {}
+        if missing := {*weights} - {name for name, _ in found.values()}:
+            raise SafetyNeuronError(f"the exported graph does not hold {', '.join(missing)}")
+        return found
+
+    def write(self, switches, path, delta=None):
+        """Write the graph of another model, and the strength of a repair as an input if there is one."""
+        model, weights = copy.deepcopy(self.graph), dict(switches.model.named_parameters())
+        for held in model.graph.initializer:
+            if held.name == "threshold":
+                held.CopyFrom(numpy_helper.from_array(switches.threshold.numpy(), held.name))
+            elif held.name in self.places:
+                name, turned = self.places[held.name]
+                new = weights[name].detach().numpy()
+                new = np.ascontiguousarray(new.T if turned else new)
+                held.CopyFrom(numpy_helper.from_array(new, held.name))
+        if delta:
+            add_repair(model.graph, switches.model, delta, self.places)
+        save(model, path)
+
+
+def add_repair(graph, model, delta, places):
+    """Add as much of a change of rows and columns as an input `strength` says, behind every matrix that it changes."""
+    graph.input.append(helper.make_tensor_value_info("strength", TensorProto.FLOAT, [1]))
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    held = {name: place for place, (name, _) in places.items()}
+    for (projection, layer), value in delta.values.items():
+        place = Architecture(model).place(layer, projection)
+        name = held[names[id(place.module.weight)]]
+        channels = delta.neurons.masks[projection][layer].nonzero().flatten().numpy()
+        add_change(graph, name, projection in COLUMN_PROJECTIONS, channels, value.numpy())
+
+
+def add_change(graph, weight, columns, channels, value):
+    """Add `strength` times the change of some rows, or columns, to what the product with a weight gives. value: (channels, width)."""
+    (at,) = [i for i, n in enumerate(graph.node) if n.op_type == "MatMul" and n.input[1] == weight]
+    product = graph.node[at]
+    given, result = product.input[0], product.output[0]
+    constants = {"change": value if columns else value.T.copy()}
+    if columns:
+        constants["channels"] = channels
+        steps = [("Gather", [given, "channels"], {"axis": -1}), ("MatMul", ["", "change"], {})]
+    else:
+        (held,) = [one for one in graph.initializer if one.name == weight]
+        constants["places"] = np.eye(held.dims[1], dtype=np.float32)[channels]
+        steps = [("MatMul", [given, "change"], {}), ("MatMul", ["", "places"], {})]
+    steps += [("Mul", ["", "strength"], {}), ("Add", ["", "whole"], {})]
+    product.output[0] = f"{result}.whole"
+    new, last = [], ""
+    for i, (kind, inputs, options) in enumerate(steps):
+        named = {"": last, "whole": product.output[0]} | {c: f"{weight}.{c}" for c in constants}
+        last = result if kind == "Add" else f"{result}.{i}"
+        new.append(helper.make_node(kind, [named.get(n, n) for n in inputs], [last], **options))
+    graph.initializer.extend(
+        numpy_helper.from_array(c, f"{weight}.{n}") for n, c in constants.items()
+    )
+    for node in reversed(new):
+        graph.node.insert(at + 1, node)
 
 
 def write_importance(model, path):
@@ -209,11 +278,11 @@ def write_importance(model, path):
     importance = Importance(model)
     with attending(model, importance.attend):
         tokens = torch.ones(1, 8, dtype=torch.long)
-        write_graph(importance, path, (tokens,), {"tokens": {1: LENGTH}}, ["scores"])
+        save(export(importance, (tokens,), {"tokens": {1: LENGTH}}, ["scores"]), path)
 
 
-def write_graph(module, path, inputs, lengths, outputs):
-    """Export, with weights in half precision. lengths: the dimensions of each input that vary."""
+def export(module, inputs, lengths, outputs):
+    """The graph of a module. lengths: the dimensions of each input that vary."""
     exported = torch.onnx.export(
         module.eval(),
         inputs,
@@ -223,10 +292,15 @@ def write_graph(module, path, inputs, lengths, outputs):
         input_names=list(lengths),
         output_names=outputs,
     ).model_proto
-    halve(exported.graph)
     for node in exported.graph.node:
         node.ClearField("metadata_props")  # where in Python it came from, half of the file
-    onnx.save(exported, path)
+    return exported
+
+
+def save(model, path):
+    """Write a graph, with weights in half precision."""
+    halve(model.graph)
+    onnx.save(model, path)
 
 
 def halve(graph):

@@ -54,7 +54,7 @@ class Lab {
     find("status").textContent = "";
     const problem = complaint(organism, state.ask.trim());
     find("unknown").textContent = problem.text;
-    if (!problem.stop && (state.rule === "own" || (state.neuron && !organism.facts.repair))) await organism.measure(state.ask.trim());
+    if (!problem.stop && (state.rule === "own" || (state.neuron && organism.measures))) await organism.measure(state.ask.trim());
     const off = placesOff(state, organism);
     drawSettings(this, off);
     this.board?.draw();
@@ -134,6 +134,7 @@ function drawSettings({ state, organism }, off) {
   find("count-text").textContent = state.flip.size || state.skip.size ? `${said}, edited on the map` : said;
   find("count").setAttribute("aria-valuetext", find("count-text").textContent);
   find("repair").hidden = !organism.facts.repair;
+  find("repair-name").textContent = organism.about.repair;
   find("strength-text").textContent = state.strength ? `${state.strength} %` : "off";
   find("strength").setAttribute("aria-valuetext", find("strength-text").textContent);
 }

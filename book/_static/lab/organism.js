@@ -17,6 +17,8 @@ export class Organism {
 
   constructor(key, graph, parts) {
     Object.assign(this, { key, graph, facts: graph.facts }, parts);
+    this.about = parts.page.models.find((model) => model.key === key);
+    this.measures = this.about.rules.includes("own"); // importance of a request
     this.truth = null;
     this.own = { request: "", order: [], scores: [] }; // what was measured on the latest request
   }
@@ -85,7 +87,7 @@ export class Organism {
 
   // What the answer key says of every neuron; null where it says nothing of this model.
   async readTruth() {
-    if (!this.facts.repair) this.truth ??= await read(`${this.key}-truth.json`);
+    if (this.facts.truth) this.truth ??= await read(`${this.key}-truth.json`);
     return this.truth;
   }
 }
