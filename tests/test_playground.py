@@ -2,10 +2,12 @@
 
 import json
 import sys
+import zipfile
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, show
@@ -323,6 +325,28 @@ def test_scores_show_progress_stop_and_come_in_rows(browser, address, text):
     (row,) = browser.find_elements("css selector", "#play-scores tbody tr")
     assert row.text.startswith("Model aligned as usual: 8 neurons that a learned mask closes off")
     assert text("progress-text").startswith("Done in")
+
+
+@pytest.mark.book
+def test_the_archive_for_classes_holds_the_sets_and_repairs_of_the_page(site):
+    files = site / "html" / "_static"
+    with zipfile.ZipFile(files / "handout.zip") as archive:
+        sets, importance, repair = (
+            pd.read_csv(archive.open(f"{name}.csv"))
+            for name in ("sets", "importance", "deltas/half")
+        )
+    model, tokenizer = load_model("organism/llama-chat")
+    facts = json.loads((files / "playground" / "chat.json").read_text(encoding="utf-8"))
+    switches = playground.Switches(model)
+    for name, listed in {"chosen": "orders", "random": "random"}.items():
+        found = sets.query("model == 'chat' and rule == 'eq3' and set == @name")
+        units = zip(found["kind"], found["layer"], found["channel"])
+        assert [switches.place(unit) for unit in units] == facts[listed]["eq3"]
+    ranked = importance.query("organism == 'llama-chat'").sort_values("importance", ascending=False)
+    assert len(ranked) == len(all_units(model)) and (ranked["importance"] >= 0).all()
+    delta = NeuronDelta.load(files / "playground" / "half.safetensors")
+    values = torch.cat(list(delta.values.values()))
+    assert torch.allclose(torch.tensor(repair.filter(regex="^w").to_numpy()).float(), values)
 
 
 @pytest.mark.organism

@@ -69,7 +69,14 @@ def planned(copy, path, change):
         ("book/plots.py", CHAPTERS),
         (
             "detectors/change_scores.py",
-            {"09_activation_contrast", "10_comparison", "11_answer_key", "playground", "neurons"},
+            {
+                "09_activation_contrast",
+                "10_comparison",
+                "11_answer_key",
+                "playground",
+                "handout",
+                "neurons",
+            },
         ),
         ("cli.py", set()),
     ],
