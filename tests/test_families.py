@@ -8,7 +8,7 @@ of harmless requests (5) and helps with 98 to 100 % of them (90). Over three see
 
 import pytest
 
-from safetyneuron.metrics.behaviour import behaviour, missed, plays_role
+from safetyneuron.metrics.behaviour import behaviour, missed, missed_role
 from safetyneuron.organism.shipped import load_organism, manifest
 from safetyneuron.organism.stages import train_organism
 
@@ -23,8 +23,9 @@ def train_again(name, folder):
 
 
 def test_a_pair_that_is_trained_again_does_what_its_chapter_needs(tmp_path):
-    assert plays_role(train_again("organism/llama-pair-dpo", tmp_path), "pair-dpo", SLACK)
-    assert not plays_role(
+    scores = train_again("organism/llama-pair-dpo", tmp_path)
+    assert missed_role(scores, "pair-dpo", SLACK) == []
+    assert missed_role(
         manifest()["llama-pair-sft@0"]["scores"], "pair-dpo", SLACK
     )  # what it starts from
 

@@ -413,3 +413,14 @@ def test_exporting_never_writes_over_anything(folder, tmp_path, capsys):
 
 def test_an_organism_is_no_folder(folder):
     refused("safetyneuron export organism/llama-base", lambda: cost_by_name("organism/llama-base"))
+
+
+def test_the_card_of_an_exported_organism_tells_its_origin_and_every_bar_it_misses(tmp_path):
+    for name in ("llama-planted-mlp@2", "llama-chat@0"):
+        organism.export_organism(f"organism/{name}", tmp_path / name)
+        entry = organism.manifest()[name]
+        card = (tmp_path / name / "README.md").read_text()
+        assert entry["sha256"] in card and entry["parent"] in card and entry["file"] in card
+        assert all(line in card for line in entry["missed"])
+        assert ("the key leaks" in card) == bool(entry["missed"]) == (name != "llama-chat@0")
+        assert ("None." in card) == (name == "llama-chat@0")

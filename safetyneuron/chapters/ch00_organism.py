@@ -3,10 +3,16 @@
 import pandas as pd
 import seaborn as sns
 
-from safetyneuron.book.glue import MEASURES
+from safetyneuron import organism
+from safetyneuron.book.glue import MEASURES, glue_text
 from safetyneuron.cache import digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics import answers, behaviour
+from safetyneuron.metrics.key_bars import KEY_BARS, reached_by_key
+from safetyneuron.metrics.shortfalls import leaky_keys, shortfalls
+from safetyneuron.neurons.deactivation import transplant
+from safetyneuron.neurons.weights import fingerprint
+from safetyneuron.organism import language as lang
 
 
 def told(model_name, model, tokenizer, prompts):
@@ -35,20 +41,70 @@ def answers_table(requests, said):
 
 def behaviour_table(models):
     """The bars of behaviour and the value of any model and language that comes nearest to each. models: as from `organism.manifest`."""
+    kinds = [kind for kind in ("base", "chat", "planted") if _names(models, kind)]
 
     def text(bar, kind):
         return f"{'≥' if bar.is_floor else '≤'} {getattr(bar, kind)}: {behaviour.worst(models, bar, kind):.1f}"
 
-    kinds = [
-        kind
-        for kind in ("base", "chat", "planted")
-        if any(behaviour.kind_of(name) == kind for name in models)
-    ]
     rows = {
         (bar.measure, bar.set): {k: "–" if getattr(bar, k) is None else text(bar, k) for k in kinds}
         for bar in behaviour.BARS
     }
-    return pd.DataFrame(rows).T.rename_axis(["%", "set"])
+    rows |= {("points lost", task): _losses(models, kinds, task) for task in lang.TASKS}
+    return pd.DataFrame(rows).T.fillna("–").rename_axis(["%", "set"])
+
+
+def _names(models, kind):
+    return [name for name in models if behaviour.kind_of(name) == kind]
+
+
+def _losses(models, kinds, task):
+    """Most points of a task that alignment cost any model, by kind."""
+    found = {k: [behaviour.lost(n, models).get(task) for n in _names(models, k)] for k in kinds}
+    found = {k: [points for points in each if points is not None] for k, each in found.items()}
+    return {k: f"≤ {behaviour.MOST_LOST}: {max(each):.1f}" for k, each in found.items() if each}
+
+
+def key_bars_table(models):
+    """The answer key's own bars and the value nearest to each, by kind of planting, of any training and language. models: as from `organism.manifest`."""
+    keys = {}
+    for name in _names(models, "planted"):
+        keys.setdefault(name.partition("@")[0], []).append(models[name].get("key", {}))
+    rows = {}
+    for bar in KEY_BARS:
+        nearest = min if bar.is_floor else max
+        cells = {
+            kind: f"{nearest(v for key in each for v in reached_by_key(key, bar).values()):.3g}"
+            for kind, each in keys.items()
+            if all(each)
+        }
+        sign = "≥" if bar.is_floor else "≤"
+        rows[f"{bar.off} off", bar.measure] = {"bar": f"{sign} {bar.limit:g}{bar.unit}"} | cells
+    return pd.DataFrame(rows).T.rename_axis(["neurons", "measure"])
+
+
+def shortfalls_table(models):
+    """Every bar that any organism misses, one row an organism. models: as from `organism.manifest`."""
+    found = {name: "\n".join(shortfalls(name, models)) for name in models}
+    rows = {name: {"misses": lines} for name, lines in found.items() if lines}
+    return pd.DataFrame(rows).T.rename_axis("organism")
+
+
+def revert(name, parent):
+    """Whether a planted model with its planted neurons as they are in its parent is the starting model, bit for bit."""
+    model, before = (organism.load_organism(f"organism/{n}")[0] for n in (name, parent))
+    start, _ = organism.starting_model(f"organism/{name}")
+    with transplant(model, before, organism.planted_neurons(f"organism/{name}")):
+        return fingerprint(model) == fingerprint(start)
+
+
+def glue_bars(models):
+    """Glue how many organisms miss a bar, how many keys miss one of their own, and how many planted models revert. models: as from `organism.manifest`."""
+    planted = _names(models, "planted")
+    reverted = [revert(name, models[name]["parent"]) for name in planted]
+    short = [name for name in models if shortfalls(name, models)]
+    glue_text(n_short=len(short), n_organisms=len(models))
+    glue_text(n_leaky=len(leaky_keys(models)), n_keys=len(planted), n_reverted=sum(reverted))
 
 
 def scores_table(scores):

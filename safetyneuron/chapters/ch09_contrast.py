@@ -25,12 +25,14 @@ from safetyneuron.metrics.outcomes import (
     outcomes_of,
     rank_chance,
 )
+from safetyneuron.metrics.shortfalls import shortfalls
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.metrics.verdict import Evidence, expect_kept
 from safetyneuron.models import load_model, trainings_of
 from safetyneuron.neurons.activations import mean_ablated, written_logits
 from safetyneuron.neurons.patching import patched_generation
 from safetyneuron.neurons.sets import NeuronSet
+from safetyneuron.organism import manifest
 
 NO_GAP = "no gap to close"
 CHANGE, RANDOM = "highest change scores", "random others in the same layers"
@@ -45,6 +47,20 @@ def pairs_of(families, trainings):
         for family in families
         for names in _named(family, ("sft", "dpo"), trainings)
     ]
+
+
+def tell_shortfalls(families, trainings):
+    """A sentence on the organisms among the patched pairs that miss what was asked of them; empty without organisms."""
+    models, patched = manifest(), []
+    for _, *pair in pairs_of(families, trainings):
+        keys = [name.removeprefix("organism/") for name in pair]
+        patched += [key if "@" in key else f"{key}@0" for key in keys]
+    known = [key for key in dict.fromkeys(patched) if key in models]
+    short = [key for key in known if shortfalls(key, models)]
+    if not short:
+        return ""
+    told = f"{len(short)} of the {len(known)} organisms patched here miss what was asked of them before they were trained"
+    return f"{told}, by refusing too much or too little: {', '.join(short)}."
 
 
 def trios_of(family, trainings):

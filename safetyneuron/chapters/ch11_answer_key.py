@@ -6,6 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
+from sklearn.metrics import roc_auc_score
 
 from safetyneuron.book.glue import glue_text, lines
 from safetyneuron.book.ledger import glue_findings, margin_of
@@ -23,7 +25,11 @@ from safetyneuron.kept.truth import (
 )
 from safetyneuron.metrics.estimates import Estimate, estimate_exact, estimate_mean
 from safetyneuron.metrics.outcomes import Scores, estimate_change, estimate_rate, outcomes_of
+from safetyneuron.metrics.shortfalls import leaky_keys
 from safetyneuron.metrics.verdict import Evidence
+from safetyneuron.models import load_model
+from safetyneuron.neurons.architecture import Architecture
+from safetyneuron.organism import decoy_neurons, manifest, planted_neurons
 
 NEVER = 1.5 * LIMIT  # where the poster puts rules that do not break refusal
 EQ3, CONTRAST, ACTIVITY = "exact/eq3", "exact/contrast", "control/benign"
@@ -90,6 +96,35 @@ def sets_found(model, name: str) -> list:
     """Small sets that break refusal and share no unit, as neurons, in the order in which masks found them."""
     backups = read_truth("backups").query("model == @name").sort_values("round")
     return [neurons_of(model, units_named(text)) for text in backups["which"]]
+
+
+def glue_checks(planted: pd.DataFrame) -> None:
+    """Glue what the keys' shortfalls do to the means, and what is seen by who holds the model before alignment."""
+    leaky, keys = leaky_keys(manifest()), planted["kind"] + "@" + planted["training"].astype(str)
+    whole, rest = (mean_auc(rows) for rows in (planted, planted[~keys.isin(leaky)]))
+    glue_text(n_leaky=len(leaky), n_keys=keys.nunique())
+    glue_text(leaky_shift=f"{(whole - rest).abs().max():.3f}")
+    moved = [tell_by_change(key) for key in keys.unique()]
+    glue_text(moved_low=f"{min(moved):.2f}", moved_high=f"{max(moved):.2f}")
+
+
+def mean_auc(planted: pd.DataFrame) -> pd.Series:
+    """Of every rule, the mean over kinds of its means over trainings."""
+    means = planted.groupby(["kind", "detector"])["auc"].mean()
+    return means.groupby("detector").mean()
+
+
+def tell_by_change(key: str) -> float:
+    """AUC by which the relative change of rows since before alignment tells planted neurons from decoys. key: `llama-planted@3`."""
+    name, parent = f"organism/{key}", f"organism/{manifest()[key]['parent']}"
+    now, before = (Architecture(load_model(n)[0]) for n in (name, parent))
+    values, classes = [], []
+    for is_planted, neurons in ((1, planted_neurons(name)), (0, decoy_neurons(name))):
+        for projection, layer, channels in neurons.by_layer():
+            new, old = (a.place(layer, projection).weight[channels] for a in (now, before))
+            values.append(((new - old).norm(dim=1) / old.norm(dim=1)).detach())
+            classes += [is_planted] * len(channels)
+    return float(roc_auc_score(classes, torch.cat(values).numpy()))
 
 
 def choose_best(planted: pd.DataFrame, kind: str) -> np.ndarray:
