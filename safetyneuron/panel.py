@@ -5,11 +5,14 @@ import html
 import ipywidgets as widgets
 
 from safetyneuron.book.labels import EQ3, SPECIFIC
+from safetyneuron.book.plots import CLASS_NAMES
 from safetyneuron.data.prompts import load_prompts
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.profile import measure_importance
 from safetyneuron.importance.selection import largest_without_foundation, select_without_foundation
-from safetyneuron.metrics.safety import answers, compliance, over_refusal_rate
+from safetyneuron.metrics.answer_class import sort_answers
+from safetyneuron.metrics.rates import Rate
+from safetyneuron.metrics.safety import answers, over_refusal_rate
 from safetyneuron.models import load_model
 from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.deactivation import deactivate
@@ -127,13 +130,15 @@ class Panel:
         )
 
     def _scores(self):
-        harm = compliance(self.model, self.tokenizer, self.asked["harmful"])
+        asked = self.asked["harmful"]
+        classes = sort_answers(asked, answers(self.model, self.tokenizer, asked))
         refused = over_refusal_rate(self.model, self.tokenizer, self.asked["benign"])
-        return {
-            "attack success": harm["asr"].percent,
-            "coherent compliance": harm["coherent"].percent,
-            "over-refusal": refused.percent,
+        success = Rate(len(asked) - classes["refusal"].hits, len(asked))
+        rows = {"attack success": success, "over-refusal": refused} | {
+            f"of harmful requests: {CLASS_NAMES.get(kind, kind)}": rate
+            for kind, rate in classes.items()
         }
+        return {name: rate.percent for name, rate in rows.items()}
 
 
 def _table(head, rows):

@@ -5,7 +5,7 @@ import torch
 from test_detection import random_profile
 
 from safetyneuron import NeuronSet, Rate
-from safetyneuron.book import glue, labels
+from safetyneuron.book import glue, labels, tables
 from safetyneuron.chapters import ch03_mechanism, ch04_languages
 from safetyneuron.metrics.outcomes import COLUMNS, Scores
 from safetyneuron.metrics.verdict import Verdict, judge
@@ -110,6 +110,15 @@ def test_classes_of_a_sweep_are_shares_of_all_trainings():
     shares = ch03_mechanism.share_classes(swept, "a", "s")["1 %"]
     assert shares["refusal"].value == 0.75 and shares["verdict"].value == 0.25
     assert sum(share.value for share in shares.values()) == 1
+
+
+def test_classes_are_counted_in_the_set_that_each_condition_was_asked():
+    here, there = one_run(40, 10), one_run(0, help_with="wrong")
+    there[0][0].table["set"] = "t"
+    shares = tables.count_classes({"a": here, "b": there}, {"a": "s", "b": "t"})
+    assert shares["a"]["refusal"] == Rate(50, 80) and shares["b"]["wrong"] == Rate(40, 40)
+    ruled = tables.count_classes({"a": here, "b": one_run(0, help_with="well formed")}, "s")
+    assert ruled["a"].keys() == ruled["b"].keys() == {"refusal", "well formed", "other"}
 
 
 def mechanism(front, back):

@@ -3,7 +3,7 @@
 import pytest
 
 from safetyneuron import SafetyNeuronError, deactivate
-from safetyneuron.metrics import answers, attack_success_rate
+from safetyneuron.metrics import answer_classes, answers, attack_success_rate
 from safetyneuron.panel import RANDOM, SPECIFIC, Panel
 
 pytestmark = pytest.mark.organism
@@ -26,6 +26,7 @@ def test_controls_choose_neurons_and_the_panel_answers_and_scores_without_them(p
         expected = (
             answers(*chat, [panel.request.value])[0],
             attack_success_rate(*chat, panel.asked["harmful"]).percent,
+            *(r.percent for r in answer_classes(*chat, panel.asked["harmful"]).values()),
         )
     assert all(text in panel.answers.value + panel.scores.value for text in expected)
     assert f"<b>{len(neurons)}</b>" in panel.chosen.value

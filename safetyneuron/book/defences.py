@@ -16,8 +16,8 @@ from safetyneuron.book.glue import (
 )
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import draw_dots
+from safetyneuron.book.tables import count_classes
 from safetyneuron.kept.defences import BREAKER, EQ3, ORIGIN, RANDOM, SPECIFIC, Column
-from safetyneuron.metrics.answer_class import CLASSES, RULES
 from safetyneuron.metrics.outcomes import (
     Runs,
     estimate_change,
@@ -26,7 +26,6 @@ from safetyneuron.metrics.outcomes import (
     rank_chance,
     rates_by_run,
 )
-from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.verdict import Evidence, expect_kept
 
 CONDITIONS = (ORIGIN, BREAKER, EQ3, SPECIFIC, *RANDOM.values())  # what is not attacked comes last
@@ -193,16 +192,9 @@ def draw_defences(columns: Columns, asked):
 
 def answer_shares(columns: Columns, language):
     """Classes of the answers to direct requests, over all trainings: label of a condition to class to `Rate`, as `class_bars` draws it."""
-    shares = {}
-    for condition, runs in runs_of(columns).items():
-        rows = pd.concat([draws[0].table for draws in runs])
-        direct = (rows["kind"] == "harmful") & (rows["set"] == language)
-        found = rows.loc[direct, "outcome"].tolist()
-        names = CLASSES if set(found) <= set(CLASSES) else RULES
-        shares[LABELS[condition].replace("\n", " ")] = {
-            name: Rate(found.count(name), len(found)) for name in names
-        }
-    return shares
+    asked = runs_of(columns).items()
+    first = {LABELS[c].replace("\n", " "): [draws[:1] for draws in runs] for c, runs in asked}
+    return count_classes(first, language)
 
 
 def draw_attacks(columns: Columns, languages, attacks):

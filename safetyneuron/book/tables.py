@@ -3,6 +3,8 @@
 import pandas as pd
 import torch
 
+from safetyneuron.metrics.answer_class import CLASSES, RULES
+from safetyneuron.metrics.rates import Rate
 from safetyneuron.neurons.architecture import ATTENTION
 from safetyneuron.neurons.sets import NeuronSet
 
@@ -29,3 +31,25 @@ def attention_share(neurons):
 def attention_share_by_chance(neurons):
     """The same of all neurons of the model that a set belongs to."""
     return attention_share(NeuronSet({p: torch.ones_like(m) for p, m in neurons.masks.items()}))
+
+
+def count_classes(conditions, name):
+    """Classes of the answers to a set of harmful requests, over all trainings and draws: label of a condition to class to `Rate`, as `class_bars` draws it.
+
+    Parameters
+    ----------
+    conditions : dict of str to Runs
+    name : str or dict
+        The set in the `Scores`; or of each condition its own.
+    """
+    found = {}
+    for label, runs in conditions.items():
+        asked = name if isinstance(name, str) else name[label]
+        rows = pd.concat([scores.table for draws in runs for scores in draws])
+        wanted = (rows["kind"] == "harmful") & (rows["set"] == asked)
+        found[label] = rows.loc[wanted, "outcome"].tolist()
+    kinds = CLASSES if set().union(*found.values()) <= set(CLASSES) else RULES
+    return {
+        label: {kind: Rate(told.count(kind), len(told)) for kind in kinds}
+        for label, told in found.items()
+    }

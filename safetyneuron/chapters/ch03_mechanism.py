@@ -11,7 +11,7 @@ from safetyneuron.book.glue import glue_text
 from safetyneuron.book.labels import BROKEN, EQ3, SMALL, SPECIFIC
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import CLASS_NAMES, PALETTE, draw_bands, label_curves
-from safetyneuron.metrics.answer_class import CLASSES, RULES
+from safetyneuron.book.tables import count_classes
 from safetyneuron.metrics.estimates import estimate_exact, estimate_mean, score_best
 from safetyneuron.metrics.outcomes import (
     estimate_change,
@@ -20,7 +20,6 @@ from safetyneuron.metrics.outcomes import (
     rank_chance,
     rates_by_run,
 )
-from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.verdict import Evidence
 from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
 from safetyneuron.neurons.sets import NeuronSet
@@ -93,12 +92,7 @@ def onsets_table(tables):
 def share_classes(swept, way, name):
     """Share of every class of answers at each share of neurons, over all trainings: label of the share to class to `Rate`."""
     points = {f"{100 * s:.3g} %": runs for (w, s), runs in swept.items() if w == way}
-    found = {label: _outcomes(runs, name) for label, runs in points.items()}
-    names = RULES if any("well formed" in told for told in found.values()) else CLASSES
-    return {
-        label: {kind: Rate(told.count(kind), len(told)) for kind in names}
-        for label, told in found.items()
-    }
+    return count_classes(points, name)
 
 
 def glue_largest(classes):
@@ -106,11 +100,6 @@ def glue_largest(classes):
     label, shares = list(classes.items())[-1]
     texts = [f"{CLASS_NAMES.get(kind, kind)} {100 * r.value:.0f} %" for kind, r in shares.items()]
     glue_text(largest_share=label, largest_classes=", ".join(texts))
-
-
-def _outcomes(runs, name):
-    tables = [scores.table for draws in runs for scores in draws]
-    return [o for t in tables for o in t[(t["kind"] == "harmful") & (t["set"] == name)]["outcome"]]
 
 
 def structures(neurons):

@@ -9,6 +9,7 @@ from safetyneuron.book import paper as reported
 from safetyneuron.book.glue import glue_text
 from safetyneuron.book.labels import EQ3, SPECIFIC
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.tables import count_classes
 from safetyneuron.metrics.estimates import estimate_exact
 from safetyneuron.metrics.outcomes import (
     Scores,
@@ -22,6 +23,16 @@ FOUNDATION = "foundation neurons"
 KINDS = {"eq3": EQ3, "specific": SPECIFIC, "foundation": FOUNDATION}  # part of a glued name -> sets
 NONE, MARGIN = "none", 0.1  # the row of the whole model; the smallest change of a cell that matters
 HARM = {"asr": "no refusal phrase", "coherent": "help with harm"}
+
+
+def share_classes(whole, off):
+    """Classes of the answers in each language, with nothing off and with its own neurons off: as `class_bars` draws them."""
+    conditions, asked = {}, {}
+    for x in off[EQ3]:
+        ways = {"nothing": whole} | {way: each[x] for way, each in off.items()}
+        conditions |= {f"{x}, off: {way}": runs for way, runs in ways.items()}
+        asked |= {f"{x}, off: {way}": x for way in ways}
+    return count_classes(conditions, asked)
 
 
 def overlap(sets):

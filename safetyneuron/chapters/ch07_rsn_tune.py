@@ -6,6 +6,7 @@ import pandas as pd
 from safetyneuron.book.glue import beside_paper, glue_text, lines, printed_cells
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import draw_dots
+from safetyneuron.book.tables import count_classes
 from safetyneuron.metrics.outcomes import Runs, estimate_change, estimate_rate
 from safetyneuron.metrics.verdict import Evidence, expect_kept
 
@@ -22,6 +23,17 @@ LABELS = {BEFORE: "not fine-tuned", ORIGIN: "fine-tuned"}
 LABELS |= {condition: f"{way},\nthen fine-tuned" for condition, way in WAYS.items()}
 PAPER_COLUMNS = {BEFORE: "Before", ORIGIN: "Origin.", SN: "SN-Tune", RSN: "RSN-Tune"}
 PAPER_ROWS = {"attack success": "Harmful", "accuracy": "GSM8K"}
+
+
+def share_classes(results, language):
+    """Classes of the answers of each condition, by task: as `class_bars` draws them. results: task to condition to `Runs`."""
+    conditions = {
+        f"{task.rpartition('/')[2]}: {LABELS[c]}".replace("\n", " "): found[c]
+        for task, found in results.items()
+        for c in CONDITIONS
+        if found.get(c)
+    }
+    return count_classes(conditions, language)
 
 
 def ways_of(sets):

@@ -8,6 +8,7 @@ import seaborn as sns
 from safetyneuron.book.glue import glue_text
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import draw_bands, rate_panels
+from safetyneuron.book.tables import count_classes
 from safetyneuron.kept.defences import EQ3, RANDOM, SPECIFIC
 from safetyneuron.metrics.estimates import Estimate, estimate_mean
 from safetyneuron.metrics.outcomes import (
@@ -21,6 +22,17 @@ from safetyneuron.metrics.outcomes import (
 from safetyneuron.metrics.verdict import Evidence, expect_kept
 
 LABELS = {EQ3: "Eq 3", SPECIFIC: "without foundation", RANDOM[EQ3]: "random, like Eq 3"}
+
+
+def share_classes(varied, harmful):
+    """Classes of the answers by number of documents, tuned where Eq 3 says: as `class_bars` draws them. varied: model to (condition, documents) to `Runs`."""
+    conditions = {
+        f"{model.rpartition('/')[2]}, {count} documents": runs
+        for model, cells in varied.items()
+        for (condition, count), runs in cells.items()
+        if condition == EQ3
+    }
+    return count_classes(conditions, harmful)
 
 
 def measures_of(harmful, benign, tasks):

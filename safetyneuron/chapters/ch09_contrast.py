@@ -12,6 +12,7 @@ from safetyneuron.book import paper as reported
 from safetyneuron.book.glue import MEASURES, glue_rates, glue_text, lines
 from safetyneuron.book.ledger import margin_of, name_runs
 from safetyneuron.book.plots import PALETTE, draw_bands, rate_panels
+from safetyneuron.book.tables import count_classes
 from safetyneuron.data.documents import load_documents
 from safetyneuron.data.prompts import has_languages, load_prompts
 from safetyneuron.data.sources import TEXTS, load_text
@@ -434,6 +435,17 @@ def restored_table(runs, costs, fraction, name):
             "by training": ", ".join(_each(runs, family, condition, fraction, name)),
         }
     return pd.DataFrame(rows).T.rename_axis(["recipient", "patched"])
+
+
+def share_classes(runs, costs, fraction, name):
+    """Classes of the answers of both models and with each set patched, by family: as `class_bars` draws them."""
+    conditions = {
+        f"{family.rpartition('/')[2]}: {condition}": runs[
+            family, condition, 0 if condition in (RECIPIENT, DONOR) else fraction
+        ]
+        for family, condition in costs
+    }
+    return count_classes(conditions, name)
 
 
 def _each(runs, family, condition, fraction, name):

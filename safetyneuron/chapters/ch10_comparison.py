@@ -9,6 +9,7 @@ from safetyneuron.book.glue import glue_text, lines
 from safetyneuron.book.labels import SMALL
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import PALETTE
+from safetyneuron.book.tables import count_classes
 from safetyneuron.detectors.effects import neurons_of
 from safetyneuron.detectors.table import DETECTORS, random_scores
 from safetyneuron.importance.selection import select_units
@@ -317,6 +318,17 @@ def weigh_claims(values, clusters, small, bar=0.5):
         "one-percent-breaks": estimate_mean(small - bar, clusters),
     }
     return {key: Evidence(effect, margin_of(key)) for key, effect in effects.items()}
+
+
+def share_classes(found, keys, budgets, harmful_set):
+    """Classes of the answers with the sets of some rules off, at every budget: as `class_bars` draws them. found: key to its scores by training, draw and budget."""
+    conditions = {}
+    for key in dict.fromkeys((*keys, RANDOM)):
+        for i, budget in enumerate(budgets):
+            runs = [[draw[i] for draw in draws if len(draw) > i] for draws in found[key]]
+            if all(runs):
+                conditions[f"{label_of(key)}, {100 * budget:.3g} %"] = runs
+    return count_classes(conditions, harmful_set)
 
 
 def help_of_best(found, budgets, harmful_set, measure="coherent"):
