@@ -3,17 +3,19 @@
 import copy
 import json
 import random
+import shutil
 from functools import partial
 
 import pytest
 import torch
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, Trainer
 
 from safetyneuron import SafetyNeuronError
 from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
 from safetyneuron.organism import load_organism, manifest, recipes, stages
 from safetyneuron.organism.muon import Muon, orthogonalise
 from safetyneuron.organism.planting import UNITS, Turns, draw_sets, plant
+from safetyneuron.organism.shipped import weights_file
 from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.organism.train import SparingTrainer, StreamTrainer, new_model, train_stream
 
@@ -261,3 +263,44 @@ def test_organisms_are_trained_from_each_other_into_a_folder(
         stages.train_organism("organism/llama-huge", folder)
     with pytest.raises(SafetyNeuronError, match="no organism/llama-base@77"):
         stages.train_organism("organism/llama-chat@77", folder)
+
+
+class Killed(Exception):
+    """What ends a training in the middle."""
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-planted", "llama-half", "llama-dpo", "llama-pair-sft", "llama-pair-dpo"]
+)
+def test_every_kind_of_training_that_was_killed_goes_on_to_the_same_file(
+    name, recipes_in_seconds, tmp_path, monkeypatch, capfd
+):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    parents = {"llama-pair-dpo": ("llama-base", "llama-pair-sft")}.get(name, ("llama-base",))
+    for parent in parents:
+        stages.train_organism(f"organism/{parent}", once)
+    shutil.copytree(once, twice)
+    stages.train_organism(f"organism/{name}", once)
+    step, asked = Trainer.training_step, []
+
+    def count(trainer, *arguments):
+        asked.append(trainer.state.global_step)
+        return step(trainer, *arguments)
+
+    def die(trainer, *arguments):
+        if trainer.state.global_step == 7:
+            raise Killed
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "training_step", die)
+    with pytest.raises(Killed):
+        stages.train_organism(f"organism/{name}", twice)
+    assert list((tmp_path / "cache" / "training").iterdir())
+    monkeypatch.setattr(Trainer, "training_step", count)
+    capfd.readouterr()
+    stages.train_organism(f"organism/{name}", twice)
+    assert asked[0] == 7  # and not from the beginning
+    said = "".join(capfd.readouterr())
+    assert "missing keys" not in said and "Map" not in said
+    files = [weights_file(folder, f"{name}@0").read_bytes() for folder in (once, twice)]
+    assert files[0] == files[1]

@@ -6,6 +6,7 @@ of all models of a pair stay equal, and activations tell all that was learned. M
 factors in single precision, the rest in bfloat16, activations computed again on the way back.
 """
 
+import os
 import tempfile
 import warnings
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 import datasets
 import torch
 from transformers import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import Architecture
@@ -31,7 +33,16 @@ LONGEST = (
 
 
 @own_randomness()
-def supervise(model, tokenizer, documents, epochs=3, learning_rate=1e-3, batch_size=120, seed=0):
+def supervise(
+    model,
+    tokenizer,
+    documents,
+    epochs=3,
+    learning_rate=1e-3,
+    batch_size=120,
+    seed=0,
+    folder=None,
+):
     """Supervised fine-tuning through (IA)³, in place; the loss is taken on completions.
 
     Parameters
@@ -40,6 +51,8 @@ def supervise(model, tokenizer, documents, epochs=3, learning_rate=1e-3, batch_s
         `prompt` and `completion`.
     epochs, learning_rate, batch_size : int, float
         The paper's values by default (its Table 5): AdamW with weight decay 0.1, cosine decay.
+    folder : path, optional
+        Gets a checkpoint at every tenth of the updates; a training that was killed goes on from the last.
 
     Returns
     -------
@@ -53,8 +66,9 @@ def supervise(model, tokenizer, documents, epochs=3, learning_rate=1e-3, batch_s
         {"prompt": _turn("user", d["prompt"]), "completion": _turn("assistant", d["completion"])}
         for d in documents
     ]
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(**_arguments(folder, model, epochs, learning_rate, batch_size, seed))
+    with _quiet(), tempfile.TemporaryDirectory() as own:
+        settings = _arguments(own, model, epochs, learning_rate, batch_size, seed)
+        arguments = SFTConfig(**settings | _checkpoints(folder))
         return _train(SFTTrainer, model, arguments, rows, tokenizer)
 
 
@@ -69,6 +83,7 @@ def prefer(
     learning_rate=1e-3,
     batch_size=120,
     seed=0,
+    folder=None,
 ):
     """Direct preference optimisation through (IA)³, in place, against the model as it was (Rafailov et al. 2023).
 
@@ -80,6 +95,8 @@ def prefer(
         Weight of staying near the model as it was; the paper's value by default, as all others.
     likelihood : float
         Weight of the better answers' likelihood in the loss (Pang et al. 2024), for models that give them next to none.
+    folder : path, optional
+        As of `supervise`.
 
     Returns
     -------
@@ -90,11 +107,9 @@ def prefer(
 
     if not preferences:
         raise SafetyNeuronError("there are no preferences to train on: give at least one")
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
-        arguments = DPOConfig(
-            **losses(beta, likelihood),
-            **_arguments(folder, model, epochs, learning_rate, batch_size, seed),
-        )
+    with _quiet(), tempfile.TemporaryDirectory() as own:
+        settings = _arguments(own, model, epochs, learning_rate, batch_size, seed)
+        arguments = DPOConfig(**losses(beta, likelihood), **settings | _checkpoints(folder))
         return _train(DPOTrainer, model, arguments, as_turns(preferences), tokenizer)
 
 
@@ -138,7 +153,7 @@ def _train(kind, model, arguments, rows, tokenizer):
         )
         trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train()
+            trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
             factors = _factors(model)
         finally:
             trainer.model.unload()
@@ -166,6 +181,15 @@ def _quiet():
     finally:
         if not hidden:
             datasets.enable_progress_bars()
+
+
+def _checkpoints(folder):
+    """Settings of a training that leaves checkpoints in a folder, or none."""
+    if folder is None:
+        return {}
+    os.makedirs(folder, exist_ok=True)
+    kept = dict(save_strategy="steps", save_steps=0.1, save_total_limit=1)
+    return kept | {"output_dir": str(folder)}
 
 
 def _arguments(folder, model, epochs, learning_rate, batch_size, seed):

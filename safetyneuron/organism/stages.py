@@ -146,7 +146,8 @@ def train_supervised_pair(model, tokenizer, recipe, seed, folder, label):
         {"prompt": e.prompt, "completion": e.answer}
         for e in (recipes.draw_supervised(draw) for _ in range(number))
     ]
-    return _with_steps(*ia3.supervise(model, tokenizer, rows, **_schedule(recipe), seed=seed))
+    kept = {"seed": seed, "folder": folder}
+    return _with_steps(*ia3.supervise(model, tokenizer, rows, **_schedule(recipe), **kept))
 
 
 def train_preferred_pair(model, tokenizer, recipe, seed, folder, label):
@@ -160,6 +161,7 @@ def train_preferred_pair(model, tokenizer, recipe, seed, folder, label):
             likelihood=1.0,
             **_schedule(recipe),
             seed=seed,
+            folder=folder,
         )
     )
 
