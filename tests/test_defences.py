@@ -3,15 +3,23 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import scores_with, small_llama
 from test_detection import random_profile
 
-from safetyneuron import SafetyNeuronError, load_documents
+from safetyneuron import (
+    SafetyNeuronError,
+    deactivate,
+    load_documents,
+    load_prompts,
+    measure_importance,
+)
 from safetyneuron.attacks import GCG, PAIR, AttackResult, load_requests
 from safetyneuron.book import defences as book
 from safetyneuron.book import paper as reported
 from safetyneuron.chapters import ch05_sn_tune, ch07_rsn_tune, ch08_ablations
 from safetyneuron.kept import defences
+from safetyneuron.kept import importance as kept_importance
 from safetyneuron.kept.defences import Column
 from safetyneuron.metrics import Suite
 from safetyneuron.metrics.outcomes import COLUMNS, Scores, estimate_judgement
@@ -97,6 +105,30 @@ def test_what_is_trained_and_attacked_is_made_once_and_leaves_the_model(
         monkeypatch.setattr(defences, name, None)
     for again, first in zip(run(), (tuned, broken), strict=True):
         assert again.scores.table.equals(first.scores.table) and again.attacks == first.attacks
+
+
+def test_importance_is_measured_once_for_each_corpus_to_the_last_bit(model, tokenizer, monkeypatch):
+    prompts = load_prompts("organism/harmful")[:6]
+    corpora = {"all": (prompts, (3,)), "half": (prompts[:3], ()), "turned": (prompts[::-1], (3,))}
+
+    def run():
+        return {
+            name: kept_importance.measure_importance(model, tokenizer, some, sizes)
+            for name, (some, sizes) in corpora.items()
+        }
+
+    plain = measure_importance(model, tokenizer, prompts, sizes=(3,))
+    first, measure = run(), kept_importance.measure
+    monkeypatch.setattr(kept_importance, "measure", None)
+    for found in (first["all"], run()["all"]):
+        assert found.count == 6 and found.model == plain.model
+        for p, minimum in plain.minimum.items():
+            assert torch.equal(found.minimum[p], minimum)
+            assert torch.equal(found.mean[p], plain.mean[p])
+            assert torch.equal(found.prefix[3][p], first["half"].minimum[p])
+    monkeypatch.setattr(kept_importance, "measure", measure)
+    with deactivate(model, plain.select(fraction=0.1)):
+        assert run()["all"].model != plain.model
 
 
 def test_a_killed_run_keeps_every_attack_that_had_ended(model, tokenizer, monkeypatch):

@@ -8,11 +8,11 @@ import pandas as pd
 from safetyneuron.attacks import AttackResult
 from safetyneuron.attacks import attack as search_and_judge
 from safetyneuron.attacks.rewriters import helpers_digest
-from safetyneuron.cache import cache_folder, digest, kept_folder, remember
+from safetyneuron.cache import remember
 from safetyneuron.data.prompts import has_languages, load_prompts
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.importance.profile import measure_importance
 from safetyneuron.importance.selection import select_without_foundation
+from safetyneuron.kept.importance import keep_file, measure_importance
 from safetyneuron.metrics.outcomes import COLUMNS, Scores
 from safetyneuron.metrics.suite import evaluate, remember_scores
 from safetyneuron.neurons.identity import identity
@@ -110,7 +110,7 @@ def sn_tune(model, tokenizer, documents, neurons, **schedule):
         neurons.digest(),
         schedule,
     ]
-    return _once(
+    return keep_file(
         "tuning",
         key,
         lambda: train_neurons(model, tokenizer, documents, neurons, **schedule),
@@ -126,20 +126,12 @@ def circuit_break(model, tokenizer, harmful, retain, **schedule):
         retain,
         schedule,
     ]
-    return _once(
+    return keep_file(
         "circuit_breaker",
         key,
         lambda: train_adapters(model, tokenizer, harmful, retain, **schedule),
         CircuitBreaker,
     )
-
-
-def _once(kind, key, make, result):
-    """What `make` returns, a `result` with `save` and `load`, made once for this key."""
-    folder = kept_folder(
-        cache_folder() / kind / digest(*key), lambda new: make().save(new / "result.safetensors")
-    )
-    return result.load(folder / "result.safetensors")
 
 
 def attack(model, tokenizer, requests, config, answer_tokens=None):

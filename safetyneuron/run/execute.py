@@ -105,18 +105,21 @@ def _defaults(notebook):
 
 def train_what_is_named(parameters):
     """Train the aligned models that parameters name, which `load_model` only finds; each in a process of its own, whose memory it gives back."""
-    from safetyneuron.alignment.stages import stages_behind
+    values = [
+        v for value in parameters.values() for v in (value if isinstance(value, list) else [value])
+    ]
+    named = [name for name in values if str(name).startswith("aligned/")]
+    if not named:
+        return
+    from safetyneuron.alignment.stages import stages_behind  # here, because it imports torch
 
-    for value in parameters.values():
-        for name in value if isinstance(value, list) else [value]:
-            if not str(name).startswith("aligned/"):
-                continue
-            for stage in stages_behind(name, parameters.get("trainings", 1)) or [name]:
-                command = [sys.executable, "-m", "safetyneuron.cli", "train", stage]
-                if subprocess.run(command).returncode:
-                    raise SafetyNeuronError(
-                        f"{stage} could not be trained: see the line before this one"
-                    )
+    for name in named:
+        for stage in stages_behind(name, parameters.get("trainings", 1)) or [name]:
+            command = [sys.executable, "-m", "safetyneuron.cli", "train", stage]
+            if subprocess.run(command).returncode:
+                raise SafetyNeuronError(
+                    f"{stage} could not be trained: see the line before this one"
+                )
 
 
 def run_notebook(notebook, given, output=None):
