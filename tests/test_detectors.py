@@ -1,6 +1,7 @@
 """Every rule of the table, and each kind of rule on a case that can be computed by hand or by brute force."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from safetyneuron.detectors.detect import Detection, Detector, check_scores, fin
 from safetyneuron.detectors.heads import head_effects, safety_heads
 from safetyneuron.detectors.table import DETECTORS, Rule
 from safetyneuron.importance.selection import select_fraction
+from safetyneuron.kept import rankings
 from safetyneuron.metrics.log_odds import Pair, pairs_for, weigh_pairs
 from safetyneuron.neurons.activations import (
     channel_means,
@@ -59,6 +61,30 @@ def test_no_rule_leaves_anything_on_the_model(case):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in case.model.modules()) and all(
         p.grad is None for p in case.model.parameters()
     )
+
+
+def test_a_ranking_is_found_once_for_each_case_and_read_whole(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFETYNEURON_CACHE", str(tmp_path))
+    keys = ("change", "snip", "exact/eq3")
+
+    def rank(case):
+        return {key: rankings.find(key, case) for key in keys}
+
+    first, plain = rank(case), {key: find(DETECTORS[key], case, key) for key in keys}
+    with monkeypatch.context() as patched:
+        patched.setattr(rankings.detect, "find", None)
+        again = rank(case)
+    for key, found in plain.items():
+        assert again[key].seconds == first[key].seconds > 0 < first[key].passes
+        for name in ("scores", "others"):
+            (a, b, c) = (getattr(x[key], name) for x in (first, again, plain))
+            assert (a is None) == (c is None) and all(torch.equal(b[p], a[p]) for p in a or ())
+            assert all(torch.equal(a[p], c[p]) for p in c or ())
+    assert any(found.others for found in plain.values())
+    fewer = replace(case, harmful=case.harmful[:2], _kept={})
+    other = replace(case, base=case.model, _kept={})
+    assert not torch.equal(rank(fewer)["exact/eq3"].scores["q"], first["exact/eq3"].scores["q"])
+    assert float(rankings.find("change", other).scores["down"].abs().sum()) == 0
 
 
 def test_what_several_rules_need_is_measured_once_and_counted_for_each(case):

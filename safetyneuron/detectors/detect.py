@@ -11,6 +11,8 @@ from safetyneuron.detectors.case import Case
 from safetyneuron.detectors.consensus import unflatten
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.selection import ranks, select_units, unit_scores
+from safetyneuron.neurons.architecture import PROJECTIONS
+from safetyneuron.neurons.files import read_tensors, write_tensors
 from safetyneuron.neurons.sets import NeuronSet
 
 
@@ -47,6 +49,22 @@ class Detector:
     def select(self, fraction):
         """The set at a budget, a share of all functional units; None where too few are left after the difference."""
         return select_units(self.scores, fraction, self.others)
+
+    def save(self, path):
+        """Write the ranking to a safetensors file."""
+        groups = {"scores": self.scores} | ({"others": self.others} if self.others else {})
+        tensors = {f"{group}.{p}": x for group, of in groups.items() for p, x in of.items()}
+        write_tensors(path, "ranking", tensors, {"seconds": self.seconds, "passes": self.passes})
+
+    @classmethod
+    def load(cls, path):
+        """Read a file written by `save`."""
+        with read_tensors(path, "ranking", "remove it and detect again") as (tensors, facts):
+            groups = [
+                {p: tensors[f"{group}.{p}"] for p in PROJECTIONS if f"{group}.{p}" in tensors}
+                for group in ("scores", "others")
+            ]
+            return cls(groups[0], groups[1] or None, facts["seconds"], facts["passes"])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from safetyneuron.cache import remember
 from safetyneuron.data.prompts import has_languages, load_prompts
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.selection import select_without_foundation
-from safetyneuron.kept.importance import keep_file, measure_importance
+from safetyneuron.kept.files import keep_file
+from safetyneuron.kept.importance import measure_importance
 from safetyneuron.metrics.outcomes import COLUMNS, Scores
 from safetyneuron.metrics.suite import evaluate, remember_scores
 from safetyneuron.neurons.identity import identity

@@ -1,8 +1,8 @@
 """Importance over a corpus, measured once and kept."""
 
-from safetyneuron.cache import cache_folder, digest, kept_folder
 from safetyneuron.importance.profile import ImportanceProfile
 from safetyneuron.importance.profile import measure_importance as measure
+from safetyneuron.kept.files import keep_file
 from safetyneuron.neurons.identity import identity
 
 
@@ -16,11 +16,3 @@ def measure_importance(model, tokenizer, prompts, sizes=(), progress=True):
         lambda: measure(model, tokenizer, prompts, sizes=sizes, progress=progress),
         ImportanceProfile,
     )
-
-
-def keep_file(kind, key, make, result):
-    """What `make` returns, a `result` with `save` and `load`, made once for this key."""
-    folder = kept_folder(
-        cache_folder() / kind / digest(*key), lambda new: make().save(new / "result.safetensors")
-    )
-    return result.load(folder / "result.safetensors")

@@ -30,6 +30,9 @@ def notebook_parameters(notebook):
     return inspect_notebook(str(notebook))
 
 
+PATIENCE = (
+    600  # seconds that a kernel may take to start, and to hand over output: a machine may be busy
+)
 MAY_BE_ZERO = ("seed", "skip", "n_attacked")  # whatever their default
 
 
@@ -149,6 +152,8 @@ def run_notebook(notebook, given, output=None):
                 given,
                 kernel_name="python3",
                 progress_bar=False,
+                start_timeout=PATIENCE,
+                iopub_timeout=PATIENCE,
                 stdout_file=sys.stdout,  # what the cells print, as it comes
                 stderr_file=sys.stderr,
                 extra_arguments=[
