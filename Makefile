@@ -15,17 +15,17 @@ SOLUTIONS ?= yes
 VENV ?= .venv
 
 # A build that was killed leaves nothing that the next one waits for or takes for finished.
-SNAKEMAKE = $(VENV)/bin/python workflow/alone.py $(VENV)/bin/snakemake --nolock --rerun-incomplete \
-    -s workflow/Snakefile --configfile workflow/editions/$(EDITION).yaml --cores $(CORES) --quiet all \
-    --config solutions=$(SOLUTIONS) $(if $(PROFILE),--profile workflow/profiles/$(PROFILE))
+SNAKEMAKE = $(VENV)/bin/snakemake --nolock --rerun-incomplete -s workflow/Snakefile --configfile workflow/editions/$(EDITION).yaml \
+    --cores $(CORES) --config solutions=$(SOLUTIONS) $(if $(PROFILE),--profile workflow/profiles/$(PROFILE))
 
 # Two tests at a time, each on one core.
 TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: book announce check lint test test-families test-plain test-paper test-faults test-binder clean
 
+# The jobs say what stopped them; why no job could be planned a dry run says, which is not quiet.
 book: announce $(VENV)/installed
-	@$(SNAKEMAKE)
+	@$(VENV)/bin/python workflow/alone.py $(SNAKEMAKE) --quiet all || { said=$$($(SNAKEMAKE) --dry-run 2>&1) || echo "$$said"; exit 1; }
 	@echo "The book is in _build/html/index.html"
 
 announce:
