@@ -164,6 +164,15 @@ def test_slides_say_what_the_chapters_of_this_build_found(site):
         assert f"{chapter}-{name}.png" in section
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_every_chapter_has_notes_for_teachers_that_can_be_read_aloud(path):
+    cells = nbformat.read(path, 4).cells
+    text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    notes = pages.notes_for_teachers(text)
+    assert re.fullmatch(r"Students may say: .+ Answer: .+ Ask: .+", notes)
+    assert not re.search(r"[{}`*]|\]\(", notes)
+
+
 @pytest.mark.book
 def test_the_picture_of_the_readme_is_the_one_that_the_build_makes(site):
     name = "book/_static/poster.png"

@@ -111,6 +111,7 @@ def _slide(chapter, name, key, notebook):
     else:
         asked = re.search(r"\*\*The (?:paper's )?(?:claims?|question)\.\*\* (.*?)\n\n", text, re.S)
         head, number, foot, notes = title, "", _plain(asked[1]), ""
+    notes = f"{notes} {notes_for_teachers(text)}".strip()
     place = (
         ""
         if head == title
@@ -121,6 +122,14 @@ def _slide(chapter, name, key, notebook):
 <img src="{chapter}-{name}.png" alt="{html.escape(alt)}">
 <p class="claim">{html.escape(foot, quote=False)}</p><aside class="notes">{html.escape(notes)}</aside></section>
 """
+
+
+def notes_for_teachers(text):
+    """What students may conclude from a chapter, what to answer, and a question to leave them with; text: of its cells."""
+    wrong, better = re.search(r"\*Wrong:\* (.*?)\n\n\*Better:\* (.*?)\n```", text, re.S).groups()
+    asked = re.search(r":label: \S+-open\n\n(.*?)\n\n\*Open question", text, re.S)[1]
+    wrong, better, asked = (html.unescape(_plain(said)) for said in (wrong, better, asked))
+    return f"Students may say: {wrong} Answer: {better} Ask: {asked}"
 
 
 def _closing_slide(notebooks):
