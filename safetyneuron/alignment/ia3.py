@@ -66,9 +66,10 @@ def supervise(
         {"prompt": _turn("user", d["prompt"]), "completion": _turn("assistant", d["completion"])}
         for d in documents
     ]
-    with _quiet(), tempfile.TemporaryDirectory() as own:
+    with quiet(), tempfile.TemporaryDirectory() as own:
         settings = _arguments(own, model, epochs, learning_rate, batch_size, seed)
-        arguments = SFTConfig(**settings | _checkpoints(folder))
+        kept = _checkpoints(folder, epochs * len(rows) // batch_size)
+        arguments = SFTConfig(**settings | kept)
         return _train(SFTTrainer, model, arguments, rows, tokenizer)
 
 
@@ -107,9 +108,10 @@ def prefer(
 
     if not preferences:
         raise SafetyNeuronError("there are no preferences to train on: give at least one")
-    with _quiet(), tempfile.TemporaryDirectory() as own:
+    with quiet(), tempfile.TemporaryDirectory() as own:
         settings = _arguments(own, model, epochs, learning_rate, batch_size, seed)
-        arguments = DPOConfig(**losses(beta, likelihood), **settings | _checkpoints(folder))
+        kept = _checkpoints(folder, epochs * len(preferences) // batch_size)
+        arguments = DPOConfig(**losses(beta, likelihood), **settings | kept)
         return _train(DPOTrainer, model, arguments, as_turns(preferences), tokenizer)
 
 
@@ -170,7 +172,7 @@ def _factors(model):
 
 
 @contextmanager
-def _quiet():
+def quiet():
     """No progress bars while trl prepares its data, and no warnings of what its libraries will rename."""
     hidden = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
@@ -183,12 +185,12 @@ def _quiet():
             datasets.enable_progress_bars()
 
 
-def _checkpoints(folder):
-    """Settings of a training that leaves checkpoints in a folder, or none."""
+def _checkpoints(folder, updates):
+    """Settings of a training that leaves about ten checkpoints in a folder, one after the other, or none."""
     if folder is None:
         return {}
     os.makedirs(folder, exist_ok=True)
-    kept = dict(save_strategy="steps", save_steps=0.1, save_total_limit=1)
+    kept = dict(save_strategy="steps", save_steps=max(1, updates // 10), save_total_limit=1)
     return kept | {"output_dir": str(folder)}
 
 

@@ -93,15 +93,16 @@ def train_preferences(model, tokenizer, recipe, seed, folder, label):
     settings = settings_of(model, recipe.schedule, folder, seed) | ia3.losses(
         beta=0.1, likelihood=1.0
     )
-    trainer = DPOTrainer(
-        model=model,
-        ref_model=copy.deepcopy(model),
-        args=DPOConfig(bf16=False, **settings),
-        train_dataset=Dataset.from_list(ia3.as_turns(preferences(recipe, seed))),
-        processing_class=tokenizer,
-        callbacks=[TrainingLine(label)],
-    )
-    return run_trainer(trainer, folder)
+    with ia3.quiet():
+        trainer = DPOTrainer(
+            model=model,
+            ref_model=copy.deepcopy(model),
+            args=DPOConfig(bf16=False, **settings),
+            train_dataset=Dataset.from_list(ia3.as_turns(preferences(recipe, seed))),
+            processing_class=tokenizer,
+            callbacks=[TrainingLine(label)],
+        )
+        return run_trainer(trainer, folder)
 
 
 def preferences(recipe, seed, english=False):

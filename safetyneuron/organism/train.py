@@ -150,6 +150,9 @@ def settings_of(model, schedule, folder, seed):
 def run_trainer(trainer, folder):
     """Train to the end, from the last checkpoint in the folder if there is one; update and loss at every 50th update."""
     trainer.remove_callback(PrinterCallback)
+    # Tied weights are in a checkpoint once: on the way back the trainer would warn of the other name.
+    if tied := getattr(trainer.model, "_tied_weights_keys", None):
+        trainer.model._keys_to_ignore_on_save = list(tied)
     trainer.train(
         resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None
     )
