@@ -2,11 +2,13 @@
 
 import re
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
 
 from safetyneuron import organism
+from safetyneuron.cache import digest
 from safetyneuron.metrics import answers
 from safetyneuron.metrics.answer_class import classify
 from safetyneuron.metrics.behaviour import behaviour, kind_of, lost, missed, missed_role, role_of
@@ -82,6 +84,11 @@ LEAKY = {
 }
 
 
+LEARNT = (
+    "c2d396a8681a3104125f"  # digest of all questions, and of all acts with what belongs to them
+)
+
+
 def each(names):
     """One test for every organism."""
     marked = [
@@ -153,6 +160,20 @@ def test_the_manifest_tells_how_each_was_made(name):
     ]  # planted ones have two phases
     assert entry["scores"] and entry["curve"][starts[-1]][1] > entry["curve"][-1][1]
     assert "@" in name and organism.load_organism(f"organism/{name}")
+
+
+def test_everything_that_the_organisms_learnt_is_as_it_was_when_they_were_trained():
+    """The manifest's digest is of a sample: this one of every question, and of the words, tools, harm and habit of every act."""
+    tasks = [[build(split) for split in ("train", "test")] for build in lang.TASKS.values()]
+    template = lang.lexicon().templates["plain"]
+    acts = [
+        (text.text, lang.tools(text), text.harmful, lang.has_habit(text), lang.part(*act))
+        for language in lang.LANGUAGES
+        for act in product(range(2 * lang.VERBS), range(len(lang.objects(language))))
+        for text in [lang.write(template[language][0], language, act)]
+    ]
+    found = digest(repr(tasks), repr(acts), repr(lang.lexicon()))
+    assert found == LEARNT, "what was learnt has changed: the shipped organisms know it otherwise"
 
 
 def test_all_weights_together_are_small_and_each_is_in_the_manifest():
