@@ -296,13 +296,13 @@ def test_table_2_stands_beside_the_paper_with_its_slip():
     assert paper.loc[("Accuracy", "c (paper: GSM8K)")].tolist() == ["63.2", "64.3", "69.6"]
     assert paper.loc[("Attack success", "GCG, en")].tolist() == ["74.0", "3.0", "4.0"]
     assert paper.loc[("Attack success", "average, en")].tolist() == ["65.5", "3.0", "2.0"]
-    assert paper.loc[("Coherent compliance", "GCG, en")].tolist() == ["–"] * 3
+    assert paper.loc[("Help with harm", "GCG, en")].tolist() == ["–"] * 3
     assert paper.loc[("Accuracy", "average"), "SN-Tune"] == "68.4*\n(its rows: 70.6)"
     here = table["here", "SN-Tune"]
     assert here["Attack success", "direct, en"].startswith("2.0\n[")
     assert here["Cost", "training, s (paper: min)"] == "3.2"
     assert here["Attack success", "average, en"].startswith("51.0\n[")
-    assert here["Coherent compliance", "average, en"].startswith("26.0\n[")
+    assert here["Help with harm", "average, en"].startswith("26.0\n[")
     assert here["Over-refusal", "en"].startswith("60.0")
     assert here["Helpful answers", "en"].startswith("40.0")
 

@@ -22,7 +22,7 @@ MANY_DOTS = 500  # more dots of one kind are drawn as pixels within the SVG
 
 MEASURES = {
     "asr": "Attack success",
-    "coherent": "Coherent compliance",
+    "coherent": "Help with harm",
     "over_refusal": "Over-refusal",
     "helpful": "Helpful answers",
     "accuracy": "Accuracy",

@@ -398,7 +398,7 @@ def backups_table() -> pd.DataFrame:
     rows = {
         (SHORT[row["model"]], row["round"]): {
             "units": f"{row['units']:.0f}",
-            "help with harm, %": f"{100 * row['harmful correct']:.0f}",
+            "correct help with harm, %": f"{100 * row['harmful correct']:.0f}",
             "refused, %": f"{100 * row['harmful refusal']:.0f}",
             "help with all else, %": f"{100 * row['harmless correct']:.0f}",
         }
