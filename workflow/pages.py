@@ -1,6 +1,5 @@
 """What is made from the executed notebooks: the page of every cell of the paper's tables, how everything was run, slides, and data to download."""
 
-import ast
 import html
 import json
 import re
@@ -70,7 +69,9 @@ def write_data(notebook, path):
     tables, values = executed.data(notebook)
     files = {f"{name}.csv": text for name, text in tables.items()}
     files["values.json"] = json.dumps(values, ensure_ascii=False, indent=1)
-    files["parameters.json"] = json.dumps(parameters(notebook), ensure_ascii=False, indent=1)
+    files["parameters.json"] = json.dumps(
+        executed.parameters(notebook), ensure_ascii=False, indent=1
+    )
     write_archive(path, files)
 
 
@@ -282,35 +283,13 @@ Versions: {lists}
 
 
 def _status_row(name, notebook, run):
-    values = parameters(notebook)
-    models = [
-        value
-        for key, value in values.items()
-        if key in ("models", "model_name", "families", "guard_model")
-    ]
-    names = ", ".join(
-        f"`{name}`" for value in models for name in (value if isinstance(value, list) else [value])
-    )
+    names = ", ".join(f"`{model}`" for model in executed.models_of(notebook))
     cells = (
         f"[](../notebooks/{name}.ipynb)",
         names or "–",
-        values.get("dtype", "auto"),
+        executed.parameters(notebook).get("dtype", "auto"),
         run.get("device", "–"),
         run.get("seconds", "–"),
         run.get("commit") or "–",
     )
     return "* - " + "\n  - ".join(str(cell) for cell in cells)
-
-
-def parameters(notebook):
-    """The parameters with which a notebook was executed."""
-    found = {}
-    for cell in notebook.cells:
-        if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
-            statements = ast.parse(cell.source).body
-            found |= {
-                s.targets[0].id: ast.literal_eval(s.value)
-                for s in statements
-                if isinstance(s, ast.Assign)
-            }
-    return found

@@ -10,6 +10,7 @@ from importlib.metadata import version
 import nbformat
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "lm_eval", "papermill", "jupyter-book")
+MODEL_PARAMETERS = ("models", "model_name", "families", "guard_model")
 
 
 def read(path):
@@ -53,6 +54,32 @@ def how(notebook):
     """Seconds, device, commit, versions and parameters of an executed notebook."""
     given = notebook.metadata.get("papermill", {}).get("parameters", {})
     return dict(notebook.metadata.get("safetyneuron", {})) | {"parameters": dict(given)}
+
+
+def parameters(notebook):
+    """The parameters with which a notebook was executed."""
+    found = {}
+    for cell in notebook.cells:
+        if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+            statements = ast.parse(cell.source).body
+            found |= {
+                s.targets[0].id: ast.literal_eval(s.value)
+                for s in statements
+                if isinstance(s, ast.Assign)
+            }
+    return found
+
+
+def models_of(notebook):
+    """Names of the models that a notebook was executed on."""
+    values = parameters(notebook)
+    named = [values[key] for key in MODEL_PARAMETERS if key in values]
+    return [name for value in named for name in (value if isinstance(value, list) else [value])]
+
+
+def on_organisms(notebook):
+    """Whether a notebook was executed on organisms."""
+    return any(name.startswith("organism/") for name in models_of(notebook))
 
 
 def texts(notebook):
