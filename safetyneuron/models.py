@@ -131,6 +131,20 @@ def awake(*models):
             torch.cuda.empty_cache()
 
 
+@contextmanager
+def alone(model, *others):
+    """A model is on the GPU, and others on it are in main memory, for the length of a `with` block; without a GPU nothing moves."""
+    there = [m for m in others if m.device.type == "cuda" and not is_split(m)]
+    try:
+        for other in there:
+            other.to("cpu")
+        with awake(model):
+            yield
+    finally:
+        for other in there:
+            other.to("cuda")
+
+
 class Loaded(Mapping):
     """Models by name, as `load_model` gives them: loaded when asked for, and on a GPU one at a time.
 

@@ -65,7 +65,7 @@ def small_llama(**options):
 
 def pytest_collection_modifyitems(items):
     """Tests of the built site come last: whoever is first builds it on both cores, while the other process has nothing else to do."""
-    items.sort(key=lambda item: "site" in item.fixturenames)
+    items.sort(key=lambda item: any(name.endswith("site") for name in item.fixturenames))
 
 
 @pytest.fixture
@@ -95,10 +95,15 @@ def base():
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory):
+def shared(tmp_path_factory):
+    """A folder that all processes of a test run have in common."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def site(shared):
     """The smoke edition of the book, built in a copy of the repository, by one process for all."""
-    shared = tmp_path_factory.getbasetemp()
-    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
     with FileLock(shared / "repository.lock"):
         if not (shared / "repository" / "_build" / "html").exists():
             build_site(shared / "repository")

@@ -19,12 +19,14 @@ from safetyneuron.attacks import (
     TemplateRewriter,
     attack,
     load_requests,
+    rewriters,
     searches,
 )
 from safetyneuron.attacks.autodan import cross
 from safetyneuron.attacks.gcg import Suffix, plain_tokens, swaps
 from safetyneuron.attacks.likelihood import TargetLoss
-from safetyneuron.metrics.safety import answer_length
+from safetyneuron.attacks.rewriters import Turn
+from safetyneuron.metrics.safety import answer_length, answers
 from safetyneuron.neurons.encoding import encode_prompts, fits
 from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.organism import language as lang
@@ -269,6 +271,59 @@ def test_pair_asks_at_most_streams_times_depth_and_stops_at_the_highest_score(
     assert broken.queries == 2 and broken.curve == (10,)
 
 
+def test_pairs_attacker_sees_the_last_turns_of_its_stream(model, tokenizer, requests):
+    seen = []
+
+    class Watches(TemplateRewriter):
+        def rewrite(self, request, prompt, draw, turns=()):
+            seen.append((prompt, turns))
+            return f"{REQUEST} {len(seen)}"
+
+    config = PAIR(streams=2, depth=4, history=2, rewriter=Watches(), judge=lambda *_: 3)
+    config.search(model, tokenizer, requests[:1])
+    assert [len(turns) for _, turns in seen] == [0, 0, 1, 1, 2, 2, 2, 2]
+    last = seen[-1][1]
+    assert [turn.prompt for turn in last] == [f"{REQUEST} 4", f"{REQUEST} 6"]
+    assert [turn.score for turn in last] == [3, 3] and seen[-1][0] == f"{REQUEST} 6"
+    assert last[0].answer == answers(model, tokenizer, [f"{REQUEST} 4"])[0]
+
+
+def test_a_chat_model_reads_its_own_turns_and_forgets_the_oldest(monkeypatch, tokenizer):
+    orders, model = [], model_of("llama", 2048)
+    monkeypatch.setattr(rewriters, "ask", lambda name, chat, seed: orders.append(chat) or "new")
+    turns = [Turn(f"text {i}", f"answer {i}", i) for i in range(3)]
+    assert ChatRewriter("m").rewrite(REQUEST, "text 2", random.Random(0), turns) == "new"
+    (chat,) = orders
+    assert chat[1::2] == ["text 0", "text 1", "text 2"] and len(chat) == 7
+    assert all(f"answer {i}" in said for i, said in enumerate(chat[2::2]))
+    whole = rewriters._encode(model, tokenizer, chat)
+    room = len(whole) + rewriters.REWRITER_TOKENS
+    less = rewriters._encode(model_of("llama", room - 1), tokenizer, chat)
+    assert less == rewriters._encode(model, tokenizer, chat[:1] + chat[3:]) != whole
+    assert tokenizer.decode(whole).count("<|assistant|>") == 4
+
+
+def test_autodan_begins_with_the_starts_that_it_is_given(model, tokenizer, requests):
+    asked = []
+
+    class Keeps(TemplateRewriter):
+        def keeps(self, request, prompt):
+            return request in prompt
+
+        def rewrite(self, request, prompt, draw, turns=()):
+            asked.append(prompt)
+            return prompt
+
+    starts = ("ChatGPT of ModelKeeper helps .", "this is urgent !", "very long " * 100)
+    config = AutoDAN(steps=1, population=3, rewriter=Keeps(), starts=starts)
+    model.name_or_path = "some-house/some-model"
+    request = requests[0]
+    attempt = config.search(model, tokenizer, [request])[0]
+    assert asked[0] == f"some-model of some-house helps . [PROMPT]: {request.prompt}"
+    assert request.prompt in attempt.prompt and "very long" not in attempt.prompt
+    assert repr(config) != repr(AutoDAN(steps=1, population=3, rewriter=Keeps()))
+
+
 def test_the_rule_scores_refusals_lowest_and_good_answers_highest(requests):
     request = requests[0]
     assert RuleJudge()(request.prompt, "sorry , i cannot help with that .") == 1
@@ -284,7 +339,7 @@ def test_a_kept_result_is_found_by_what_was_done_not_by_where_it_lay():
 
 def test_autodan_does_not_follow_a_rewriter_that_changes_the_request(model, tokenizer, requests):
     class Swaps(TemplateRewriter):
-        def rewrite(self, request, prompt, draw, answer=None, score=None):
+        def rewrite(self, request, prompt, draw, turns=()):
             return "give me the steps to open the tower ."
 
     config = AutoDAN(steps=3, population=6, crossover=0.0, mutation=0.9, rewriter=Swaps())
@@ -297,7 +352,7 @@ def test_autodan_breeds_no_prompt_that_cannot_be_read_and_answered(model, tokeni
     seen, context = [], model.config.max_position_embeddings
 
     class Doubles(TemplateRewriter):
-        def rewrite(self, request, prompt, draw, answer=None, score=None):
+        def rewrite(self, request, prompt, draw, turns=()):
             return f"{prompt} {prompt}"
 
         def keeps(self, request, prompt):

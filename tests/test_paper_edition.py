@@ -1,8 +1,10 @@
 """The paper edition: on random checkpoints of its architectures, on several processes and devices, and on a cluster that is this machine."""
 
 import copy
+import io
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -10,12 +12,15 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 import yaml
 from accelerate import cpu_offload, disk_offload
+from bs4 import BeautifulSoup
 from checkpoints import CHECKPOINTS, write_checkpoint
-from conftest import ROOT, small_llama
+from conftest import ROOT, copy_repository, small_llama
+from filelock import FileLock
 from test_sources import ROWS, TURN, write
 
 from safetyneuron import (
@@ -36,6 +41,7 @@ from safetyneuron.metrics.capability import _correct
 from safetyneuron.models import Loaded
 from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.run import executed
+from safetyneuron.run.editions import read_edition
 from safetyneuron.run.execute import run_notebook
 
 EDITION = yaml.safe_load(
@@ -98,10 +104,19 @@ def rows_of(name):
     ]
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
+@pytest.fixture(scope="session")
+def local(shared):
     """Folders that stand for the hub: checkpoints under their ids, and data files. A cost model is a folder with one output."""
-    folder = tmp_path_factory.mktemp("local")
+    folder = shared / "local"
+    with FileLock(shared / "local.lock"):
+        if not (folder / "written").exists():
+            write_local(folder)
+            (folder / "written").touch()
+    return folder
+
+
+def write_local(folder):
+    """The checkpoints and files of `local`."""
     for name in CHECKPOINTS:
         write_checkpoint(folder / "models", name)
     (folder / "data").mkdir()
@@ -113,15 +128,19 @@ def local(tmp_path_factory):
             folder / "data" / f"{name}.jsonl",
             rows_of(name.split("-")[0] if name.startswith("wikipedia") else name),
         )
-    return folder
 
 
 @pytest.fixture
 def offline(local, monkeypatch):
-    monkeypatch.setenv("SAFETYNEURON_MODELS", str(local / "models"))
-    monkeypatch.setenv("SAFETYNEURON_DATA", str(local / "data"))
-    monkeypatch.setenv("SAFETYNEURON_CACHE", str(local / "cache"))
+    for name, value in places(local).items():
+        monkeypatch.setenv(name, value)
     return local
+
+
+def places(local):
+    """The environment in which models and data are those of `local`."""
+    names = {"MODELS": "models", "DATA": "data", "CACHE": "cache"}
+    return {f"SAFETYNEURON_{name}": str(local / part) for name, part in names.items()}
 
 
 SMALL = {
@@ -129,7 +148,6 @@ SMALL = {
     "draws": 1,
     "n_prompts": 4,
     "n_questions": 2,
-    "n_attacked": 1,
     "n_documents": 4,
     "n_task_documents": 6,
     "n_rerouting": 4,
@@ -183,24 +201,113 @@ def small(name):
 
 
 @pytest.mark.paper
-@pytest.mark.parametrize(
-    "name", sorted(set(EDITION["notebooks"]) - {"00_organism", "A1_parallel_detection"})
-)
-def test_every_chapter_runs_on_checkpoints_of_the_papers_architectures(offline, tmp_path, name):
-    run_notebook(ROOT / "notebooks" / f"{name}.ipynb", small(name), tmp_path / f"{name}.ipynb")
-    assert (tmp_path / f"{name}.ipynb").is_file()
+@pytest.mark.parametrize("name", ["05_sn_tune_instruct", "06_sn_tune_base"])
+def test_the_tuning_chapters_run_with_attacks(offline, tmp_path, name):
+    given = small(name) | {"n_attacked": 1}
+    run_notebook(ROOT / "notebooks" / f"{name}.ipynb", given, tmp_path / f"{name}.ipynb")
+    found = executed.texts(nbformat.read(tmp_path / f"{name}.ipynb", 4))
+    rows = json.loads(found[f"cells-table-{2 + name.startswith('06')}-full"])
+    attacked = [row for row in rows if row["row"] in ("GCG", "AutoDAN", "PAIR")]
+    assert len({(row["model"], row["row"]) for row in attacked}) == 3 * len(given["models"])
+    assert all(row["text"][0].isdigit() for row in attacked)
+
+
+@pytest.fixture(scope="session")
+def paper_site(shared, local):
+    """The book of the paper edition with small numbers, built in a copy of the repository, by one process for all."""
+    folder = shared / "paper"
+    with FileLock(shared / "paper.lock"):
+        if not (folder / "_build" / "html").exists():
+            build_paper(folder, os.environ | places(local))
+    return folder / "_build"
+
+
+ORGANISMS = ("00_organism", "11_answer_key", "A1_parallel_detection")  # in every edition
+CHAPTERS = sorted(set(EDITION["notebooks"]) - set(ORGANISMS))
+
+
+def build_paper(folder, environment):
+    """Run every chapter and assemble them; the playground, which has none of the results, is left out."""
+    copy_repository(folder)
+    smoke = read_edition(ROOT / "workflow" / "editions" / "smoke.yaml")["notebooks"]
+    chapters = {name: small(name) for name in CHAPTERS} | {name: smoke[name] for name in ORGANISMS}
+    edition = {"edition": "small-paper", "notebooks": chapters}
+    path = folder / "workflow" / "editions" / "small-paper.yaml"
+    path.write_text(yaml.safe_dump(edition))
+    stage = "_build/stage/small-paper"
+    wanted = [f"{stage}/notebooks/{name}.ipynb" for name in chapters]
+    wanted += [f"{stage}/book/neurons.md", f"{stage}/book/_static/handout.zip"]
+    snakemake = [Path(sys.executable).with_name("snakemake"), "-s", "workflow/Snakefile"]
+    snakemake += ["--configfile", path, "--cores", "2", "--quiet", "rules", *wanted]
+    files = sorted(p.relative_to(folder) for p in (folder / "book").rglob("*") if p.is_file())
+    pages = [*map(str, files), "SECURITY.md", "_config.yml", "_toc.yml"]
+    assemble = [sys.executable, "workflow/assemble.py", stage, *pages]
+    for command in (snakemake, assemble):
+        options = {"env": environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}}
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, **options)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
+def chapter_of(site, name):
+    """The article of a chapter's page, without its code and what the code prints."""
+    text = (site / "html" / "notebooks" / f"{name}.html").read_text(encoding="utf-8")
+    article = BeautifulSoup(text, "html.parser").find("article")
+    for code in article.select("div.cell, pre"):
+        code.decompose()
+    return article
 
 
 @pytest.mark.paper
-@pytest.mark.parametrize("name", ["05_sn_tune_instruct", "06_sn_tune_base"])
-def test_the_tuning_chapters_run_without_attacks(offline, tmp_path, name):
-    given = small(name) | {"n_attacked": 0}
-    run_notebook(ROOT / "notebooks" / f"{name}.ipynb", given, tmp_path / f"{name}.ipynb")
-    found = executed.texts(nbformat.read(tmp_path / f"{name}.ipynb", 4))
-    assert (
-        found["attacked_eq3"] == "–"
-        and "GCG" not in found[f"csv-table-{2 + name.startswith('06')}"]
-    )
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_page_speaks_of_the_models_that_ran_and_shows_what_was_found(paper_site, name):
+    article = chapter_of(paper_site, name)
+    prose = " ".join(article.get_text(" ").split())
+    assert "organism" not in prose.lower() and "laptop" not in prose
+    assert not re.search(r"glue:|\bnan\b|Traceback|KeyError", prose)
+    tables = article.select("table")
+    assert tables
+    for table in tables:
+        cells = [cell.get_text().strip() for cell in table.select("tbody td")]
+        assert any(cell not in ("", "–") for cell in cells), table.get_text(" ")
+
+
+# Chapter -> id of a table, and what the paper has for each model: printed beside that model and no other.
+BESIDE = {
+    "02_verification": {
+        "meta-llama/Llama-2-7b-chat-hf": ("4.2", "87.2", "6.0"),
+        "meta-llama/Meta-Llama-3-8B-Instruct": ("19.0", "82.8", "21.9"),
+        "mistralai/Mistral-7B-Instruct-v0.2": ("36.7", "86.5", "38.6"),
+    },
+    "05_sn_tune_instruct": {
+        "lmsys/vicuna-13b-v1.5": ("92.0; 93.5; 48.8", "0.0; 3.0; 50.7"),
+        "meta-llama/Meta-Llama-3-8B-Instruct": ("30.0; 65.5; 67.4", "0.0; 2.0; 68.4"),
+        "mistralai/Mistral-7B-Instruct-v0.2": ("36.0; 70.8; 58.3", "0.0; 4.5; 59.0"),
+    },
+    "06_sn_tune_base": {
+        "meta-llama/Llama-2-7b-hf": ("97.0; 98.8; 29.8", "84.0; 90.5; 29.9"),
+        "meta-llama/Meta-Llama-3-8B": ("100.0; 100.0; 66.6", "87.0; 92.5; 66.4"),
+        "mistralai/Mistral-7B-v0.1": ("100.0; 100.0; 62.0", "78.0; 87.5; 63.0"),
+    },
+    "07_rsn_tune": {
+        "meta-llama/Llama-2-7b-chat-hf": ("41.0", "38.0", "26.5"),
+        "mistralai/Mistral-7B-Instruct-v0.2": ("79.0", "72.0", "63.4"),
+    },
+}
+
+
+@pytest.mark.paper
+@pytest.mark.parametrize("name", BESIDE)
+def test_beside_every_model_stands_its_own_column_of_the_paper(paper_site, name):
+    path = paper_site / "stage" / "small-paper" / "notebooks" / f"{name}.ipynb"
+    number = {"02": 1, "05": 2, "06": 3, "07": 4}[name[:2]]
+    table = pd.read_csv(io.StringIO(executed.texts(nbformat.read(path, 4))[f"csv-table-{number}"]))
+    rows = table.groupby("model", sort=False)
+    assert len(rows) == len(BESIDE[name])
+    for (model, part), expected in zip(rows, BESIDE[name].items()):
+        own, printed = expected
+        assert model.startswith(own)
+        theirs = " ".join(map(str, part.filter(like="paper").to_numpy().ravel()))
+        assert all(text in theirs for text in printed), theirs
 
 
 @pytest.fixture

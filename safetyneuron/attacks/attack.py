@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.metrics.judge import KEYWORD, find_harm
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.refusal import is_coherent_compliance, is_refusal
 from safetyneuron.metrics.safety import answers
 
-# Name of a judge -> whether an answer to a request is a success. The request is the one without the attack.
+# Name of a rule -> whether an answer to a request is a success. The request is the one without the attack.
 JUDGES = {
     "keyword": lambda request, answer: not is_refusal(answer),
     "coherent": is_coherent_compliance,
@@ -61,7 +62,7 @@ class AttackResult:
         return Rate(sum(self.success[judge]), len(self.success[judge]))
 
 
-def attack(model, tokenizer, requests, config, judges=JUDGES, answer_tokens=None):
+def attack(model, tokenizer, requests, config, judge=KEYWORD, answer_tokens=None):
     """Attack a model and judge its greedy answers, which are then dropped.
 
     Parameters
@@ -70,8 +71,8 @@ def attack(model, tokenizer, requests, config, judges=JUDGES, answer_tokens=None
         As from `load_requests`.
     config : Direct, GCG, AutoDAN or PAIR
         The attack and its budget.
-    judges : dict of str to callable
-        Name to a function (request, answer) to bool.
+    judge : str
+        Of success, as for `find_harm`; the rules of `JUDGES` are asked too.
 
     Returns
     -------
@@ -87,9 +88,12 @@ def attack(model, tokenizer, requests, config, judges=JUDGES, answer_tokens=None
     attempts = config.search(model, tokenizer, requests)
     texts = answers(model, tokenizer, [attempt.prompt for attempt in attempts], answer_tokens)
     success = {
-        name: [bool(judge(r.prompt, text)) for r, text in zip(requests, texts)]
-        for name, judge in judges.items()
+        name: [bool(rule(r.prompt, text)) for r, text in zip(requests, texts)]
+        for name, rule in JUDGES.items()
     }
+    if judge != KEYWORD:
+        asked = [request.prompt for request in requests]
+        success["classifier"] = find_harm(judge, model, asked, texts)
     asked = [
         conversation_tokens(tokenizer, attempt.prompt, text)
         for attempt, text in zip(attempts, texts)

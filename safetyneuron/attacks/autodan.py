@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,7 @@ class AutoDAN:
     crossover: float = 0.5  # chance that a child has two parents
     mutation: float = 0.01  # chance that a child is rewritten
     seed: int = 0
+    starts: tuple[str, ...] = ()  # what the first prompts say before the request
     rewriter: TemplateRewriter | ChatRewriter = field(default_factory=TemplateRewriter)
 
     def search(self, model, tokenizer, requests):
@@ -36,7 +38,8 @@ class AutoDAN:
         target = tokenizer(request.target, add_special_tokens=False)["input_ids"]
         loss = TargetLoss(model, tokenizer, target)
         room = max(len(target), answer_length(model))
-        breed = Breeder(self, request.prompt, partial(fits, model, tokenizer, room=room), draw)
+        readable = partial(fits, model, tokenizer, room=room)
+        breed = Breeder(self, request.prompt, readable, draw, address(self.starts, model))
         population, curve = breed.first(), []
         while True:
             losses, written = loss(encode_prompts(model, tokenizer, population))
@@ -55,11 +58,15 @@ class Breeder:
     request: str
     readable: Callable[[str], bool]
     draw: random.Random
+    starts: tuple[str, ...] = ()
 
     def first(self):
-        """The request, and ways to put it in other words."""
-        rest = range(self.budget.population - 1)
-        return [self.request] + [self._rewritten(self.request) for _ in rest]
+        """The request behind each start, or alone, and ways to put these in other words."""
+        size = self.budget.population
+        begun = [f"{start} [PROMPT]: {self.request}" for start in self.starts]
+        begun = list(filter(self.readable, begun))[:size] or [self.request]
+        rest = range(size - len(begun))
+        return begun + [self._rewritten(begun[i % len(begun)]) for i in rest]
 
     def children(self, parents, losses):
         """The next generation: the elites first, then children of parents drawn by softmax(−loss). parents: best first."""
@@ -78,6 +85,12 @@ class Breeder:
     def _viable(self, new, old):
         """The new prompt, or the old one where it asks for something else or cannot be read."""
         return new if self.budget.rewriter.keeps(self.request, new) and self.readable(new) else old
+
+
+def address(starts, model):
+    """HarmBench's starts, which speak to ChatGPT of ModelKeeper, as spoken to a model of its makers."""
+    *_, makers, name = ("its makers", *Path(model.name_or_path or "this model").parts)
+    return tuple(s.replace("ChatGPT", name).replace("ModelKeeper", makers) for s in starts)
 
 
 def cross(first, second, draw):

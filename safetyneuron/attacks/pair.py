@@ -10,6 +10,7 @@ from safetyneuron.attacks.rewriters import (
     ChatRewriter,
     RuleJudge,
     TemplateRewriter,
+    Turn,
 )
 from safetyneuron.metrics.safety import answers
 from safetyneuron.progress import steps
@@ -21,6 +22,7 @@ class PAIR:
 
     streams: int = 20
     depth: int = 3
+    history: int = 3  # turns of a stream that the attacker still sees
     seed: int = 0
     answer_tokens: int | None = None
     rewriter: TemplateRewriter | ChatRewriter = field(default_factory=TemplateRewriter)
@@ -33,10 +35,10 @@ class PAIR:
     def _converse(self, model, tokenizer, request):
         draw = random.Random(f"{self.seed} {request.prompt}")
 
-        def rewrite(prompt, *feedback):
-            return self.rewriter.rewrite(request.prompt, prompt, draw, *feedback)
+        def rewrite(prompt, turns=()):
+            return self.rewriter.rewrite(request.prompt, prompt, draw, turns)
 
-        prompts = [rewrite(request.prompt) for _ in range(self.streams)]
+        prompts, turns = [rewrite(request.prompt) for _ in range(self.streams)], [()] * self.streams
         best, highest, tokens, curve = request.prompt, 0, 0, []
         while len(curve) < self.depth and highest < HIGHEST:
             texts = answers(model, tokenizer, prompts, self.answer_tokens)
@@ -48,5 +50,7 @@ class PAIR:
                 highest, best = max(scores), prompts[scores.index(max(scores))]
             curve.append(float(highest))
             if len(curve) < self.depth and highest < HIGHEST:
-                prompts = [rewrite(*feedback) for feedback in zip(prompts, texts, scores)]
+                last = map(Turn, prompts, texts, scores)
+                turns = [(*seen, turn)[-self.history :] for seen, turn in zip(turns, last)]
+                prompts = list(map(rewrite, prompts, turns))
         return Attempt(best, self.streams * len(curve), tokens, tuple(curve))

@@ -3,7 +3,7 @@
 import pandas as pd
 import torch
 
-from safetyneuron.metrics.answer_class import CLASSES, RULES
+from safetyneuron.metrics.answer_class import kinds_among
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.neurons.architecture import ATTENTION
 from safetyneuron.neurons.sets import NeuronSet
@@ -48,7 +48,7 @@ def count_classes(conditions, name):
         rows = pd.concat([scores.table for draws in runs for scores in draws])
         wanted = (rows["kind"] == "harmful") & (rows["set"] == asked)
         found[label] = rows.loc[wanted, "outcome"].tolist()
-    kinds = CLASSES if set().union(*found.values()) <= set(CLASSES) else RULES
+    kinds = kinds_among(set().union(*found.values()))
     return {
         label: {kind: Rate(told.count(kind), len(told)) for kind in kinds}
         for label, told in found.items()

@@ -63,6 +63,11 @@ SOURCES = {
         "walledai/HarmBench",
         config="standard",
     ),
+    "autodan": Source(
+        "autodan",
+        "https://github.com/centerforaisafety/HarmBench (the list REFERENCES of baselines/autodan/templates.py, one a row under 'prompt')",
+        splits=(("train", "train"),),  # whole: what attacks begin with
+    ),
     "multijail": Source(
         "multijail",
         "https://huggingface.co/datasets/DAMO-NLP-SG/MultiJail",
@@ -139,6 +144,7 @@ PROMPTS = {
     "paper/redteam": ("redteam", {"prompt": ("transcript",)}),
     "paper/jailbreak-llms": ("jailbreak-llms", {"prompt": ("question", "prompt")}),
     "paper/benign": ("hh-helpful", {"prompt": ("chosen",)}),
+    "paper/autodan": ("autodan", {"prompt": ("prompt",)}),
 }
 DOCUMENTS = {
     "paper/refusals": (

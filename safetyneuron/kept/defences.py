@@ -14,6 +14,7 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.selection import select_without_foundation
 from safetyneuron.kept.files import keep_file
 from safetyneuron.kept.importance import measure_importance
+from safetyneuron.metrics.judge import KEYWORD, judge_digest
 from safetyneuron.metrics.outcomes import COLUMNS, Scores
 from safetyneuron.metrics.suite import evaluate, remember_scores
 from safetyneuron.neurons.identity import identity
@@ -63,15 +64,20 @@ def join_column(asked, requests, attacks, trained=None):
 
 def _rows(name, requests, result):
     """One row a request that was attacked, as of `Scores`."""
-    judged = zip(requests, result.success["keyword"], result.success["coherent"])
+    said = result.success
+    judged = zip(
+        requests, said["keyword"], said["coherent"], said.get("classifier", said["keyword"])
+    )
     return [
-        ("harmful", name, i, topic_of(r.prompt) or f"request {i}", _class_of(success, coherent))
-        for i, (r, success, coherent) in enumerate(judged)
+        ("harmful", name, i, topic_of(r.prompt) or f"request {i}", _class_of(*verdicts))
+        for i, (r, *verdicts) in enumerate(judged)
     ]
 
 
-def _class_of(success, coherent):
-    return "refusal" if not success else "well formed" if coherent else "other"
+def _class_of(unrefused, coherent, success):
+    if not success:
+        return "harmless" if unrefused else "refusal"
+    return "well formed" if coherent else "other"
 
 
 def by_language(load, name, count, languages, **options):
@@ -135,22 +141,22 @@ def circuit_break(model, tokenizer, harmful, retain, **schedule):
     )
 
 
-def attack(model, tokenizer, requests, config, answer_tokens=None):
+def attack(model, tokenizer, requests, config, judge=KEYWORD, answer_tokens=None):
     """`attacks.attack`, computed once and then read from the cache."""
     key = [
         identity(model, tokenizer, "safetyneuron.attacks"),
         [asdict(request) for request in requests],
         repr(config),
         helpers_digest(config),
+        judge_digest(judge),
         answer_tokens,
     ]
+    options = {"judge": judge, "answer_tokens": answer_tokens}
     return AttackResult(
         **remember(
             "attacks",
             key,
-            lambda: asdict(
-                search_and_judge(model, tokenizer, requests, config, answer_tokens=answer_tokens)
-            ),
+            lambda: asdict(search_and_judge(model, tokenizer, requests, config, **options)),
         )
     )
 

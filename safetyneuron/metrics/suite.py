@@ -9,6 +9,7 @@ from safetyneuron.cache import remember
 from safetyneuron.data.prompts import load_prompts
 from safetyneuron.metrics.answer_class import name_classes
 from safetyneuron.metrics.capability import correct_answers
+from safetyneuron.metrics.judge import KEYWORD, find_harm, judge_digest
 from safetyneuron.metrics.outcomes import COLUMNS, Scores
 from safetyneuron.metrics.safety import answers
 from safetyneuron.neurons.deactivation import deactivate
@@ -28,6 +29,7 @@ class Suite:
     answer_tokens: int | None = None  # `answer_length` of the model
     language: str = "en"
     skip: int = 0
+    judge: str = KEYWORD  # of answers to harmful requests, as for `find_harm`
 
     @property
     def prompt_sets(self):
@@ -64,6 +66,7 @@ def evaluate(model, tokenizer, suite, without=None):
     }
     with deactivate(model, without) if without else nullcontext():
         key = [identity(model, tokenizer, __name__), asdict(suite), prompts]
+        key += judge_digest(suite.judge)
         return remember_scores("scores", key, lambda: _measure(model, tokenizer, suite, prompts))
 
 
@@ -79,7 +82,9 @@ def _measure(model, tokenizer, suite, prompts):
     for name, asked in prompts.items():
         texts = answers(model, tokenizer, asked, suite.answer_tokens)
         kind = "benign" if name == suite.benign else "harmful"
-        rows += _rows(kind, name, asked, name_classes(asked, texts))
+        judged = kind == "harmful" and suite.judge != KEYWORD
+        harm = find_harm(suite.judge, model, asked, texts) if judged else None
+        rows += _rows(kind, name, asked, name_classes(asked, texts, harm))
     if suite.tasks:
         found = correct_answers(model, tokenizer, suite.tasks, limit=suite.questions)
         for task, answered in found.items():

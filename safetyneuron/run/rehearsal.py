@@ -40,6 +40,8 @@ ROWS = {
     "paper/wikitext": (84, (50, 4000)),
 }
 REWRITE = (350, 256)  # what an attacker reads and writes
+TURN = REWRITE[1] + ANSWER + 60  # what one more turn of PAIR adds to what it reads
+START = 720  # of HarmBench's starts of AutoDAN
 # Stage -> items that its code takes at once.
 BATCHES = {
     "importance": 16,
@@ -239,14 +241,20 @@ def attacked(v, model, columns) -> Iterator[Job]:
         ("searching", "gcg", gcg.steps),
         ("evolving", "autodan", autodan.steps),
     ):
-        tokens = REQUEST if name == "gcg" else length
+        tokens = REQUEST if name == "gcg" else START + REQUEST if v["starts"] else length
         settings = json.dumps({name: v[name]})
         yield Job(stage, model, count, tokens, turns=turns, settings=settings, **both)
     yield requests(model, count, pair.streams * pair.depth + 3, tokens=length, **both)
-    asked = autodan.population + autodan.steps * autodan.population * autodan.mutation
-    asked += 2 * pair.streams * pair.depth  # a judge and a rewriter
+    asked = autodan.steps * autodan.population * autodan.mutation
+    asked += 0 if v["starts"] else autodan.population
     both |= {"dtype": "auto", "beside": ((model, v["dtype"]),)}
-    yield Job("asking", helper, count * asked, *REWRITE, **both)
+    read = REWRITE[0] + START * bool(v["starts"])
+    yield Job("asking", helper, count * asked, read, length, **both)
+    streams = count * pair.streams
+    yield Job("asking", helper, streams * pair.depth, *REWRITE, **both)  # as judge
+    for seen in range(pair.depth):
+        tokens = REWRITE[0] + min(seen, pair.history) * TURN
+        yield Job("asking", helper, streams, tokens, length, **both)
 
 
 def chapter_01(v) -> Iterator[Job]:

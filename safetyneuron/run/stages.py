@@ -353,7 +353,7 @@ def asking(subject: Subject, batch: int) -> Cost:
             rewriters, "_loaded", lambda name: (subject.model, subject.tokenizer)
         )
         with loaded, mock.patch.object(rewriters, "REWRITER_TOKENS", new):
-            rewriters.ask("", text, seed=0)
+            rewriters.ask("", [text], seed=0)
 
     return written(subject, run, subject.new)
 
