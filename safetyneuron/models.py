@@ -83,6 +83,27 @@ def _ready(tokenizer, name):
     return tokenizer
 
 
+def chat_template_of(name):
+    """The chat template of a model by name; of no name, none.
+
+    Raises
+    ------
+    SafetyNeuronError
+        If the model has none, or its tokenizer cannot be loaded.
+    """
+    if not name:
+        return None
+    source, chosen = source_of(name)
+    try:
+        tokenizer = _ready(AutoTokenizer.from_pretrained(source, **chosen), name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SafetyNeuronError(f"cannot load the tokenizer of {name!r}: {reason}") from None
+    if not tokenizer.chat_template:
+        raise SafetyNeuronError(f"{name} has no chat template: name a model that has one, or none")
+    return tokenizer.chat_template
+
+
 def _aligned(name, device, dtype):
     """An aligned model: the model that its training began with, and its factors. Its tokenizer has the template of the training."""
     folder = aligned_folder(name)
@@ -152,10 +173,12 @@ class Loaded(Mapping):
     ----------
     names : list of str
     dtype : str, optional
+    templates : dict, optional
+        Model to the one whose chat template it gets, or to nothing (`""`) for none: others keep their own.
     """
 
-    def __init__(self, names, dtype=None):
-        self.names, self.dtype, self.held = list(names), dtype, {}
+    def __init__(self, names, dtype=None, templates=None):
+        self.names, self.dtype, self.templates, self.held = list(names), dtype, templates or {}, {}
 
     def __getitem__(self, name):
         if name not in self.names:
@@ -164,7 +187,10 @@ class Loaded(Mapping):
             if torch.cuda.is_available():
                 self.held.clear()
                 torch.cuda.empty_cache()
-            self.held[name] = load_model(name, dtype=self.dtype)
+            model, tokenizer = load_model(name, dtype=self.dtype)
+            if name in self.templates:
+                tokenizer.chat_template = chat_template_of(self.templates[name])
+            self.held[name] = model, tokenizer
         return self.held[name]
 
     def __iter__(self):

@@ -249,11 +249,11 @@ def build_paper(folder, environment):
 
 
 def chapter_of(site, name):
-    """The article of a chapter's page, without its code and what the code prints."""
+    """The article of a chapter's page, without its code, what the code prints, and titles of other pages."""
     text = (site / "html" / "notebooks" / f"{name}.html").read_text(encoding="utf-8")
     article = BeautifulSoup(text, "html.parser").find("article")
-    for code in article.select("div.cell, pre"):
-        code.decompose()
+    for other in article.select("div.cell, pre, a.reference"):
+        other.decompose()
     return article
 
 
@@ -262,7 +262,7 @@ def chapter_of(site, name):
 def test_a_page_speaks_of_the_models_that_ran_and_shows_what_was_found(paper_site, name):
     article = chapter_of(paper_site, name)
     prose = " ".join(article.get_text(" ").split())
-    assert "organism" not in prose.lower() and "laptop" not in prose
+    assert not re.search(r"\borganisms?\b|\blaptop\b", prose, re.I)
     assert not re.search(r"glue:|\bnan\b|Traceback|KeyError", prose)
     tables = article.select("table")
     assert tables
@@ -274,9 +274,9 @@ def test_a_page_speaks_of_the_models_that_ran_and_shows_what_was_found(paper_sit
 # Chapter -> id of a table, and what the paper has for each model: printed beside that model and no other.
 BESIDE = {
     "02_verification": {
-        "meta-llama/Llama-2-7b-chat-hf": ("4.2", "87.2", "6.0"),
-        "meta-llama/Meta-Llama-3-8B-Instruct": ("19.0", "82.8", "21.9"),
-        "mistralai/Mistral-7B-Instruct-v0.2": ("36.7", "86.5", "38.6"),
+        "meta-llama/Llama-2-7b-chat-hf": ("4.2; 36.5", "87.2; 34.8"),
+        "meta-llama/Meta-Llama-3-8B-Instruct": ("19.0; 70.6", "82.8; 67.6"),
+        "mistralai/Mistral-7B-Instruct-v0.2": ("36.7; 51.4", "86.5; 50.3"),
     },
     "05_sn_tune_instruct": {
         "lmsys/vicuna-13b-v1.5": ("92.0; 93.5; 48.8", "0.0; 3.0; 50.7"),
@@ -293,6 +293,12 @@ BESIDE = {
         "mistralai/Mistral-7B-Instruct-v0.2": ("79.0", "72.0", "63.4"),
     },
 }
+CLAIMED = {  # what the closing table says of the first model
+    "02_verification": ("Llama2-7B-Chat", "0.0 → 97.0 %", "4.2 → 87.2 %", "36.5 → 34.8 %"),
+    "05_sn_tune_instruct": ("Vicuna-13B-v1.5", "92.0 → 0.0 %", "93.5 → 3.0 %", "48.8 → 50.7 %"),
+    "06_sn_tune_base": ("Llama2-7B-Base", "97.0 → 0.0 %", "98.8 → 5.3 %", "29.8 → 31.6 %"),
+    "07_rsn_tune": ("Llama2-7B-Chat", "0.0 → 41.0 %", "26.5 → 26.2 %"),
+}
 
 
 @pytest.mark.paper
@@ -308,6 +314,8 @@ def test_beside_every_model_stands_its_own_column_of_the_paper(paper_site, name)
         assert model.startswith(own)
         theirs = " ".join(map(str, part.filter(like="paper").to_numpy().ravel()))
         assert all(text in theirs for text in printed), theirs
+    claims = chapter_of(paper_site, name).find(id="paper-and-here").find("table").get_text(" ")
+    assert all(text in claims for text in CLAIMED[name]), claims
 
 
 @pytest.fixture
@@ -444,6 +452,18 @@ def test_models_are_found_by_id_and_revision_and_given_their_template(offline):
     assert load_model("meta-llama/Meta-Llama-3-8B-Instruct")[0].config.num_key_value_heads == 2
 
 
+def test_a_base_model_gets_the_template_that_it_is_given(offline):
+    base, chat = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf"
+    given = Loaded([base], templates={base: f"{chat}@main"})[base][1]
+    assert given.chat_template == load_model(chat)[1].chat_template
+    assert Loaded([base])[base][1].chat_template is None
+    assert Loaded([chat], templates={chat: ""})[chat][1].chat_template is None
+    with pytest.raises(SafetyNeuronError, match="has no chat template"):
+        Loaded([base], templates={base: base})[base]
+    with pytest.raises(SafetyNeuronError, match="cannot load the tokenizer of 'no/such'"):
+        Loaded([base], templates={base: "no/such"})[base]
+
+
 def test_models_are_loaded_when_asked_for_and_on_a_gpu_one_at_a_time(offline, monkeypatch):
     loaded = Loaded(["meta-llama/Llama-2-7b-hf", "google/gemma-7b"], dtype="float32")
     assert (
@@ -451,7 +471,7 @@ def test_models_are_loaded_when_asked_for_and_on_a_gpu_one_at_a_time(offline, mo
     )
     assert loaded["google/gemma-7b"] is loaded["google/gemma-7b"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("safetyneuron.models.load_model", lambda name, dtype: name)
+    monkeypatch.setattr("safetyneuron.models.load_model", lambda name, dtype: (name, None))
     assert loaded["meta-llama/Llama-2-7b-hf"] and list(loaded.held) == ["meta-llama/Llama-2-7b-hf"]
     with pytest.raises(KeyError):
         loaded["another"]

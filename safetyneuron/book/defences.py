@@ -9,6 +9,7 @@ import seaborn as sns
 from safetyneuron.book.glue import (
     MEASURES,
     beside_paper,
+    glue_paper,
     glue_text,
     lines,
     printed_cells,
@@ -250,11 +251,23 @@ def _above_random(key, runs, direct):
     return {key: Evidence(change, margin_of(key), chance)}
 
 
-def glue_defence(stage, results, families, asked):
+# What the closing table repeats of the paper's, as for `glue_paper`.
+PAPER_CELLS = {
+    "direct": ("Direct", "Origin.", "SN-Tune"),
+    "attacked": ("Avg. Harmful", "Origin.", "SN-Tune"),
+    "accuracy": ("Avg. Capability", "Origin.", "SN-Tune"),
+    "attacked_breaker": ("Avg. Harmful", "Circ-Break"),
+    "accuracy_breaker": ("Avg. Capability", "Circ-Break"),
+}
+
+
+def glue_defence(stage, results, families, paper_model, asked):
     """Glue the findings of chapter 05 or 06, and the values of its closing table.
 
-    results: model to condition to trainings to draws of `Column`; asked: languages, names of the attacks, tasks.
+    results: model to condition to trainings to draws of `Column`; paper_model: whose cells stand beside an organism's; asked:
+    languages, names of the attacks, tasks.
     """
+    glue_paper({"aligned": 2, "base": 3}[stage], next(iter(results)), paper_model, **PAPER_CELLS)
     by_claim = {}
     for model, columns in results.items():
         for key, evidence in weigh_claims(stage, columns, *asked).items():

@@ -180,6 +180,19 @@ def printed_cells(number, paper_model):
     return texts
 
 
+def glue_paper(number, model, paper_model, **cells):
+    """Glue `paper_model`, whose cells of a table stand beside a model, and `paper_NAME`, some of them as text; dashes where the paper does not have it.
+
+    model: that ran; paper_model: whose cells stand beside an organism's; cells: NAME to (row, column, …), what several columns have of one row.
+    """
+    name = reported.column_for(number, model, paper_model)
+    printed = printed_cells(number, name)
+    glue_text(paper_model=name or "not one of the paper's models")
+    for part, (row, *columns) in cells.items():
+        values = (printed.get((row, column), "–").replace("\n", " ") for column in columns)
+        glue_text(**{f"paper_{part}": " → ".join(values)})
+
+
 def with_cells(number, table, paper_rows):
     """The table, with its cells that stand beside the paper's in `attrs`: a list of {table, row, column, model, way, text}.
 

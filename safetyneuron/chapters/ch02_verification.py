@@ -6,6 +6,7 @@ import pandas as pd
 from safetyneuron.book.glue import (
     MEASURES,
     beside_paper,
+    glue_paper,
     glue_rates,
     glue_text,
     lines,
@@ -204,8 +205,19 @@ def rank_table(conditions, harmful_set):
     return pd.DataFrame(rows).T.rename_axis(["set", "measure"])
 
 
-def glue_verification(results, families, fraction, harmful_set, tasks):
+# What the closing table repeats of the paper's, as for `glue_paper`.
+PAPER_CELLS = {
+    "first": ("Harm Behavior", "Origin.", "Deact-SN"),
+    "average": ("Avg. Harmful", "Origin.", "Deact-SN"),
+    "first_random": ("Harm Behavior", "Deact-R"),
+    "average_random": ("Avg. Harmful", "Deact-R"),
+    "capability": ("Avg. Capability", "Origin.", "Deact-SN"),
+}
+
+
+def glue_verification(results, families, fraction, paper_model, harmful_set, tasks):
     """Glue the findings of the chapter, and every value of its closing table."""
+    glue_paper(1, next(iter(results)), paper_model, **PAPER_CELLS)
     evidence = {
         m: weigh_claims(conditions, harmful_set, tasks) for m, conditions in results.items()
     }

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from safetyneuron.book.glue import beside_paper, glue_text, lines, printed_cells
+from safetyneuron.book.glue import beside_paper, glue_paper, glue_text, lines, printed_cells
 from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
 from safetyneuron.book.plots import draw_dots
 from safetyneuron.book.tables import count_classes
@@ -188,11 +188,22 @@ def weigh_claims(conditions, language, task):
     return found
 
 
-def glue_downstream(results, families, language, task):
+# What the closing table repeats of the paper's, as for `glue_paper`.
+PAPER_CELLS = {
+    "origin": ("Harmful", "Before", "Origin."),
+    "sn": ("Harmful", "SN-Tune"),
+    "rsn": ("Harmful", "RSN-Tune"),
+    "learnt": ("GSM8K", "Origin.", "RSN-Tune"),
+    "learnt_sn": ("GSM8K", "SN-Tune"),
+}
+
+
+def glue_downstream(results, families, paper_model, language, task):
     """Glue the findings of the chapter, and the values of its closing table.
 
-    results: model to document set to condition to `Runs`.
+    results: model to document set to condition to `Runs`; paper_model: whose cells stand beside an organism's.
     """
+    glue_paper(4, next(iter(results)), paper_model, **PAPER_CELLS)
     by_claim = {}
     for model, lessons in results.items():
         for lesson, conditions in lessons.items():
