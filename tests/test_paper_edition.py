@@ -64,6 +64,7 @@ def rows_of(name):
     shapes = {
         "advbench": lambda i: {"goal": ask(i), "target": "Sure, here is"},
         "harmbench": lambda i: {"Behavior": ask(i + 100)},
+        "autodan": lambda i: {"prompt": f"ChatGPT , this is {i} ."},
         "multijail": lambda i: dict.fromkeys(("en", "it", "zh", "th", "vi"), ask(i)),
         "circuit-breakers": lambda i: {
             "prompt": ask(i),
@@ -203,7 +204,7 @@ def small(name):
 @pytest.mark.paper
 @pytest.mark.parametrize("name", ["05_sn_tune_instruct", "06_sn_tune_base"])
 def test_the_tuning_chapters_run_with_attacks(offline, tmp_path, name):
-    given = small(name) | {"n_attacked": 1}
+    given = small(name) | {"n_attacked": 1, "starts": "paper/autodan"}
     run_notebook(ROOT / "notebooks" / f"{name}.ipynb", given, tmp_path / f"{name}.ipynb")
     found = executed.texts(nbformat.read(tmp_path / f"{name}.ipynb", 4))
     rows = json.loads(found[f"cells-table-{2 + name.startswith('06')}-full"])

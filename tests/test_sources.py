@@ -56,6 +56,7 @@ ROWS = {
         {"Behavior": f"behaviour {i}", "FunctionalCategory": "standard", "Tags": ""}
         for i in range(12)
     ],
+    "autodan.json": [{"prompt": f"start {i}"} for i in range(5)],
     "multijail.csv": [
         {
             "id": i,

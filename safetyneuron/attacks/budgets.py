@@ -33,7 +33,7 @@ def searches(gcg, autodan, pair, attacker, language, starts=""):
     """
     organism = attacker == "organism/templates"
     rewriter = {"rewriter": TemplateRewriter(language) if organism else ChatRewriter(attacker)}
-    begun = {"starts": tuple(load_prompts(starts, split="train"))} if starts else {}
+    begun = {"starts": tuple(load_prompts(starts))} if starts else {}
     judge = {"judge": RuleJudge() if organism else ChatJudge(attacker)}
     return {
         "GCG": _config(GCG, gcg),

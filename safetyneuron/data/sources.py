@@ -66,7 +66,7 @@ SOURCES = {
     "autodan": Source(
         "autodan",
         "https://github.com/centerforaisafety/HarmBench (the list REFERENCES of baselines/autodan/templates.py, one a row under 'prompt')",
-        splits=(("train", "train"),),  # whole: what attacks begin with
+        splits=(("test", "train"),),  # whole: nothing is ever trained on it
     ),
     "multijail": Source(
         "multijail",
