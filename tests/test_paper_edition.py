@@ -238,8 +238,8 @@ def build_paper(folder, environment):
     stage = "_build/stage/small-paper"
     wanted = [f"{stage}/notebooks/{name}.ipynb" for name in chapters]
     wanted += [f"{stage}/book/neurons.md", f"{stage}/book/_static/handout.zip"]
-    snakemake = [Path(sys.executable).with_name("snakemake"), "-s", "workflow/Snakefile"]
-    snakemake += ["--configfile", path, "--cores", "2", "--quiet", "rules", *wanted]
+    snakemake = [Path(sys.executable).with_name("snakemake"), *wanted, "-s", "workflow/Snakefile"]
+    snakemake += ["--configfile", path, "--cores", "2", "--quiet", "rules"]
     files = sorted(p.relative_to(folder) for p in (folder / "book").rglob("*") if p.is_file())
     pages = [*map(str, files), "SECURITY.md", "_config.yml", "_toc.yml"]
     assemble = [sys.executable, "workflow/assemble.py", stage, *pages]
