@@ -167,9 +167,11 @@ def paper_and_here(notebooks):
         for number in TABLES
         for key, group in _cells(number)
     )
+    rows += "".join(_fact_row(fact, notebooks) for fact in reported.FACTS)
     return f"""# Paper and here
 
-Every cell of the paper's tables, with every measurement of this build that stands beside it in a chapter, in percent with its interval where it is a rate. An
+Every cell of the paper's tables, with every measurement of this build that stands beside it in a chapter, in percent with its interval where it is a rate; below them
+what the paper's text says of its figures. An
 asterisk marks an average that the paper's own rows do not give. *Not measured* means that no chapter of this build has a counterpart.
 
 ```{{raw}} html
@@ -179,6 +181,16 @@ asterisk marks an average that the paper's own rows do not give. *Not measured* 
 <tbody>{rows}</tbody></table></div>
 ```
 """
+
+
+def _fact_row(fact, notebooks):
+    """What the paper's text says of a figure, and what its chapter here says."""
+    said = executed.texts(notebooks[fact.chapter]) if fact.chapter in notebooks else {}
+    found = "\n".join(html.escape(said[name]) for name in fact.glued if name in said)
+    link = f'<a href="../notebooks/{fact.chapter}.html">{html.escape(said.get("ran_on", ""))}</a>'
+    here = f"{link}: {found}" if found else "<em>not measured</em>"
+    head = f'<td>Figure {fact.figure}</td><th scope="row">{html.escape(fact.what)}</th>'
+    return f"<tr>{head}<td>–</td><td>{html.escape(fact.model)}: {html.escape(fact.said)}</td><td>{here}</td></tr>\n"
 
 
 def ledger(notebooks):

@@ -4,6 +4,7 @@
 they are wrong: `SLIPS` lists those."""
 
 import io
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -93,8 +94,58 @@ MECHANISM = {
     "Mistral-7B-Instruct-v0.2": {"onset": 0.1, "collapse": 0.2, "layers": 10},
 }
 MECHANISM_LAYERS = 32  # of each of these models
-ATTENTION = {"Llama2-7B-Chat": 77}  # % of the safety neurons that lie in attention (Figure 3)
 OVERLAP_BELOW = 30  # % (§2.3.2): the overlap of two languages' safety neurons is typically smaller
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What the text says of a figure; its curves and bars carry no numbers. chapter, glued: where this book has a counterpart, and its names."""
+
+    figure: int
+    model: str
+    what: str
+    said: str
+    chapter: str
+    glued: tuple[str, ...]
+
+
+def _facts():
+    mechanism, ablations = "03_mechanism", "08_ablations"
+    for model, read in MECHANISM.items():
+        leap, gone = (f"{read[key]:g} %" for key in ("onset", "collapse"))
+        yield Fact(
+            2, model, "share of neurons at which harm leaps", leap, mechanism, ("onset_eq3",)
+        )
+        yield Fact(
+            2, model, "share at which safety has broken down", gone, mechanism, ("collapse_eq3",)
+        )
+    for what, said in (("attention", "77 %"), ("feed-forward", "23 %")):
+        seen = ("attention_eq3",) if what == "attention" else ()
+        yield Fact(3, "Llama2-7B-Chat", f"safety neurons in {what}", said, mechanism, seen)
+    for model, read in MECHANISM.items():
+        what = f"first layers, of {MECHANISM_LAYERS}, that must lose theirs"
+        yield Fact(4, model, what, f"{read['layers']}", mechanism, ("from_front_eq3",))
+    yield Fact(4, "each", "the same from the back", "nearly all", mechanism, ("from_back_eq3",))
+    what = "overlap of two languages' safety neurons"
+    yield Fact(
+        5, "one", what, f"typically below {OVERLAP_BELOW} %", "04_languages", ("overlap_eq3",)
+    )
+    ends = ("forty_first", "forty_last")
+    for model in ("Llama2-7B-Base", "Llama3-8B-Instruction"):
+        yield Fact(6, model, "documents up to which harm falls rapidly", "40", ablations, ends)
+    what = "documents that Circuit Breakers take, and as many retained"
+    yield Fact(6, "Zou et al. 2024", what, "about 4000", ablations, ())
+    for what, said in (
+        ("harmful score after 10 epochs", "0.0"),
+        ("capability after 10 epochs", "0.0"),
+        ("capability after 5 epochs at 1e-7", "3.2"),
+        ("capability after 3 epochs at 1e-7", "6.8"),
+        ("best epochs and rate", "1 at 1e-6"),
+    ):
+        ends = ("best_last",) if what.startswith("best") else ("epochs_last",)
+        yield Fact(7, "Llama2-7B-Base", what, said, ablations, ends)
+
+
 # Chen et al. (2025): patching this share of the feed-forward neurons restores more than this share of safety (%).
 CHANGE_SCORES = {"neurons": 5, "restored": 90}
 
@@ -122,3 +173,6 @@ def table(number):
         ]
     cells = pd.DataFrame(rows, columns=["group", "row", "model", "column", "value"])
     return cells.assign(value=pd.to_numeric(cells["value"].replace("-", None)))
+
+
+FACTS = tuple(_facts())  # §§2.3, 5
