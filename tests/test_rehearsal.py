@@ -22,6 +22,7 @@ from safetyneuron.detectors.case import Case
 from safetyneuron.detectors.table import DETECTORS
 from safetyneuron.metrics import answers
 from safetyneuron.metrics.capability import language_model
+from safetyneuron.metrics.judge import says_yes
 from safetyneuron.metrics.perplexity import perplexity
 from safetyneuron.neurons.activations import channel_means
 from safetyneuron.organism.tokenizer import build_tokenizer
@@ -76,6 +77,11 @@ def weighed(s, n):
     language_model(s.model, s.tokenizer).loglikelihood(asked, disable_tqdm=True)
 
 
+def judge(s, questions):
+    for question in questions:
+        says_yes(s.model, s.tokenizer, question)
+
+
 CASES = {  # stage -> (items, tokens, new tokens, settings, what really runs)
     "importance": (
         8,
@@ -101,6 +107,7 @@ CASES = {  # stage -> (items, tokens, new tokens, settings, what really runs)
         {},
         lambda s, n: perplexity(s.model, s.tokenizer, s.documents(n)),
     ),
+    "classifying": (8, 64, 0, {}, lambda s, n: judge(s, s.prompts(n))),
     "averaging": (8, 64, 0, {}, lambda s, n: channel_means(s.model, s.tokenizer, s.prompts(n))),
     "tuning": (
         5,
@@ -225,3 +232,14 @@ def test_a_batch_is_halved_until_it_fits():
     model = imagine_model(SHAPE, torch.float32)
     whole, halved = cost(gpu.memory), cost(int(1.5 * rehearsal.weight_bytes(model)))
     assert halved.peak < whole.peak and halved.operations == pytest.approx(whole.operations)
+
+
+def test_a_classifier_that_judges_reads_every_answer_and_is_looked_up():
+    asked = rehearsal.Job("answering", "a/target", 10, times=3)
+    jobs = [asked, rehearsal.Job("tuning", "a/target"), replace(asked, attack=True)]
+    *same, more = rehearsal.judged({"judge": "a/judge"}, jobs)
+    assert same == jobs and (more.stage, more.model, more.count) == ("classifying", "a/judge", 30)
+    assert list(rehearsal.judged({"judge": "keyword"}, jobs)) == jobs
+    chapter = {"models": ["a/target"], "judge": "a/judge", "templates": {"a/target": "a/chat"}}
+    names = preflight.model_names({"notebooks": {"06": chapter, "07": {"judge": "keyword"}}})
+    assert sorted(names) == ["a/chat", "a/judge", "a/target"]

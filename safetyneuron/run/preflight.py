@@ -14,7 +14,7 @@ from safetyneuron.models import local_model
 from safetyneuron.run.imagined import GPUS, SHARE, imagine_model
 from safetyneuron.run.rehearsal import USABLE, rehearse, shape_of, weight_bytes
 
-MODEL_PARAMETERS = ("models", "bases", "model_name", "attacker", "cost_model")
+MODEL_PARAMETERS = ("models", "bases", "model_name", "attacker", "cost_model", "judge")
 MODEL_PARAMETERS += ("families", "guard_model")
 SETS = sources.PROMPTS | sources.DOCUMENTS | sources.PREFERENCES | sources.TEXTS
 GIB = 2**30
@@ -98,6 +98,7 @@ def model_names(edition):
 
     named = []
     for parameters in edition["notebooks"].values():
+        named += parameters.get("templates", {}).values()
         for key, value in parameters.items():
             if key in MODEL_PARAMETERS:
                 named += value if isinstance(value, list) else [value]

@@ -20,6 +20,7 @@ from safetyneuron.attacks import searches
 from safetyneuron.chapters.ch09_contrast import ALONE
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.capability import name_task
+from safetyneuron.metrics.judge import KEYWORD
 from safetyneuron.metrics.safety import ANSWER
 from safetyneuron.models import trainings_of
 from safetyneuron.organism.tokenizer import build_tokenizer
@@ -42,6 +43,7 @@ ROWS = {
 REWRITE = (350, 256)  # what an attacker reads and writes
 TURN = REWRITE[1] + ANSWER + 60  # what one more turn of PAIR adds to what it reads
 START = 720  # of HarmBench's starts of AutoDAN
+QUESTION = 250  # of what HarmBench's classifiers are asked, beside the request and its answer
 # Stage -> items that its code takes at once.
 BATCHES = {
     "importance": 16,
@@ -52,6 +54,7 @@ BATCHES = {
     "contrasting": 16,
     "weighing": 32,
     "judging": 4,
+    "classifying": 4,
     "averaging": 64,
     "reading_last": 64,
     "detecting": 8,
@@ -175,6 +178,16 @@ def requests(model, count, times=1, **others) -> Job:
     """So many requests asked so often, each with a whole answer."""
     options = {"stage": "answering", "new": ANSWER} | others
     return Job(model=model, count=count, times=times, **options)
+
+
+def judged(v, jobs) -> Iterator[Job]:
+    """The jobs of a chapter; and, where a classifier judges attack success, its reading of every answer, harmless requests' too: so at most that."""
+    answered = 0
+    for job in jobs:
+        yield job
+        answered += job.count * job.times * (job.stage == "answering" and not job.attack)
+    if v.get("judge", KEYWORD) != KEYWORD:
+        yield Job("classifying", v["judge"], answered, QUESTION + REQUEST + ANSWER)
 
 
 # Questions of MMLU's 57 subjects; a limit holds for each of them.
@@ -485,7 +498,7 @@ def rehearse(chapters: dict[str, dict], gpu: GPU, cores: int = 2) -> Iterator[Ro
     for name, values in chapters.items():
         subjects = values.get("models") or values.get("families") or [values.get("model_name")]
         if name[:2] in CHAPTERS and not any(str(x).startswith("organism/") for x in subjects):
-            plans[name] = list(CHAPTERS[name[:2]](values))
+            plans[name] = list(judged(values, CHAPTERS[name[:2]](values)))
     costs = _costs([job for jobs in plans.values() for job in jobs], gpu, cores)
     for name, jobs in plans.items():
         for model, attack in dict.fromkeys((job.model, job.attack) for job in jobs):

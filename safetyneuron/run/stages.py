@@ -27,6 +27,7 @@ from safetyneuron.importance.profile import measure_importance
 from safetyneuron.importance.recorder import Recorder
 from safetyneuron.metrics import cost as judges
 from safetyneuron.metrics.capability import language_model
+from safetyneuron.metrics.judge import says_yes
 from safetyneuron.metrics.perplexity import perplexity
 from safetyneuron.metrics.safety import answers
 from safetyneuron.neurons.activations import channel_means, last_activations
@@ -274,6 +275,14 @@ def judging(subject: Subject, batch: int) -> Cost:
     )
     with classifier:
         return subject.measured(lambda: judges.CostModel("")(subject.prompts(batch), texts))
+
+
+def classifying(subject: Subject, batch: int) -> Cost:
+    """`says_yes` of a classifier, the subject, on so many answers, one by one."""
+    asked = subject.prompts(batch)
+    return subject.measured(
+        lambda: [says_yes(subject.model, subject.tokenizer, question) for question in asked]
+    )
 
 
 def averaging(subject: Subject, batch: int) -> Cost:
