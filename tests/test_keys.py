@@ -24,11 +24,13 @@ from safetyneuron.attacks import (
     AttackResult,
     ChatJudge,
     ChatRewriter,
+    Direct,
     load_requests,
     rewriters,
 )
 from safetyneuron.kept import defences
 from safetyneuron.metrics import Suite, evaluate
+from safetyneuron.metrics import judge as judges
 from safetyneuron.neurons.activations import activations, channel_means, mean_ablated
 from safetyneuron.neurons.identity import identity, model_digest, tokenizer_digest
 from safetyneuron.neurons.weights import fingerprint
@@ -315,5 +317,9 @@ def test_an_attack_depends_on_the_weights_of_who_rewrites_and_judges(chat, base,
     requests = load_requests("organism/harmful")[:1]
     for helper in (chat, base, chat):
         monkeypatch.setattr(rewriters, "_loaded", lambda name, helper=helper: helper)
-        defences.attack(*base, requests, PAIR(1, 1, **whoever), 8)
+        defences.attack(*base, requests, PAIR(1, 1, **whoever), answer_tokens=8)
     assert len(made) == 2
+    for judge in (chat, base, chat):
+        monkeypatch.setattr(judges, "_loaded", lambda name, judge=judge: judge)
+        defences.attack(*base, requests, Direct(), "any", 8)
+    assert len(made) == 4
