@@ -64,9 +64,9 @@ test-binder: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt requirements.lock pyproject.toml
 	@echo "Installing into $(VENV): about 2 minutes, once"
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -r requirements.txt -c requirements.lock -e .
-	touch $@
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install --quiet -r requirements.txt -c requirements.lock -e .
+	@touch $@
 
 clean:
 	rm -rf _build

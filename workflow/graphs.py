@@ -4,6 +4,8 @@ Weights are stored in half precision where that loses nothing, and computed with
 """
 
 import copy
+import logging
+import warnings
 from functools import partial
 
 import numpy as np
@@ -21,6 +23,9 @@ from safetyneuron.organism.tokenizer import CONTEXT
 
 FIRES = 0.95  # a neuron fires above this quantile of its largest activations on general prompts
 BATCH = 64  # requests that the graph takes at once, at most
+logging.getLogger("torch.onnx").setLevel(
+    logging.ERROR
+)  # it names each package that it can do without
 LENGTH = torch.export.Dim("length", min=2, max=CONTEXT)
 
 
@@ -283,15 +288,12 @@ def write_importance(model, path):
 
 def export(module, inputs, lengths, outputs):
     """The graph of a module. lengths: the dimensions of each input that vary."""
-    exported = torch.onnx.export(
-        module.eval(),
-        inputs,
-        dynamic_shapes=lengths,
-        dynamo=True,
-        verbose=False,
-        input_names=list(lengths),
-        output_names=outputs,
-    ).model_proto
+    options = dict(dynamic_shapes=lengths, input_names=list(lengths), output_names=outputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns of itself
+        exported = torch.onnx.export(
+            module.eval(), inputs, dynamo=True, verbose=False, **options
+        ).model_proto
     for node in exported.graph.node:
         node.ClearField("metadata_props")  # where in Python it came from, half of the file
     return exported
