@@ -53,7 +53,9 @@ class Detector:
     def save(self, path):
         """Write the ranking to a safetensors file."""
         groups = {"scores": self.scores} | ({"others": self.others} if self.others else {})
-        tensors = {f"{group}.{p}": x for group, of in groups.items() for p, x in of.items()}
+        tensors = {  # projections may share one tensor, which a file must not
+            f"{group}.{p}": x.clone() for group, of in groups.items() for p, x in of.items()
+        }
         write_tensors(path, "ranking", tensors, {"seconds": self.seconds, "passes": self.passes})
 
     @classmethod
