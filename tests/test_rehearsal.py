@@ -213,6 +213,14 @@ def test_the_check_names_a_model_whose_shape_is_unknown(toy):
         preflight.check(edition)
 
 
+def test_the_check_tells_a_set_that_is_read_without_a_commit_even_where_the_hub_is_out_of_reach(
+    monkeypatch,
+):
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: 1 / 0)
+    whats = [preflight.look_up_data(name, "en").what for name in ("harmbench", "advbench")]
+    assert "not pinned" in whats[0] and "not pinned" not in whats[1]
+
+
 def test_every_model_that_an_edition_names_has_a_shape():
     for path in (ROOT / "workflow" / "editions").glob("*.yaml"):
         for name in preflight.model_names(read_edition(path)):

@@ -179,7 +179,7 @@ def look_up_data(name, language):
             cure=f"get it from {source.page}; put it into $SAFETYNEURON_DATA as {file}.json",
         )
     return _on_hub(
-        what,
+        what if source.revision else f"{what}, not pinned",
         source.repository,
         source.revision,
         "dataset",
@@ -235,7 +235,7 @@ def _on_hub(what, repository, revision, kind, alternative):
         return Finding(
             what, "no safetensors", cure=f"convert {page} to safetensors, and {alternative}"
         )
-    return Finding(what, "on the hub" if revision else f"not pinned: {found.sha}", size)
+    return Finding(what, "on the hub" if revision else f"on the hub: {found.sha}", size)
 
 
 def with_defaults(edition):
