@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from safetyneuron import SafetyNeuronError
-from safetyneuron.book import ledger
+from safetyneuron.book import claims, ledger
 from safetyneuron.metrics.estimates import Estimate
 from safetyneuron.metrics.verdict import Evidence, Verdict
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "workflow"))
 
 import pages
 
-CLAIMS = ledger.load_claims()
+CLAIMS = claims.load_claims()
 
 
 def test_every_claim_has_a_margin_and_a_sentence_for_each_outcome():
@@ -57,4 +57,4 @@ def test_the_page_of_claims_lists_what_was_judged_and_nothing_else():
 
 def test_a_claim_that_was_not_written_down_has_no_margin():
     with pytest.raises(SafetyNeuronError, match="claims.yaml"):
-        ledger.margin_of("made-up")
+        claims.margin_of("made-up")

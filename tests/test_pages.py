@@ -1,5 +1,6 @@
 import html
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from safetyneuron.book import glue, ledger
+from safetyneuron.book import claims, glue
 from safetyneuron.book import paper as reported
 from safetyneuron.run import executed
 
@@ -158,7 +159,7 @@ def test_slides_say_what_the_chapters_of_this_build_found(site):
         path = site / "stage" / "smoke" / "notebooks" / f"{chapter}.ipynb"
         row = executed.judged(nbformat.read(path, 4)).get(key)
         if row:
-            said = ledger.sentence_of(key, row["verdict"])
+            said = claims.sentence_of(key, row["verdict"])
             head = html.unescape(re.search(r"<h2>(.*?)</h2>", section, re.S)[1])
             assert head.endswith(f">{row['verdict']}</span> {said}")
             assert row["number"] in html.unescape(section)
@@ -188,7 +189,7 @@ def test_page_one_tells_findings_of_this_build(site):
     keys = re.search(r"```{findings}\n(.*?)```", source, re.S)[1].split()
     box = html.unescape(re.search(r'class="findings.*?</div>', page, re.S)[0])
     for key in keys:
-        chapter = ledger.load_claims()[key]["chapter"]
+        chapter = claims.load_claims()[key]["chapter"]
         path = site / "stage" / "smoke" / "notebooks" / f"{chapter}.ipynb"
         row = executed.judged(nbformat.read(path, 4))[key]
         assert f">{row['verdict']}</span>" in box and row["number"] in box
@@ -243,3 +244,11 @@ def test_without_a_repository_there_are_no_launch_buttons(tmp_path):
     config.write_text("title: a\n")
     assemble.add_launch_buttons(config, None, "https://hub.example.org")
     assert config.read_text() == "title: a\n"
+
+
+def test_the_book_is_assembled_without_what_its_models_need():
+    modules = ["pages", *(path.stem for path in (ROOT / "book/_ext").glob("*.py"))]
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    places = [ROOT, ROOT / "workflow", ROOT / "book/_ext"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 
 from safetyneuron.book import paper as reported
-from safetyneuron.book.ledger import load_claims, sentence_of
+from safetyneuron.book.claims import load_claims, sentence_of
 from safetyneuron.run import executed
 
 TABLES = range(1, 6)

@@ -6,7 +6,7 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 
-from safetyneuron.book.ledger import load_claims, say_finding
+from safetyneuron.book.claims import load_claims, say_finding
 from safetyneuron.run import executed
 
 

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
+from safetyneuron.book.claims import margin_of
 from safetyneuron.book.glue import (
     MEASURES,
     beside_paper,
@@ -15,7 +16,7 @@ from safetyneuron.book.glue import (
     printed_cells,
     run_cell,
 )
-from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.ledger import glue_findings, name_runs
 from safetyneuron.book.plots import draw_dots
 from safetyneuron.book.tables import count_classes
 from safetyneuron.kept.defences import BREAKER, EQ3, ORIGIN, RANDOM, SPECIFIC, Column

@@ -1,40 +1,16 @@
-"""Claims, written down before the run, and what a chapter found of them."""
+"""What a chapter found of its claims."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cache
-from importlib.resources import files
 
-import yaml
 from IPython.display import Markdown
 from myst_nb import glue
 
+from safetyneuron.book.claims import say_finding
 from safetyneuron.book.glue import glue_text
-from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.verdict import Evidence, Verdict, join_models, judge
-
-
-@cache
-def load_claims() -> dict[str, dict]:
-    """Every claim by its key: chapter, paper, claim, effect, margin, and a sentence for each verdict."""
-    return yaml.safe_load(files(__package__).joinpath("claims.yaml").read_text(encoding="utf-8"))
-
-
-def margin_of(key: str) -> float:
-    """The margin of a claim.
-
-    Raises
-    ------
-    SafetyNeuronError
-        If no claim has this key.
-    """
-    if key not in load_claims():
-        raise SafetyNeuronError(
-            f"no claim is called {key!r}: write it down in book/claims.yaml first"
-        )
-    return load_claims()[key]["margin"]
 
 
 def glue_findings(
@@ -74,15 +50,3 @@ def name_runs(families: Mapping[str, list[str]]) -> str:
         f"{len(names)} trainings of {model}" if len(names) > 1 else model
         for model, names in families.items()
     )
-
-
-def sentence_of(key: str, verdict: str) -> str:
-    """What a verdict on a claim means, as a sentence to repeat."""
-    claim = load_claims()[key]
-    return claim.get(verdict) or f"{claim['claim']} Some models say so, others do not."
-
-
-def say_finding(key: str, verdict: str, number: str) -> str:
-    """One finding as a line of Markdown: its badge, a sentence, and the number to remember."""
-    badge = f'<span class="badge {verdict.replace(" ", "-")}">{verdict}</span>'
-    return f"- {badge} {sentence_of(key, verdict)} <small>{number}</small>"

@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from safetyneuron.book.claims import margin_of
 from safetyneuron.book.glue import (
     MEASURES,
     beside_paper,
@@ -14,7 +15,7 @@ from safetyneuron.book.glue import (
     run_cell,
     with_cells,
 )
-from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.ledger import glue_findings, name_runs
 from safetyneuron.book.paper import column_for
 from safetyneuron.book.plots import draw_dots
 from safetyneuron.importance.selection import select_without_foundation

@@ -7,9 +7,10 @@ import seaborn as sns
 import torch
 
 from safetyneuron.book import paper as reported
+from safetyneuron.book.claims import margin_of
 from safetyneuron.book.glue import glue_text
 from safetyneuron.book.labels import BROKEN, EQ3, SMALL, SPECIFIC
-from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.ledger import glue_findings, name_runs
 from safetyneuron.book.plots import CLASS_NAMES, PALETTE, draw_bands, label_curves
 from safetyneuron.book.tables import count_classes
 from safetyneuron.metrics.estimates import estimate_exact, estimate_mean, score_best

@@ -6,9 +6,10 @@ import pandas as pd
 import seaborn as sns
 
 from safetyneuron.book import paper as reported
+from safetyneuron.book.claims import margin_of
 from safetyneuron.book.glue import glue_text
 from safetyneuron.book.labels import EQ3, SPECIFIC
-from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.ledger import glue_findings, name_runs
 from safetyneuron.book.tables import count_classes
 from safetyneuron.metrics.estimates import estimate_exact
 from safetyneuron.metrics.outcomes import (

@@ -3,8 +3,9 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from safetyneuron.book.claims import margin_of
 from safetyneuron.book.glue import beside_paper, glue_paper, glue_text, lines, printed_cells
-from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.ledger import glue_findings, name_runs
 from safetyneuron.book.plots import draw_dots
 from safetyneuron.book.tables import count_classes
 from safetyneuron.metrics.outcomes import Runs, estimate_change, estimate_rate

@@ -5,8 +5,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from safetyneuron.book.claims import margin_of
 from safetyneuron.book.glue import glue_text
-from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.ledger import glue_findings, name_runs
 from safetyneuron.book.plots import draw_bands, rate_panels
 from safetyneuron.book.tables import count_classes
 from safetyneuron.kept.defences import EQ3, RANDOM, SPECIFIC

@@ -9,8 +9,9 @@ import seaborn as sns
 import torch
 
 from safetyneuron.book import paper as reported
+from safetyneuron.book.claims import margin_of
 from safetyneuron.book.glue import MEASURES, glue_rates, glue_text, lines
-from safetyneuron.book.ledger import margin_of, name_runs
+from safetyneuron.book.ledger import name_runs
 from safetyneuron.book.plots import PALETTE, draw_bands, rate_panels
 from safetyneuron.book.tables import count_classes
 from safetyneuron.data.documents import load_documents

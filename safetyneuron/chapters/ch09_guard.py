@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from safetyneuron.book.ledger import margin_of
+from safetyneuron.book.claims import margin_of
 from safetyneuron.book.plots import draw_bands
 from safetyneuron.chapters.ch09_contrast import CHANGE, LAST, RANDOM
 from safetyneuron.data.prompts import has_splits, load_prompts

@@ -7,8 +7,8 @@ from math import sqrt
 import pandas as pd
 import torch
 
+from safetyneuron.book.claims import margin_of
 from safetyneuron.book.glue import glue_list
-from safetyneuron.book.ledger import margin_of
 from safetyneuron.chapters.ch09_contrast import patched_rates
 from safetyneuron.detectors.change_scores import change_scores
 from safetyneuron.metrics.estimates import Estimate, estimate_exact

@@ -5,9 +5,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from safetyneuron.book.claims import margin_of
 from safetyneuron.book.glue import glue_text, lines
 from safetyneuron.book.labels import SMALL
-from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.ledger import glue_findings, name_runs
 from safetyneuron.book.plots import PALETTE
 from safetyneuron.book.tables import count_classes
 from safetyneuron.detectors.effects import neurons_of

@@ -9,8 +9,9 @@ import seaborn as sns
 import torch
 from sklearn.metrics import roc_auc_score
 
+from safetyneuron.book.claims import margin_of
 from safetyneuron.book.glue import glue_text, lines
-from safetyneuron.book.ledger import glue_findings, margin_of
+from safetyneuron.book.ledger import glue_findings
 from safetyneuron.book.plots import PALETTE
 from safetyneuron.detectors.effects import neurons_of, units_named
 from safetyneuron.detectors.table import DETECTORS

@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 from transformers import DataCollatorForSeq2Seq
 
+from safetyneuron.book.claims import margin_of
 from safetyneuron.book.glue import glue_text
-from safetyneuron.book.ledger import glue_findings, margin_of
+from safetyneuron.book.ledger import glue_findings
 from safetyneuron.importance.brute_force import brute_force
 from safetyneuron.importance.paper_and_released import (
     divided_by_four,

@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 
 from safetyneuron.book import paper as reported
-from safetyneuron.book.ledger import glue_findings, margin_of, name_runs
+from safetyneuron.book.claims import margin_of
+from safetyneuron.book.ledger import glue_findings, name_runs
 from safetyneuron.importance.selection import select_fraction
 from safetyneuron.metrics.estimates import estimate_exact
 from safetyneuron.metrics.verdict import Evidence
