@@ -174,6 +174,14 @@ Every cell of the paper's tables, with every measurement of this build that stan
 what the paper's text says of its figures. An
 asterisk marks an average that the paper's own rows do not give. *Not measured* means that no chapter of this build has a counterpart.
 
+## Where the paper disagrees with itself
+
+The numbers are quoted in this book as they are printed. In these places the paper says two things that cannot both be so.
+
+{disagreements()}
+
+## Every cell
+
 ```{{raw}} html
 <p><label>Show rows with <input type="search" id="filter" placeholder="GCG, Deact-SN, MMLU …"></label> <span id="filter-count" role="status"></span></p>
 <div class="scroll" tabindex="0" role="region" aria-label="Cells of the paper and of this build"><table class="dataframe" id="filtered">
@@ -181,6 +189,13 @@ asterisk marks an average that the paper's own rows do not give. *Not measured* 
 <tbody>{rows}</tbody></table></div>
 ```
 """
+
+
+def disagreements():
+    """A table of what the paper says twice and differently."""
+    rows = [(x.about, x.said, x.right, x.known) for x in reported.DISAGREEMENTS]
+    lines = [("of what", "the paper says", "it should be", "how we know"), ("---",) * 4, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _fact_row(fact, notebooks):

@@ -1,7 +1,7 @@
 """Every number the paper's tables report, with the cell it stands in, and what its figures are said to show (Zhao et al., ICLR 2025).
 
 `table(n)` gives one row per cell: group of rows, row, model, column, value. Averages are as printed, also where
-they are wrong: `SLIPS` lists those."""
+they are wrong: `SLIPS` lists those, and `DISAGREEMENTS` every place where the paper says two things of one."""
 
 import io
 from dataclasses import dataclass
@@ -146,6 +146,107 @@ def _facts():
         yield Fact(7, "Llama2-7B-Base", what, said, ablations, ends)
 
 
+# Low-rank adapters of rank 16 on the seven matrices of 21 layers: millions of parameters.
+BREAKER_LAYERS = 21
+BREAKER_MILLIONS = {
+    "Vicuna-13B-v1.5": 32.9,
+    "Llama2-7B-Base": 26.2,
+    "Llama3-8B-Instruction": 27.5,
+    "Mistral-7B-Instruct-v0.2": 27.5,
+}
+DETECTED = 2329  # safety neurons of Llama3-8B-Instruct on 200 documents (Table 5)
+DETECTED_SHARES = {"qkvo gate up down": 0.14, "qkv up down": 0.21}  # % of rows and columns
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """Two things that the paper says of one. about: what; said: its words, with their places; right: what holds; known: how that is known."""
+
+    about: str
+    said: str
+    right: str
+    known: str
+
+
+def _cell(number, row, model, column):
+    """One printed number."""
+    key = {"row": row, "model": model, "column": column}
+    cells = table(number)
+    return cells.loc[(cells[list(key)] == pd.Series(key)).all(axis=1), "value"].item()
+
+
+def _disagreements():
+    for (number, row, model, column), own in SLIPS.items():
+        said = f"{_cell(number, row, model, column):.1f} (Table {number})"
+        about = f"average capability, {model}, {column}"
+        yield Disagreement(about, said, f"{own:.1f}", "mean of the three rows above it")
+    yield from _prose()
+    yield _accuracy("Llama3-8B-Instruction", 2, "Origin.")
+    yield _accuracy("Llama2-7B-Chat", 4, "Before")
+    yield from _counts()
+
+
+def _accuracy(model, number, column):
+    """GSM8K of a model that nothing was done to, in Table 1 and in another."""
+    places = ((1, "Origin."), (number, column))
+    own, mistral = (
+        [f"{_cell(table, 'GSM8K', name, column):.1f}" for table, column in places]
+        for name in (model, "Mistral-7B-Instruct-v0.2")
+    )
+    same = " and ".join(mistral)
+    return Disagreement(
+        f"accuracy of {model} on GSM8K, nothing done to it",
+        f"{own[0]} (Table 1), {own[1]} (Table {number})",
+        "one number; which one is not known",
+        f"same model, same task; Mistral's numbers agree ({same}), so it is hardly the number of examples",
+    )
+
+
+def _prose():
+    """Numbers of the text against those of the tables."""
+    model = "Llama3-8B-Instruction"
+    row = [_cell(1, "Avg. Capability", model, x) for x in ("Origin.", "Deact-R", "Deact-SN")]
+    yield Disagreement(
+        f"capability of {model} before and after its safety neurons are off",
+        f"{row[0]:.1f} and {row[1]:.1f} (§2.2)",
+        f"{row[0]:.1f} and {row[2]:.1f}",
+        f"Table 1: {row[1]:.1f} is with random neurons off",
+    )
+    model = "Mistral-7B-v0.1"
+    harm = [_cell(3, "Avg. Harmful", model, column) for column in ("Origin.", "SN-Tune")]
+    tuned = _cell(3, "Avg. Capability", model, "SN-Tune")
+    yield Disagreement(
+        f"capability score that {model} gains by SN-Tune",
+        f"from {harm[0]:.1f} to {harm[1]:.1f} (§3.2)",
+        f"from {SLIPS[3, 'Avg. Capability', model, 'Origin.']:.1f} to {tuned:.1f}",
+        "Table 3: the numbers quoted are its harm, which fell",
+    )
+
+
+def _counts():
+    """Counts of parameters and of neurons."""
+    fits = BREAKER_MILLIONS
+    yield Disagreement(
+        "parameters that Circ-Break trains, millions",
+        "34.1 for Vicuna-13B (Table 2) and for Llama2-7B (Table 3), 27.5 for the others",
+        f"{fits['Vicuna-13B-v1.5']} and {fits['Llama2-7B-Base']}",
+        f"adapters of rank 16 on {BREAKER_LAYERS} layers, which give the others their 27.5; 34.1 comes out for no number of layers of either",
+    )
+    yield Disagreement(
+        "share of the safety neurons",
+        "less than 1 % of all parameters (abstract), about 0.5 % of neurons (§2.2), about 0.5 % of all parameters (§5.1), 0.1 % of parameters (§6)",
+        "not known: no set is four shares, and neurons are not parameters",
+        "sets of one model differ in size with ε, which the paper does not give",
+    )
+    whole, five = DETECTED_SHARES.values()
+    yield Disagreement(
+        "safety neurons of Llama3-8B-Instruct",
+        f"{DETECTED} (Table 5), about 0.5 % of neurons (§2.2)",
+        f"{DETECTED} are {whole} % of the rows and columns of all seven matrices, {five} % of q, k, v, up and down",
+        "counted from the model's shape",
+    )
+
+
 # Chen et al. (2025): patching this share of the feed-forward neurons restores more than this share of safety (%).
 CHANGE_SCORES = {"neurons": 5, "restored": 90}
 
@@ -176,3 +277,4 @@ def table(number):
 
 
 FACTS = tuple(_facts())  # §§2.3, 5
+DISAGREEMENTS = tuple(_disagreements())
