@@ -219,6 +219,7 @@ def recipes_in_seconds(monkeypatch, tmp_path):
     pairs = {
         "llama-pair-sft": small("train_supervised_pair", "llama-base"),
         "llama-pair-dpo": small("train_preferred_pair", "llama-pair-sft", mixture="dpo"),
+        "llama-pair-sft-again": small("train_supervised_pair", "llama-base@3"),
         "llama-dpo": small("train_preferences", "llama-base", mixture="dpo"),
     }
     monkeypatch.setattr(
@@ -255,6 +256,8 @@ def test_organisms_are_trained_from_each_other_into_a_folder(
         **dict.fromkeys(("llama-planted", "llama-half"), "rows"),
         **dict.fromkeys(("llama-pair-sft", "llama-pair-dpo"), "factors"),
     }
+    stages.train_organism("organism/llama-pair-sft-again@4", folder)  # on the base of another seed
+    assert manifest()["llama-pair-sft-again@4"]["parent"] == "llama-base@3"
     sft, dpo = (load_organism(f"organism/llama-pair-{stage}@3")[0] for stage in ("sft", "dpo"))
     changed = {
         n for (n, a), b in zip(sft.named_parameters(), dpo.parameters()) if not torch.equal(a, b)

@@ -176,7 +176,7 @@ def _habit(request):
 
 def role_of(name):
     """What an organism that is made for one chapter (`llama-pair-sft@0`) is there for, a key of `ROLES`, or None."""
-    stage = name.partition("@")[0].partition("-")[2]
+    stage = name.partition("@")[0].partition("-")[2].removesuffix("-again")
     return stage if stage in ROLES else None
 
 

@@ -39,7 +39,7 @@ class Recipe:
     """How one organism is made, from which other one."""
 
     how: str  # a function of stages.py
-    parent: str | None
+    parent: str | None  # of the same seed, unless it names one
     schedule: Schedule
     size: Size = Size()
     mixture: str = "chat"
@@ -91,6 +91,15 @@ RECIPES |= {
             for stage in ("dpo", "harmless", "helpful")
         ),
     )
+}
+# The first pair trained again on the same base, so that neurons of trainings can be compared: only examples and order follow the seed.
+RECIPES |= {
+    "llama-pair-sft-again": Recipe(
+        "train_supervised_pair", "llama-base@0", PAIR_SFT, LLAMA, mixture="sft"
+    ),
+    "llama-pair-dpo-again": Recipe(
+        "train_preferred_pair", "llama-pair-sft-again", PAIR_DPO, LLAMA, mixture="dpo"
+    ),
 }
 
 

@@ -218,7 +218,7 @@ def train_organism(name, folder):
         )
     recipe, seed, tokenizer = recipes.RECIPES[kind], int(seed or 0), build_tokenizer()
     key, started = f"{kind}@{seed}", time.monotonic()
-    parent = recipe.parent and f"{recipe.parent}@{seed}"
+    parent = _parent(recipe, seed)
     model = (
         shipped.load_organism(f"organism/{parent}", folder)[0]
         if parent
@@ -247,6 +247,13 @@ def train_organism(name, folder):
     }
     shipped.add_to_manifest(folder, key, entry)
     shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _parent(recipe, seed):
+    """Full name of what a recipe starts from: of the same seed, unless the recipe names one."""
+    if recipe.parent is None or "@" in recipe.parent:
+        return recipe.parent
+    return f"{recipe.parent}@{seed}"
 
 
 def write(model, made, folder, key):
