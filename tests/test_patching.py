@@ -15,6 +15,7 @@ from safetyneuron.detectors.change_scores import ChangeScores, change_scores
 from safetyneuron.metrics import Suite, cost_by_name, mean_cost, perplexity, rule_cost
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.metrics.verdict import Verdict, judge
+from safetyneuron.organism import manifest
 
 SUITE = Suite(("organism/harmful",), "organism/benign", (), prompts=4)
 
@@ -332,14 +333,48 @@ def test_two_alignments_are_scored_on_one_set_and_patched_both_ways(models, toke
     assert alike.shared == 1 and alike.within == pytest.approx(1)
 
 
-def test_trainings_agree_with_themselves_and_organisms_cannot_be_asked(scores, monkeypatch):
-    told = {}
-    monkeypatch.setattr(ch09_tax, "glue_list", told.__setitem__)
-    ch09_tax.glue_agreement({"aligned/one": [scores] * 3, "organism/two": [scores] * 3}, 0.25)
-    first, second = told["agreement"]
-    assert "100%" in first and "1.00" in first and "%" not in second
-    ch09_tax.glue_agreement({"aligned/one": [scores]}, 0.25)
-    assert len(told["agreement"]) == 1 and "%" not in told["agreement"][0]
+def test_trainings_on_one_base_are_compared_and_trainings_of_other_bases_are_not(models, scores):
+    draw = torch.Generator().manual_seed(1)
+    other = ChangeScores(models[0], torch.rand(2, 28, generator=draw).double())
+    alike = ch09_tax.on_one_base({"aligned/one": [scores, scores, other], "organism/two": [scores] * 3})  # fmt: skip
+    found = ch09_tax.agree(alike, 0.25)
+    asked = {"aligned/one": {(0, 1), (0, 2), (1, 2)}, "organism/two": set()}
+    assert {family: set(pairs) for family, pairs in found.items()} == asked
+    same, apart = found["aligned/one"][0, 1], found["aligned/one"][0, 2]
+    both = len(scores.select(0.25) & other.select(0.25))
+    assert same.shared == 1 and same.within == pytest.approx(1)
+    assert apart.shared == both / 14 and apart.chance < same.shared
+    table = ch09_tax.agreement_table(found)
+    assert table.loc["aligned/one", "shared, %"].endswith(f"({100 * both / 14:.0f}–100)")
+    assert set(table.loc["organism/two"]) == {"0", "–"}
+    assert set(ch09_tax.weigh_agreement(found)["trainings-share"]) == {"aligned/one"}
+    assert ch09_tax.weigh_agreement({"organism/two": {}}) == {}
+
+
+def test_trainings_that_agree_or_do_not_are_judged_so(scores):
+    def common(shared):
+        return ch09_tax.Common(shared, 0.1, 0.02, 0.9, 0.9)
+
+    def verdicts(*shared):
+        pairs = dict(zip(((0, 1), (0, 2), (1, 2)), map(common, shared)))
+        found = ch09_tax.weigh_agreement({"a": pairs})
+        return [judge(models)["a"] for models in found.values()]
+
+    assert verdicts(0.8, 0.82, 0.81) == [Verdict.SEEN, Verdict.SEEN]
+    assert verdicts(0.3, 0.31, 0.29) == [Verdict.SEEN, Verdict.REVERSED]
+    assert verdicts(0.1, 0.11, 0.12)[0] == Verdict.NOT_SEEN
+    assert verdicts(0.2, 0.9, 0.5)[1] == Verdict.UNDECIDED
+
+
+def test_an_organism_is_compared_with_itself_trained_again_on_the_first_base():
+    pairs = ch09_contrast.pairs_again(["organism/llama-pair", "aligned/llama2-7b"], 9)
+    assert pairs and {family for family, *_ in pairs} == {"organism/llama-pair"}
+    for _, recipient, donor in pairs:
+        sft, dpo = (manifest()[name.removeprefix("organism/")] for name in (recipient, donor))
+        assert sft["parent"] == "llama-base@0"
+        assert dpo["parent"] == recipient.removeprefix("organism/")
+        assert sft["seed"] == dpo["seed"] > 0
+    assert ch09_contrast.pairs_again(["organism/llama-pair"], 1) == []
 
 
 def test_what_chance_shares_is_what_random_sets_share():

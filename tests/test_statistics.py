@@ -1,5 +1,7 @@
 """Simulations: the intervals that the book reports cover the truth as often as they say."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from safetyneuron.metrics.estimates import (
     chance_of_ranks,
     estimate_exact,
     estimate_mean,
+    estimate_pairs,
     estimate_ratio,
     rank_among,
     score_best,
@@ -135,6 +138,21 @@ def test_what_is_known_exactly_of_a_training_is_uncertain_over_trainings_only():
         covered.append(low <= 0.3 <= high)
     assert 0.93 <= np.mean(covered) <= 0.97
     assert estimate_exact([0.3]).interval == pytest.approx((0.3, 0.3))
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_the_interval_over_pairs_of_trainings_covers(count):
+    generator, covered = np.random.default_rng(0), []
+    for _ in range(1000):
+        own = generator.normal(0, 0.05, count)
+        pairs = combinations(range(count), 2)
+        values = {(i, j): 0.4 + own[i] + own[j] + generator.normal(0, 0.02) for i, j in pairs}
+        low, high = estimate_pairs(values, 0.0).interval
+        covered.append(low <= 0.4 <= high)
+    assert (
+        0.93 <= np.mean(covered) <= 0.985
+    )  # the jackknife is a little wide where pairs have noise of their own
+    assert estimate_pairs({(0, 1): 0.4}, 0.1).interval == pytest.approx((0.204, 0.596), abs=1e-3)
 
 
 def test_the_best_of_several_is_scored_without_the_luck_of_the_choice():

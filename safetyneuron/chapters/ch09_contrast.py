@@ -51,6 +51,16 @@ def pairs_of(families, trainings):
     ]
 
 
+def pairs_again(families, trainings):
+    """Pairs of organisms that were trained again on the base of the family's first: (family, recipient, donor); none of other models."""
+    again = [
+        (family, *(f"{family}-{stage}-again@{seed}" for stage in ("sft", "dpo")))
+        for family in families
+        for seed in range(1, trainings)
+    ]
+    return [pair for pair in again if pair[1].removeprefix("organism/") in manifest()]
+
+
 def tell_shortfalls(families, trainings):
     """A sentence on the organisms among the patched pairs that miss what was asked of them; empty without organisms."""
     models, patched = manifest(), []

@@ -1,4 +1,4 @@
-"""Chapter 09, the alignment tax: do harmlessness and helpfulness lie in the same neurons, and what does each do to the other?"""
+"""Chapter 09, what two trainings have in common: the alignment tax of harmlessness and helpfulness, and whether trainings again find the same neurons."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -8,10 +8,9 @@ import pandas as pd
 import torch
 
 from safetyneuron.book.claims import margin_of
-from safetyneuron.book.glue import glue_list
 from safetyneuron.chapters.ch09_contrast import patched_rates
 from safetyneuron.detectors.change_scores import change_scores
-from safetyneuron.metrics.estimates import Estimate, estimate_exact
+from safetyneuron.metrics.estimates import Estimate, estimate_exact, estimate_pairs
 from safetyneuron.metrics.outcomes import Scores, estimate_change, estimate_rate
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.metrics.verdict import Evidence
@@ -22,15 +21,21 @@ TO_HELPFUL, TO_HARMLESS = "helpful, patched from harmless", "harmless, patched f
 
 
 @dataclass(frozen=True)
-class Tax:
-    """One training: outcomes by case, what both sets share, what chance gives, and rank correlations of both change scores."""
+class Common:
+    """What two changes of one model have in common: the share of their most moved neurons, what chance gives, and rank correlations of both change scores."""
 
-    cases: dict[str, Scores]
     shared: float
     chance: float
     spread: float  # standard deviation of what chance gives
     correlation: float
     within: float  # the same over ranks within layers
+
+
+@dataclass(frozen=True)
+class Tax(Common):
+    """One training: what both alignments have in common, and outcomes by case."""
+
+    cases: dict[str, Scores]
 
 
 def pay(start, harmless, helpful, prompts, suite, fraction, max_new_tokens=None, dtype="auto"):
@@ -44,17 +49,22 @@ def pay(start, harmless, helpful, prompts, suite, fraction, max_new_tokens=None,
         models[name], _ = load_model(model, dtype=dtype)
         with awake(before, models[name]):
             moved[name] = change_scores(before, models[name], tokenizer, prompts, max_new_tokens)
-    chosen = {name: scores.select(fraction) for name, scores in moved.items()}
-    shared = chosen[HARMLESS] & chosen[HELPFUL]
+    shared = moved[HARMLESS].select(fraction) & moved[HELPFUL].select(fraction)
     with awake(*models.values()):
         cases = {name: evaluate(model, tokenizer, suite) for name, model in models.items()}
         for case, to, source in ((TO_HELPFUL, HELPFUL, HARMLESS), (TO_HARMLESS, HARMLESS, HELPFUL)):
             pair = models[to], models[source]
             cases[case] = patched_rates(*pair, tokenizer, suite, shared)
-    size = len(chosen[HARMLESS])
-    chance, spread = shared_by_chance(*(neurons.masks["down"] for neurons in chosen.values()))
-    values = [scores.values for scores in moved.values()]
-    return Tax(cases, len(shared) / size, chance / size, spread / size, *correlations(*values))
+    return Tax(**vars(compare(*moved.values(), fraction)), cases=cases)
+
+
+def compare(first, second, fraction):
+    """What two `ChangeScores` have in common at a share of the neurons."""
+    masks = [scores.select(fraction).masks["down"] for scores in (first, second)]
+    (chance, spread), size = shared_by_chance(*masks), int(masks[0].sum())
+    shared = int((masks[0] & masks[1]).sum())
+    ranks = correlations(first.values, second.values)
+    return Common(shared / size, chance / size, spread / size, *ranks)
 
 
 def shared_by_chance(first, second):
@@ -74,30 +84,82 @@ def correlations(first, second):
     return float(values[0].corr(values[1], "spearman")), float(ranks[0].corr(ranks[1]))
 
 
-def glue_agreement(changes, fraction):
-    """Glue how far trainings of a family agree on neurons, one sentence a family. changes: family to the `ChangeScores` of its trainings.
+def on_one_base(changes):
+    """Change scores whose neurons carry a common number, of families to those of their trainings.
 
-    It can be asked only where trainings begin with one base model, as those of the papers' models do.
+    Trainings of an organism begin with bases of their own, so the first stands alone; an aligned model's all begin with one base.
     """
-    lines = []
-    for family, scores in changes.items():
-        if family.startswith("organism/"):
-            lines.append(
-                f"Trainings of {family} begin with different base models, so their neurons carry no common number, and this cannot be asked of them."
-            )
-        elif len(scores) > 1:
-            lines.append(_agreement(family, scores, fraction))
-    glue_list("agreement", lines or ["One training of each family: nothing to compare."])
+    return {
+        family: scores[:1] if family.startswith("organism/") else list(scores)
+        for family, scores in changes.items()
+    }
 
 
-def _agreement(family, scores, fraction):
-    masks = [each.select(fraction).masks["down"] for each in scores]
-    pairs = list(combinations(range(len(scores)), 2))
-    size = masks[0].sum().item()
-    shared = sum((masks[a] & masks[b]).sum().item() for a, b in pairs) / len(pairs) / size
-    chance = sum(shared_by_chance(masks[a], masks[b])[0] for a, b in pairs) / len(pairs) / size
-    ranks = [correlations(scores[a].values, scores[b].values)[0] for a, b in pairs]
-    return f"{family}, {len(scores)} trainings: two share {shared:.0%} of their neurons (by chance {chance:.0%}), and ρ is {sum(ranks) / len(ranks):.2f}."
+def agree(alike, fraction):
+    """What any two trainings on one base have in common, of families to `Common` by pair of trainings; none where there is one training."""
+    return {
+        family: {
+            (i, j): compare(scores[i], scores[j], fraction)
+            for i, j in combinations(range(len(scores)), 2)
+        }
+        for family, scores in alike.items()
+    }
+
+
+def agreement_table(agreement):
+    """A row a family: means over pairs of trainings, lowest and highest in brackets."""
+    columns = ("shared, %", "by chance, %", "ρ", "ρ within layers")
+    rows = [_agreement(pairs) if pairs else ("–",) * 4 for pairs in agreement.values()]
+    table = pd.DataFrame(rows, list(agreement), columns)
+    table.insert(0, "pairs of trainings", [str(len(pairs)) for pairs in agreement.values()])
+    return table.rename_axis("family")
+
+
+def _agreement(pairs):
+    chance, spread = _mean(pairs, "chance"), _mean(pairs, "spread")
+    return (
+        _spanned([100 * each.shared for each in pairs.values()], 0),
+        f"{100 * chance:.0f} ± {100 * spread:.0f}",
+        _spanned([each.correlation for each in pairs.values()], 2),
+        _spanned([each.within for each in pairs.values()], 2),
+    )
+
+
+def _spanned(values, digits):
+    middle, low, high = sum(values) / len(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def _mean(pairs, part):
+    return sum(getattr(each, part) for each in pairs.values()) / len(pairs)
+
+
+def weigh_agreement(agreement):
+    """The evidence for the claims about trainings on one base, by claim and family."""
+    found = {"trainings-share": {}, "trainings-mostly": {}}
+    for family, pairs in _asked(agreement).items():
+        spread = _mean(pairs, "spread")
+        beyond = {pair: each.shared - each.chance for pair, each in pairs.items()}
+        most = {pair: each.shared - 0.5 for pair, each in pairs.items()}
+        for key, values in zip(found, (beyond, most)):
+            found[key][family] = Evidence(estimate_pairs(values, spread), margin_of(key))
+    return {key: evidence for key, evidence in found.items() if evidence}
+
+
+def number_agreement(agreement):
+    """The numbers to remember of these claims, of the first family that can be asked."""
+    pairs = next(iter(_asked(agreement).values()), None)
+    if not pairs:
+        return {}
+    shared, chance = _mean(pairs, "shared"), _mean(pairs, "chance")
+    return {
+        "trainings-share": f"{shared:.0%} shared, by chance {chance:.0%}",
+        "trainings-mostly": f"{shared:.0%} shared, ρ {_mean(pairs, 'correlation'):.2f}",
+    }
+
+
+def _asked(agreement):
+    return {family: pairs for family, pairs in agreement.items() if pairs}
 
 
 def _runs(taxes, case):

@@ -11,7 +11,7 @@ Satterthwaite's (1946). At one training the rows are the random draws, where the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -206,6 +206,25 @@ def estimate_exact(values: Sequence[float]) -> Estimate:
     count = len(values)
     error = values.std(ddof=1) / sqrt(count) if count > 1 else 0.0
     return Estimate(float(values.mean()), max(float(error), 1e-9), max(1, count - 1), 1, count)
+
+
+def estimate_pairs(values: Mapping[tuple[int, int], float], spread: float) -> Estimate:
+    """Mean over all pairs of trainings, with the jackknife's error over trainings, since pairs with one training in common go together.
+
+    Parameters
+    ----------
+    values : dict
+        From two numbers of trainings to what is known of that pair.
+    spread : float
+        Standard error of the value where there is a single pair, which says nothing of other trainings.
+    """
+    trainings = sorted({training for pair in values for training in pair})
+    count, mean = len(trainings), float(np.mean(list(values.values())))
+    if count < 3:
+        return Estimate(mean, max(spread, 1e-9), 1e6, 1, count)
+    without = [np.mean([v for pair, v in values.items() if t not in pair]) for t in trainings]
+    error = sqrt((count - 1) / count * sum((w - mean) ** 2 for w in without))
+    return Estimate(mean, max(error, 1e-9), count - 1, 1, count)
 
 
 def score_best(options: np.ndarray) -> np.ndarray:
