@@ -220,10 +220,10 @@ def test_a_figure_is_enlarged_by_a_click_and_escape_goes_back(browser, address, 
 SMALLEST_TEXT = """
 const done = arguments[0];
 const check = async (image) => {
-  const svg = new DOMParser().parseFromString(await (await fetch(image.src)).text(), 'image/svg+xml').documentElement;
+  const svg = new DOMParser().parseFromString(await (await fetch(image.currentSrc)).text(), 'image/svg+xml').documentElement;
   const scale = image.getBoundingClientRect().width / Number(svg.getAttribute('viewBox').split(' ')[2]);
   const sizes = [...svg.querySelectorAll('text, tspan')].map(t => /font(?:-size)?: *(?:[a-z0-9]+ )*?([0-9.]+)px/.exec(t.getAttribute('style') ?? '')).filter(Boolean);
-  return [image.src.split('/').pop(), sizes.length, scale * Math.min(...sizes.map(s => Number(s[1])))];
+  return [image.currentSrc.split('/').pop(), sizes.length, scale * Math.min(...sizes.map(s => Number(s[1])))];
 };
 Promise.all([...document.querySelectorAll('figure img[src$=".svg"]')].map(check)).then(done);
 """
@@ -235,6 +235,25 @@ def test_the_text_of_figures_can_be_read(browser, address, page):
     figures = browser.execute_async_script(SMALLEST_TEXT)
     assert [(name, size) for name, count, size in figures if count and size < 9] == []
     assert any(count for _, count, _ in figures)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("notebooks")])
+def test_on_a_phone_the_text_of_wide_figures_can_be_read(browser, address, page):
+    show(browser, address + page, "phone")
+    figures = browser.execute_async_script(SMALLEST_TEXT.replace("figure img", "picture img"))
+    assert [(name, size) for name, count, size in figures if count and size < 9] == []
+    wide = "return document.querySelectorAll('figure.full-width:not(:has(table)) img').length"
+    assert figures or not browser.execute_script(wide)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("notebooks")])
+def test_every_figure_has_its_numbers_in_a_table_and_a_file(browser, address, page):
+    show(browser, address + page, "light")
+    missing = """return [...document.querySelectorAll('figure[id^=fig-]:has(img)')].filter(f => {
+        const data = f.nextElementSibling;
+        return !data?.matches('details.data') || data.querySelectorAll('tbody td').length < 2 || !data.querySelector('a[download]');
+    }).map(f => f.id)"""
+    assert browser.execute_script(missing) == []
 
 
 def test_a_printed_chapter_is_complete_and_has_nothing_around_it(browser, address):

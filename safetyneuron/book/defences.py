@@ -201,7 +201,7 @@ def answer_shares(columns: Columns, language):
 
 def draw_attacks(columns: Columns, languages, attacks):
     """Success in percent of direct requests and of every attack on every condition that was attacked, by the keyword rule and as help."""
-    judges = {"asr": "no refusal phrase", "coherent": "help with the act"}
+    judges = {"asr": "no refusal phrase", "coherent": "help with harm"}
     asked = {"direct": languages[0]} | {attack: attack for attack in attacks}
     searched = {c: r for c, r in runs_of(columns).items() if was_asked(r, "asr", *attacks)}
     figure, panels = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True)

@@ -6,11 +6,12 @@ import json
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from IPython.display import HTML, Markdown
+from IPython.display import Markdown
 from matplotlib.collections import PathCollection
 from myst_nb import glue
 
 from safetyneuron.book import paper as reported
+from safetyneuron.book.drawn import narrow, needs_narrow, read_drawing
 from safetyneuron.book.plots import CLASS_NAMES
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.answer_class import examples_of
@@ -52,12 +53,15 @@ class Drawn:
         self.figure = figure
 
     def _repr_mimebundle_(self, include=None, exclude=None):
+        pixels = base64.b64encode(self._save(format="png")).decode()
+        return {"image/svg+xml": self.as_vector(), "image/png": pixels}
+
+    def as_vector(self):
+        """The figure as it is laid out now, as the text of an SVG."""
         for dots in self.figure.findobj(PathCollection):
             dots.set_rasterized(len(dots.get_offsets()) > MANY_DOTS)
         with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "safetyneuron"}):
-            vector = self._save(format="svg", metadata={"Date": None}).decode()
-        pixels = base64.b64encode(self._save(format="png")).decode()
-        return {"image/svg+xml": vector, "image/png": pixels}
+            return self._save(format="svg", metadata={"Date": None}).decode()
 
     def _save(self, **options):
         file = io.BytesIO()
@@ -66,8 +70,17 @@ class Drawn:
 
 
 def glue_figure(name, axes):
-    """Glue a figure under `name` and close it, so that it appears once, with its caption."""
-    glue(name, Drawn(axes.figure), display=False)
+    """Glue a figure under `name` and close it, so that it appears once, with its caption.
+
+    With it go its numbers as CSV, as `csv-{name}`, which `glue_data` may replace, and, of a wide one, the same drawing for
+    a narrow screen as `narrow-{name}`; the pages show both.
+    """
+    drawn = Drawn(axes.figure)
+    glue(name, drawn, display=False)
+    glue_text(**{f"csv-{name}": read_drawing(axes.figure).to_csv(index=False)})
+    if needs_narrow(axes.figure):
+        narrow(axes.figure)
+        glue_text(**{f"narrow-{name}": drawn.as_vector()})
     plt.close(axes.figure)
 
 
@@ -80,7 +93,7 @@ def glue_table(name, table):
 
 
 def glue_data(name, table):
-    """Glue a link that downloads the numbers behind a figure as CSV; rates become value, low, high and trials."""
+    """Glue the numbers behind a figure as CSV, in place of those that are read from the drawing; rates become value, low, high and trials."""
     flat = table.reset_index(drop=isinstance(table.index, pd.RangeIndex))
     for column in [c for c in flat if isinstance(flat[c].iloc[0], (Rate, Estimate))]:
         rates = flat.pop(column)
@@ -96,9 +109,6 @@ def glue_data(name, table):
                 for r in rates
             ]
     glue_text(**{f"csv-{name}": flat.to_csv(index=False)})
-    content = base64.b64encode(flat.to_csv(index=False).encode()).decode()
-    link = f'<a download="{name}.csv" href="data:text/csv;base64,{content}">Download the data of this figure ({name}.csv)</a>'
-    glue(f"data-{name}", HTML(link), display=False)
 
 
 def by_model(tables):

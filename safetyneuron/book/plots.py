@@ -72,10 +72,11 @@ def draw_dots(axes, conditions, measure, *names):
             color=colour,
             alpha=0.45 if many else 0.8,
             linewidth=0,
+            label="_each training" + (" and random set" if many else ""),
         )
         low, high = (100 * end for end in estimate.interval)
-        axes.plot([low, high], [row, row], color="black", linewidth=1.2)
-        axes.plot([100 * estimate.value], [row], "|", color="black", markersize=13)
+        axes.plot([low, high], [row, row], color="black", linewidth=1.2, label="_95 % interval")
+        axes.plot([100 * estimate.value], [row], "|", color="black", markersize=13, label="_mean")
     axes.set_yticks(range(len(conditions)), list(conditions), fontsize=8)
     axes.grid(axis="y", visible=False)
 

@@ -304,9 +304,23 @@ def _draw_shares(axes, attention):
             attention[column].xs(way, level="condition") for column in counts[count]
         )
         colour = sns.color_palette(PALETTE)[list(WAYS.values()).index(way)]
-        axes.scatter(100 * share, [i] * len(share), color=colour, alpha=0.8, linewidth=0)
-        axes.plot(100 * share.mean(), i, "|", color="black", markersize=14)
-        axes.plot(100 * (share / enrichment).mean(), i, "x", color="grey", markersize=7)
+        axes.scatter(
+            100 * share,
+            [i] * len(share),
+            color=colour,
+            alpha=0.8,
+            linewidth=0,
+            label="_each training",
+        )
+        axes.plot(100 * share.mean(), i, "|", color="black", markersize=14, label="_mean")
+        axes.plot(
+            100 * (share / enrichment).mean(),
+            i,
+            "x",
+            color="grey",
+            markersize=7,
+            label="_by chance",
+        )
     axes.axvline(50, color="grey", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{way}, {count}" for way, count in rows])
     axes.set(xlabel="share in attention (%); cross: chance", xlim=(0, 100))
@@ -320,7 +334,15 @@ def _draw_layers(axes, enrichment):
         table = enrichment.loc[way].unstack("layer")
         colour = sns.color_palette(PALETTE)[i]
         for _, row in table.iterrows():
-            axes.scatter(row.index, row, s=12, color=colour, alpha=0.5, linewidth=0)
+            axes.scatter(
+                row.index,
+                row,
+                s=12,
+                color=colour,
+                alpha=0.5,
+                linewidth=0,
+                label=f"_{way}, one training",
+            )
         axes.plot(table.columns, table.mean(), color=colour, label=way)
     axes.axhline(1, color="grey", linestyle=":", linewidth=1)
     axes.set(xlabel="layer", ylabel="units, times chance", ylim=(0, None))

@@ -215,8 +215,16 @@ def draw_areas(areas, upper):
         for row, key in enumerate(keys):
             if key in table.index:
                 estimate = table.loc[key, "area"]
-                axes.plot(estimate.interval, [row + shift] * 2, color=colour, linewidth=1.2)
-                axes.plot(estimate.value, row + shift, "o", color=colour, markersize=4)
+                axes.plot(
+                    estimate.interval,
+                    [row + shift] * 2,
+                    color=colour,
+                    linewidth=1.2,
+                    label=f"_{model}: 95 % interval",
+                )
+                axes.plot(
+                    estimate.value, row + shift, "o", color=colour, markersize=4, label=f"_{model}"
+                )
         axes.plot([], [], "o-", color=colour, label=model.removeprefix("organism/"))
     axes.set_yticks(range(len(keys)), [label_of(key) for key in keys], fontsize=8)
     axes.set(

@@ -106,7 +106,7 @@ def data(notebook):
     values = {
         name: text
         for name, text in found.items()
-        if not name.startswith(("cells-", "csv-", "check_"))
+        if not name.startswith(("cells-", "csv-", "check_", "narrow-"))
     }
     return {
         name.removeprefix("csv-"): text for name, text in found.items() if name.startswith("csv-")
