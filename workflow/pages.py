@@ -20,9 +20,9 @@ RESULT = (
     "book/_static/poster.png",
 )  # the figure of the first page: chapter, glued name, place
 
-# Chapter, figure, and the claim that it shows.
+# Chapter, figure, and the claim that it shows; a claim that an edition does not judge has no slide.
 SLIDES = (
-    ("00_organism", "training-curve", None),
+    ("00_organism", "classes", "alignment-refuses"),
     ("01_detection", "survival", "apart-from-foundation"),
     ("02_verification", "conditions", "eq3-helps"),
     ("03_mechanism", "sweep", "small-share-breaks"),
@@ -88,7 +88,8 @@ def write_slides(notebooks, folder):
     """One slide for every key figure: what was found, one number, the figure, and small below it the claim."""
     folder.mkdir(exist_ok=True)
     sections = ""
-    for chapter, name, key in SLIDES:
+    shown = [slide for slide in SLIDES if slide[2] in executed.judged(notebooks[slide[0]])]
+    for chapter, name, key in shown:
         (folder / f"{chapter}-{name}.png").write_bytes(executed.picture(notebooks[chapter], name))
         sections += _slide(chapter, name, key, notebooks[chapter])
     template = Path(__file__).with_name("slides.html").read_text(encoding="utf-8")
@@ -97,31 +98,20 @@ def write_slides(notebooks, folder):
 
 
 def _slide(chapter, name, key, notebook):
-    """A slide; where the chapter judges no such claim, its own title and question take the place of the finding."""
+    """A slide: its title is the finding, the claim stands small at its foot."""
     text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     title = _plain(re.search(r"(?m)^# (.*)", text)[1])
     alt = re.search(rf"```{{glue:figure}} {name}\n.*?:alt: (.*?)\n", text, re.S)[1]
-    claim, row = load_claims().get(key), executed.judged(notebook).get(key)
-    if row:
-        verdict = row["verdict"]
-        badge = f'<span class="badge {verdict.replace(" ", "-")}">{verdict}</span>'
-        head = f"{badge} {html.escape(sentence_of(key, verdict))}"
-        number = f'<p class="number">{html.escape(row["number"])}</p>'
-        foot = f"Claim: {claim['claim']} ({claim['paper']})"
-        notes = f"Measured: {claim['effect']}; margin {claim['margin']:g}. Ran on {row['ran_on']}."
-    else:
-        asked = re.search(r"\*\*The (?:paper's )?(?:claims?|question)\.\*\* (.*?)\n\n", text, re.S)
-        head, number, foot, notes = title, "", _plain(asked[1]), ""
-    notes = f"{notes} {notes_for_teachers(text)}".strip()
-    place = (
-        ""
-        if head == title
-        else f'<p class="chapter"><a href="../../notebooks/{chapter}.html">{title}</a></p>'
-    )
-    return f"""<section>{place}
-<h2>{head}</h2>{number}
+    claim, row = load_claims()[key], executed.judged(notebook)[key]
+    verdict = row["verdict"]
+    badge = f'<span class="badge {verdict.replace(" ", "-")}">{verdict}</span>'
+    foot = html.escape(f"Claim: {claim['claim']} ({claim['paper']})", quote=False)
+    measured = f"Measured: {claim['effect']}; margin {claim['margin']:g}. Ran on {row['ran_on']}."
+    notes = html.escape(f"{measured} {notes_for_teachers(text)}")
+    return f"""<section><p class="chapter"><a href="../../notebooks/{chapter}.html">{title}</a></p>
+<h2>{badge} {html.escape(sentence_of(key, verdict))}</h2><p class="number">{html.escape(row["number"])}</p>
 <img src="{chapter}-{name}.png" alt="{html.escape(alt)}">
-<p class="claim">{html.escape(foot, quote=False)}</p><aside class="notes">{html.escape(notes)}</aside></section>
+<p class="claim">{foot}</p><aside class="notes">{notes}</aside></section>
 """
 
 

@@ -4,12 +4,15 @@ import pandas as pd
 import seaborn as sns
 
 from safetyneuron import organism
+from safetyneuron.book.claims import margin_of
 from safetyneuron.book.glue import MEASURES, glue_text
 from safetyneuron.cache import digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics import answers, behaviour
 from safetyneuron.metrics.key_bars import KEY_BARS, reached_by_key
+from safetyneuron.metrics.outcomes import estimate_change, estimate_rate
 from safetyneuron.metrics.shortfalls import leaky_keys, shortfalls
+from safetyneuron.metrics.verdict import Evidence, expect_kept
 from safetyneuron.neurons.deactivation import transplant
 from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.organism import language as lang
@@ -114,6 +117,27 @@ def scores_table(scores):
         for name, rates in scores.items()
     }
     return pd.DataFrame(columns).rename_axis(["%", "set"])
+
+
+def weigh_alignment(scores, harmful, benign, tasks):
+    """The evidence for the chapter's claims, and the number of each. scores: of the base and of the aligned model."""
+    base, chat = ([[one]] for one in scores)
+
+    def change(measure, *names):
+        return estimate_change(chat, base, measure, *names)
+
+    def told(measure, *names):
+        before, after = (estimate_rate(runs, measure, *names).value for runs in (base, chat))
+        return f"{100 * before:.0f} → {100 * after:.0f} %"
+
+    fall = estimate_change(base, chat, "asr", harmful)
+    found = {
+        "alignment-refuses": Evidence(fall, margin_of("alignment-refuses")),
+        "alignment-helps": expect_kept(change("helpful", benign), 0.05),
+        "alignment-capability": expect_kept(change("accuracy", *tasks), 0.05),
+    }
+    asked = (("asr", harmful), ("helpful", benign), ("accuracy", *tasks))
+    return found, {key: told(*of) for key, of in zip(found, asked)}
 
 
 def training_curve(curves):
