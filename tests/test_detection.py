@@ -13,6 +13,7 @@ from safetyneuron import (
     measure_importance,
     screen,
 )
+from safetyneuron.chapters.chA2_corpus import corpus_counts
 from safetyneuron.importance import exact, screening
 from safetyneuron.importance.recorder import Recorder
 from safetyneuron.importance.selection import (
@@ -223,6 +224,22 @@ def test_prefix_minima_are_those_of_the_shorter_corpus(model, tokenizer, prompts
         alone = profile_of(model, tokenizer, prompts[:size], rule=rule)
         for p in PROJECTIONS:
             torch.testing.assert_close(minimum[p], alone.minimum[p], rtol=1e-6, atol=1e-12)
+
+
+def test_table_5_counts_what_stays_above_a_threshold_of_a_share_or_of_a_number(model, tokenizer):
+    many = load_prompts("organism/harmful", split="train")[:8]
+    options = {"rule": "paper", "sizes": [2, 4, 8], "progress": False}
+    profile = measure_importance(model, tokenizer, many, **options)
+    counts = corpus_counts(profile, [0.1], 4, [30])
+    total = sum(values.numel() for values in profile.minimum.values())
+    assert list(counts.columns) == [2, 4, 8] and counts.index[1].startswith("30 neurons")
+    for way, count in zip(counts.index, (round(0.1 * total), 30)):
+        row = counts.loc[way]
+        assert row[4] >= count and row[2] >= row[4] >= row[8]
+        highest = torch.cat([profile.prefix[4][p].flatten() for p in PROJECTIONS]).sort().values
+        everywhere = torch.cat([profile.prefix[8][p].flatten() for p in PROJECTIONS])
+        assert row[8] == (everywhere >= highest[-count]).sum()
+        assert row[4] == (highest >= highest[-count]).sum()
 
 
 def test_a_killed_measurement_goes_on_to_the_same_bits(

@@ -62,10 +62,10 @@ def rows_of(name):
         (lambda i: f"sorry , i cannot help with {i} ."),
     )
     shapes = {
-        "advbench": lambda i: {"goal": ask(i), "target": "Sure, here is"},
-        "harmbench": lambda i: {"Behavior": ask(i + 100)},
+        "advbench": lambda i: {"goal": ask(i + 600), "target": "Sure, here is"},
+        "harmbench": lambda i: {"Behavior": ask(i + 700)},
         "autodan": lambda i: {"prompt": f"ChatGPT , this is {i} ."},
-        "multijail": lambda i: dict.fromkeys(("en", "it", "zh", "th", "vi"), ask(i)),
+        "multijail": lambda i: dict.fromkeys(("en", "it", "zh", "th", "vi"), ask(i + 600)),
         "circuit-breakers": lambda i: {
             "prompt": ask(i),
             "llama3_output": answer(i),
@@ -166,6 +166,7 @@ SMALL |= {
     "enough": 4,
     "rates": [1.0e-3],
     "sizes": [10, 100, 200],
+    "numbers": [30],
     "n_score": 4,
     "fractions": [0.1],
     "depth_fraction": 0.05,

@@ -148,6 +148,7 @@ def test_sets_with_parts_of_their_own_are_taken_whole(data):
     assert turns[-1]["content"] == "q 0" and pairs[0]["chosen"] == "good 0"
     asked = load_prompts("paper/hh-harmless")
     assert {int(q.split()[1]) for q in asked} == {i for i in range(12, 24) if i % 3}
+    assert len(load_documents("paper/arithmetic")) == 12
     assert len(load_documents("paper/sharegpt")) == 11  # one begins with a system's turn
     assert load_documents("paper/sharegpt")[0]["completion"].startswith("said")
     assert sorted(load_prompts("paper/redteam") + load_prompts("paper/redteam", "train")) == sorted(
@@ -159,6 +160,25 @@ def test_sets_with_parts_of_their_own_are_taken_whole(data):
     with pytest.raises(SafetyNeuronError, match="has no test part: it has train"):
         load_documents("paper/sharegpt", "test")
     assert load_text("paper/wikitext") == "\n\n = Farm = \n\na farm has doors .\n\n"
+
+
+def test_a_set_asked_whole_holds_both_halves_but_nothing_of_the_detection_corpus(data):
+    for name in ("advbench", "harmbench", "multijail"):
+        for language in sources.SOURCES[name].languages:
+            whole = load_prompts(f"paper/{name}-whole", language=language)
+            halves = [load_prompts(f"paper/{name}", split, language) for split in ("train", "test")]
+            assert len(whole) == 12 and sorted(whole) == sorted(sum(halves, []))
+    targets = [request.target for request in load_requests("paper/advbench-whole")]
+    assert sorted(targets) == sorted(row["target"] for row in ROWS["advbench.csv"])
+    with pytest.raises(SafetyNeuronError, match="has no train part"):
+        load_prompts("paper/advbench-whole", "train")
+    assert len(load_documents("paper/compliances-whole")) == 12
+    with pytest.raises(SafetyNeuronError, match="has no test part"):
+        load_documents("paper/compliances-whole", "test")
+    (seen,) = {row["en"] for row in ROWS["multijail.csv"][:1]}
+    write(data / "circuit-breakers.json", [ROWS["circuit-breakers.json"][0] | {"prompt": seen}])
+    asked = load_prompts("paper/multijail-whole", language="zh")
+    assert len(asked) == 11 and ROWS["multijail.csv"][0]["zh"] not in asked
 
 
 def test_what_the_columns_mean(data):

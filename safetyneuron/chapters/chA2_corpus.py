@@ -12,17 +12,20 @@ from safetyneuron.metrics.estimates import estimate_exact
 from safetyneuron.metrics.verdict import Evidence
 
 
-def corpus_counts(profile, shares, reference):
-    """Neurons at or above ε for each corpus size, with ε set so that `share` of all neurons remain at `reference` prompts.
+def corpus_counts(profile, shares, reference, numbers=()):
+    """Neurons at or above ε for each corpus size, with ε set so that `share` of all neurons remain at `reference` prompts, or so many.
 
-    Returns a data frame: one row per share, one column per corpus size.
+    Neurons of equal importance, as the three of a feed-forward channel, are counted or left together.
+
+    Returns a data frame: one row per share and then per number, one column per corpus size.
     """
-    rows = {}
-    for share in shares:
-        minimum = profile.prefix[reference]
+    rows, minimum = {}, profile.prefix[reference]
+    total = sum(values.numel() for values in minimum.values())
+    ways = [(f"{share:.1%}", share) for share in shares]
+    for way, share in ways + [(f"{number} neurons", number / total) for number in numbers]:
         inside = select_fraction(minimum, share)
         epsilon = min(minimum[p][mask].min() for p, mask in inside.masks.items() if mask.any())
-        rows[f"{share:.1%} (ε = {epsilon:.3g})"] = {
+        rows[f"{way} (ε = {epsilon:.3g})"] = {
             size: sum(int((values >= epsilon).sum()) for values in prefix.values())
             for size, prefix in profile.prefix.items()
         }
@@ -30,7 +33,7 @@ def corpus_counts(profile, shares, reference):
 
 
 def table_5(counts, model):
-    """Paper's Table 5 above the counts of `appendix.corpus_counts` of a model."""
+    """Paper's Table 5 above the counts of `corpus_counts` of a model."""
     printed = reported.table(5).set_index("column")["value"]
     paper = pd.DataFrame(
         [{size: f"{printed.get(str(size), float('nan')):.0f}" for size in counts.columns}],
@@ -60,7 +63,7 @@ def table_5(counts, model):
 def corpus_curve(counts, reported):
     """Number of safety neurons relative to that at the paper's 200 documents, against corpus size, log-log.
 
-    counts: data frame as from `appendix.corpus_counts`; reported: the paper's counts, size to number.
+    counts: data frame as from `corpus_counts`; reported: the paper's counts, size to number.
     """
     _, axes = plt.subplots()
     for name, row in counts.iterrows():

@@ -1,7 +1,7 @@
 """The public data sets of both papers: where they are, at which revision, and what their columns mean. None of them is part of this project.
 
 A set named `paper/…` is read from a file of `$SAFETYNEURON_DATA` if there is one, else through the `datasets` library, which downloads it once into a
-cache of its own. This project keeps none of the rows. Where the authors of a set keep a part for tests, that is its test split; other sets are halved.
+cache of its own. This project keeps none of the rows. Where the authors of a set keep a part for tests, that is its test split; other sets are halved, and three of them can be asked whole.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ class Source:
 
     parts: the files to download, where the whole set is many times larger than what is read; only: the column that must be true in a row;
     splits: pairs of `train` or `test` and what the authors call that part; without them the part `split` is halved by a hash of the prompt;
-    rows: how many are read, all with None.
+    rows: how many are read, all with None; apart: a set of prompts, none of which is taken from this one.
     """
 
     file: str
@@ -40,6 +40,7 @@ class Source:
     split: str = "train"
     splits: tuple[tuple[str, str], ...] = ()
     rows: int | None = ROWS
+    apart: str | None = None
     languages: tuple[str, ...] = ("en",)
 
 
@@ -84,6 +85,7 @@ SOURCES = {
         "openai/gsm8k",
         "e53f048856ff4f594e959d75785d2c2d37b678ee",
         "main",
+        splits=(("train", "train"),),  # whole: lm-eval asks the authors' test part
     ),
     "wikipedia": Source(
         "wikipedia-{language}",
@@ -131,6 +133,12 @@ SOURCES = {
     ),
 }
 SOURCES["beavertails, safe"] = replace(SOURCES["beavertails"], only="is_safe")
+WHOLE = ("advbench", "harmbench", "multijail")  # asked whole where detection has another corpus
+_ASKED = dict(splits=(("test", "train"),), apart="paper/harmful")
+SOURCES |= {f"{name}, whole": replace(SOURCES[name], **_ASKED) for name in WHOLE}
+# Learnt from whole, where what is asked leaves out all of it.
+_LEARNT = dict(splits=(("train", "train"),))
+SOURCES["circuit-breakers, whole"] = replace(SOURCES["circuit-breakers"], **_LEARNT)
 
 # Name of a set -> its source and the columns that may hold each part. The first column that a row has counts.
 PROMPTS = {
@@ -146,12 +154,19 @@ PROMPTS = {
     "paper/benign": ("hh-helpful", {"prompt": ("chosen",)}),
     "paper/autodan": ("autodan", {"prompt": ("prompt",)}),
 }
+PROMPTS |= {
+    f"paper/{name}-whole": (f"{name}, whole", PROMPTS[f"paper/{name}"][1]) for name in WHOLE
+}
 DOCUMENTS = {
     "paper/refusals": (
         "circuit-breakers",
         {"prompt": ("prompt",), "completion": ("llama3_output",)},
     ),
     "paper/compliances": ("circuit-breakers", {"prompt": ("prompt",), "completion": ("output",)}),
+    "paper/compliances-whole": (
+        "circuit-breakers, whole",
+        {"prompt": ("prompt",), "completion": ("output",)},
+    ),
     "paper/arithmetic": ("gsm8k", {"prompt": ("question",), "completion": ("answer",)}),
     "paper/answers": ("beavertails, safe", {"prompt": ("prompt",), "completion": ("response",)}),
     "paper/helpful": ("hh-helpful", {"prompt": ("chosen",), "completion": ("chosen",)}),
@@ -172,6 +187,7 @@ PREFERENCES = {
     ),
 }
 TARGETS = {"paper/advbench": ("advbench", {"prompt": ("goal", "prompt"), "target": ("target",)})}
+TARGETS["paper/advbench-whole"] = ("advbench, whole", TARGETS["paper/advbench"][1])
 
 
 def load_rows(entry, split="train", language="en"):
@@ -183,8 +199,8 @@ def load_rows(entry, split="train", language="en"):
         A value of `PROMPTS`, `DOCUMENTS`, `PREFERENCES` or `TARGETS`.
     split : str
         `train` or `test`: the authors' parts where there are both, without what the former holds in the latter; else disjoint halves
-        by a hash of the prompt (of the English one, where a row has several languages). So nothing is asked, in whatever form, that
-        was detected or trained on.
+        by a hash of the prompt (of the English one, where a row has several languages); sets named `-whole` are for tests alone,
+        without what the corpus `paper/harmful` holds. So nothing is asked, in whatever form, that was detected or trained on.
     language : str
         Of sets that have several.
 
@@ -201,10 +217,13 @@ def load_rows(entry, split="train", language="en"):
         )
     kept = _usable(entry, split, language)
     if not source.splits:
-        kept = [(row, x) for row, x in kept if _half(row.get("en") or x["prompt"]) == split]
+        kept = [(row, x) for row, x in kept if _half(_english(row, x)) == split]
     elif split == "test" and "train" in dict(source.splits):
         trained = {_opening(row, parts) for row in raw_rows(source, language, "train")}
         kept = [(row, x) for row, x in kept if _opening(row, parts) not in trained]
+    if source.apart:
+        detected = {x["prompt"] for _, x in _usable(PROMPTS[source.apart], "train", "en")}
+        kept = [(row, x) for row, x in kept if _english(row, x) not in detected]
     if not kept:
         raise SafetyNeuronError(
             f"paper/{name} holds no usable row for {split}: compare its columns with {source.page}"
@@ -236,9 +255,14 @@ def load_text(name):
     return "\n\n".join(row["text"] for row in rows)
 
 
+def _english(row, texts):
+    """The prompt of a row, by which its translations are known too."""
+    return (row.get("en") or texts["prompt"]).strip()
+
+
 def _half(prompt):
     """The half of a set that a prompt belongs to, wherever it stands."""
-    return ("train", "test")[hashlib.sha256(prompt.strip().encode()).digest()[0] % 2]
+    return ("train", "test")[hashlib.sha256(prompt.encode()).digest()[0] % 2]
 
 
 def _holds(name, number, row):
