@@ -10,7 +10,7 @@ import torch
 
 from safetyneuron.book import paper as reported
 from safetyneuron.book.claims import margin_of
-from safetyneuron.book.glue import MEASURES, glue_rates, glue_text, lines
+from safetyneuron.book.glue import MEASURES, glue_text, lines
 from safetyneuron.book.ledger import name_runs
 from safetyneuron.book.plots import PALETTE, draw_bands, rate_panels
 from safetyneuron.book.tables import count_classes
@@ -576,9 +576,8 @@ def glue_alone(single, recipient, kept, dropped):
     glue_text(
         single_name=f"layer {best['layer']}, channel {best['channel']}", single_count=len(single)
     )
-    glue_rates(
-        single_rate=best["rate"], single_before=recipient, single_kept=kept, single_dropped=dropped
-    )
+    rates = {"rate": best["rate"], "before": recipient, "kept": kept, "dropped": dropped}
+    glue_text(**{f"single_{name}": f"{100 * rate.value:.0f}" for name, rate in rates.items()})
 
 
 def share_in_last_layer(neurons):
