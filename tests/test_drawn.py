@@ -52,6 +52,14 @@ def test_a_heat_map_gives_its_cells_back(heat):
         pd.testing.assert_frame_equal(again, values, check_names=False)
 
 
+def test_names_that_are_numbers_are_names_too():
+    _, axes = plt.subplots(figsize=(9, 3))
+    sns.heatmap(pd.DataFrame([[0.25, 0.5]], ["q"], [1, 2]), ax=axes)
+    assert read_drawing(axes.figure).values.tolist() == [["1", "q", 0.25], ["2", "q", 0.5]]
+    narrow(axes.figure)
+    plt.close("all")
+
+
 def test_curves_keep_their_points_and_names_and_lines_without_places_are_left_out():
     _, axes = plt.subplots()
     axes.plot([1, 10, 100], [0.5, 0.25, 0.125], label="a rule")
@@ -102,6 +110,15 @@ def test_a_narrow_figure_can_be_read_on_a_phone(bars, heat):
         assert needs_narrow(figure) and smallest_text(figure) < 9
         narrow(figure)
         assert smallest_text(figure) >= 9
+
+
+def test_no_exponent_is_small_print_on_a_phone():
+    _, axes = plt.subplots(figsize=(7, 3))
+    axes.plot([1e-5, 1, 1e4], [1, 10, 1000])
+    axes.set(xscale="log", yscale="log")
+    narrow(axes.figure)
+    assert smallest_text(axes.figure) >= 9
+    plt.close("all")
 
 
 def test_panels_of_a_narrow_figure_stand_below_each_other_with_their_names(heat):

@@ -9,7 +9,7 @@ from matplotlib.category import StrCategoryLocator
 from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.container import BarContainer
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import FixedLocator, LogFormatter
 
 NARROW = 4.4  # inches, which a phone of 390 px shows in about 350
 LONGEST = 18  # letters of a line beside an axis
@@ -102,7 +102,7 @@ def _names(axis):
     if axis.get_scale() != "linear" or not isinstance(locator, FixedLocator | StrCategoryLocator):
         return []
     places = list(locator())
-    return list(zip(places, axis.get_major_formatter().format_ticks(places)))
+    return list(zip(places, map(str, axis.get_major_formatter().format_ticks(places))))
 
 
 def needs_narrow(figure) -> bool:
@@ -125,6 +125,8 @@ def narrow(figure):
     lines = [_wrap_names(axes) + _wrap_legend(axes) for axes in panels]
     rows = len({axes.get_subplotspec().rowspan.start for axes in panels})
     figure.set_size_inches(NARROW, rows * max(height, LINE * (max(lines) + 4)))
+    for axis in (axis for axes in panels for axis in (axes.xaxis, axes.yaxis)):
+        _write_out(axis)
     for text in figure.findobj(Text):
         text.set_fontsize(max(SMALLEST, text.get_fontsize()))
     figure.tight_layout()
@@ -140,6 +142,13 @@ def _wrap_names(axes):
     texts = [fill(text, LONGEST) for text in texts]
     axes.yaxis.set_ticks(places, texts, rotation=0)
     return sum(text.count("\n") + 1 for text in texts)
+
+
+def _write_out(axis):
+    """Write powers of ten as numbers: exponents are small print."""
+    if isinstance(axis.get_major_formatter(), LogFormatter):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
 
 
 def _wrap_legend(axes):
