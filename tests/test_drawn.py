@@ -121,6 +121,16 @@ def test_no_exponent_is_small_print_on_a_phone():
     plt.close("all")
 
 
+def test_a_legend_of_long_names_does_not_widen_a_narrow_figure():
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3))
+    for i in range(4):
+        panels[0].plot([i, 1], label=f"from layer L to the last one, condition {i}")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper center", ncols=2)
+    narrow(figure)
+    assert smallest_text(figure) >= 9 and len(figure.legends[0].get_texts()) == 4
+    plt.close("all")
+
+
 def test_panels_of_a_narrow_figure_stand_below_each_other_with_their_names(heat):
     figure, _ = heat
     narrow(figure)

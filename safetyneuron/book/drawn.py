@@ -125,6 +125,11 @@ def narrow(figure):
     lines = [_wrap_names(axes) + _wrap_legend(axes) for axes in panels]
     rows = len({axes.get_subplotspec().rowspan.start for axes in panels})
     figure.set_size_inches(NARROW, rows * max(height, LINE * (max(lines) + 4)))
+    for legend in list(figure.legends):
+        texts = [text.get_text() for text in legend.get_texts()]
+        legend.remove()
+        below = dict(loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False)
+        figure.legend(legend.legend_handles, texts, **below)
     for axis in (axis for axes in panels for axis in (axes.xaxis, axes.yaxis)):
         _write_out(axis)
     for text in figure.findobj(Text):
