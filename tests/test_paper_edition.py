@@ -229,7 +229,7 @@ CHAPTERS = sorted(set(EDITION["notebooks"]) - set(ORGANISMS))
 
 
 def build_paper(folder, environment):
-    """Run every chapter and assemble them; the playground, which has none of the results, is left out."""
+    """Run every chapter and assemble them; the playground and the archive, which have none of the results, are left out."""
     copy_repository(folder)
     smoke = read_edition(ROOT / "workflow" / "editions" / "smoke.yaml")["notebooks"]
     chapters = {name: small(name) for name in CHAPTERS} | {name: smoke[name] for name in ORGANISMS}
@@ -238,7 +238,7 @@ def build_paper(folder, environment):
     path.write_text(yaml.safe_dump(edition))
     stage = "_build/stage/small-paper"
     wanted = [f"{stage}/notebooks/{name}.ipynb" for name in chapters]
-    wanted += [f"{stage}/book/neurons.md", f"{stage}/book/_static/handout.zip"]
+    wanted += [f"{stage}/book/neurons.md"]
     snakemake = [Path(sys.executable).with_name("snakemake"), *wanted, "-s", "workflow/Snakefile"]
     snakemake += ["--configfile", path, "--cores", "2", "--quiet", "rules"]
     files = sorted(p.relative_to(folder) for p in (folder / "book").rglob("*") if p.is_file())
