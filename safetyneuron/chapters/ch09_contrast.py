@@ -397,7 +397,12 @@ def transfer_table(table):
         "by cost (%)": [share(found) for found in table["by cost"]],
     }
     rates = table[[RECIPIENT, DONOR, "patched", "random"]].map(lines)
-    return pd.DataFrame(shares, index=table.index).join(rates)
+    return pd.DataFrame(shares, index=table.index).join(rates).rename(index=break_name)
+
+
+def break_name(name):
+    """The name of a set on two lines, as narrow columns need it."""
+    return name.replace("/", "/\n")
 
 
 def alone_table(single):

@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 
 from safetyneuron.book.claims import margin_of
+from safetyneuron.book.glue import lines
 from safetyneuron.book.plots import draw_bands
-from safetyneuron.chapters.ch09_contrast import CHANGE, LAST, RANDOM
+from safetyneuron.chapters.ch09_contrast import CHANGE, LAST, RANDOM, break_name
 from safetyneuron.data.prompts import has_splits, load_prompts
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.cost import answer_costs
@@ -164,11 +165,14 @@ def guard_table(found, tests, size):
             continue
         right = _right(flagged, tests)
         rows[condition] = {
-            name: f"{100 * right[:, [s == name for s in sets]].mean():.0f}" for name in tests
+            break_name(name): f"{100 * right[:, [s == name for s in sets]].mean():.0f}"
+            for name in tests
         }
-        rows[condition] |= {"mean": accuracy(flagged, tests).percent}
+        rows[condition] |= {"mean": lines(accuracy(flagged, tests))}
         rows[condition] |= {
-            "unsafe ones flagged": f"{100 * flagged[:, unsafe].mean():.0f}" if unsafe.any() else "–"
+            "unsafe ones\nflagged": f"{100 * flagged[:, unsafe].mean():.0f}"
+            if unsafe.any()
+            else "–"
         }
     share = np.mean([max(asked.unsafe.mean(), 1 - asked.unsafe.mean()) for asked in tests.values()])
     rows["always the commoner"] = {"mean": f"{100 * share:.0f}"}
