@@ -420,7 +420,5 @@ def test_transfer_says_where_there_is_no_gap(models, tokenizer, scores):
         2,
         rule_cost,
     )
-    assert (
-        ch09_contrast.transfer_table(table).loc["organism/harmful, zh", "safety\nrestored (%)"]
-        == "no gap"
-    )
+    shown = ch09_contrast.transfer_table(table)
+    assert len(shown) == 1 and shown["safety\nrestored (%)"].item() == "no gap"
