@@ -229,6 +229,16 @@ Promise.all([...document.querySelectorAll('figure img[src$=".svg"]')].map(check)
 """
 
 
+@pytest.mark.parametrize("view", ["light", "phone"])
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("notebooks")])
+def test_what_a_chapter_found_is_on_its_first_screen(browser, address, page, view):
+    show(browser, address + page, view)
+    lines = browser.find_elements("css selector", "article li:has(.badge)")
+    assert lines and lines[0].text.strip()
+    last = "return arguments[0].getBoundingClientRect().bottom - window.innerHeight"
+    assert browser.execute_script(last, lines[0]) <= 0
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("notebooks")])
 def test_the_text_of_figures_can_be_read(browser, address, page):
     show(browser, address + page, "light")
