@@ -39,17 +39,19 @@ class Page:
 
     def __init__(self, site, pagename, texts):
         self.site, self.texts, self.chapter = Path(site), texts, Path(pagename).name
+        self.tables = executed.tables(texts)
         self.up = "../" * pagename.count("/")
 
     def dress(self, name, found):
         """A figure or table, given as a match, with all that belongs to the glued `name`."""
         figure = found[0]
         if f"narrow-{name}" in self.texts:
-            link = self._write("_images", f"{name}-narrow.svg", self.texts[f"narrow-{name}"])
+            file = f"{self.chapter}-{name}-narrow.svg"
+            link = self._write("_images", file, self.texts[f"narrow-{name}"])
             source = f'<source media="(max-width: 600px)" srcset="{link}">'
             figure = re.sub(r"<img [^>]*>", rf"<picture>{source}\g<0></picture>", figure, count=1)
-        if f"csv-{name}" in self.texts:
-            figure += self._fold(found[1], name, self.texts[f"csv-{name}"])
+        if name in self.tables:
+            figure += self._fold(found[1], name, self.tables[name])
         return figure
 
     def _write(self, folder, file, text):

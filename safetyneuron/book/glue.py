@@ -72,12 +72,12 @@ class Drawn:
 def glue_figure(name, axes):
     """Glue a figure under `name` and close it, so that it appears once, with its caption.
 
-    With it go its numbers as CSV, as `csv-{name}`, which `glue_data` may replace, and, of a wide one, the same drawing for
+    With it go its numbers as CSV, as `drawn-{name}`, shown unless `glue_data` gives others, and, of a wide one, the same drawing for
     a narrow screen as `narrow-{name}`; the pages show both.
     """
     drawn = Drawn(axes.figure)
     glue(name, drawn, display=False)
-    glue_text(**{f"csv-{name}": read_drawing(axes.figure).to_csv(index=False)})
+    glue_text(**{f"drawn-{name}": read_drawing(axes.figure).to_csv(index=False)})
     if needs_narrow(axes.figure):
         narrow(axes.figure)
         glue_text(**{f"narrow-{name}": drawn.as_vector()})

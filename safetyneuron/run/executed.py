@@ -106,11 +106,17 @@ def data(notebook):
     values = {
         name: text
         for name, text in found.items()
-        if not name.startswith(("cells-", "csv-", "check_", "narrow-"))
+        if not name.startswith(("cells-", "csv-", "drawn-", "check_", "narrow-"))
     }
-    return {
-        name.removeprefix("csv-"): text for name, text in found.items() if name.startswith("csv-")
-    }, values
+    return tables(found), values
+
+
+def tables(found):
+    """The numbers behind tables and figures among glued texts, name to CSV: those given, else those read from the drawing."""
+    given = {}
+    for kind in ("drawn-", "csv-"):
+        given |= {n.removeprefix(kind): text for n, text in found.items() if n.startswith(kind)}
+    return given
 
 
 def judged(notebook):
