@@ -48,6 +48,14 @@ def test_table_1_shows_paper_and_measurement_with_intervals(site):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_nothing_of_a_notebook_is_glued_twice(path):
+    text = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+    for kinds in ("figure|table", "table|data"):  # a table and data are both kept as CSV
+        names = re.findall(rf'glue_(?:{kinds})\(\s*"([^"]+)"', text)
+        assert len(names) == len(set(names)), names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_are_arguments_not_programs(path):
     book = json.loads(path.read_text(encoding="utf-8"))
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
