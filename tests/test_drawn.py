@@ -146,3 +146,12 @@ def test_a_dense_heat_map_stays_as_it_is():
     sns.heatmap(pd.DataFrame([[0.0] * 30] * 30), ax=axes)
     assert not needs_narrow(axes.figure)
     plt.close("all")
+
+
+def test_what_stands_below_a_narrow_axis_is_no_wider_than_the_figure():
+    figure, axes = plt.subplots(figsize=(8, 3))
+    axes.set_xlabel("trade-off of harm and kept capability, with all that a reader must know " * 2)
+    narrow(figure)
+    figure.canvas.draw()
+    assert axes.xaxis.label.get_window_extent().width <= figure.bbox.width
+    plt.close(figure)

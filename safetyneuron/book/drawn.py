@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, LogFormatter
 
 NARROW = 4.4  # inches, which a phone of 390 px shows in about 350
 LONGEST = 18  # letters of a line beside an axis
+BELOW = 36  # letters of a line below one
 WIDEST = 5.5  # inches that can still be read there
 MOST_COLUMNS = 12  # of a heat map whose cells can still hold a number there
 MOST_POINTS = 100  # of one curve or cloud that are told
@@ -132,6 +133,8 @@ def narrow(figure):
         figure.legend(legend.legend_handles, texts, **below)
     for axis in (axis for axes in panels for axis in (axes.xaxis, axes.yaxis)):
         _write_out(axis)
+    for axes in panels:
+        axes.set_xlabel(fill(_plain(axes.get_xlabel()), BELOW))
     for text in figure.findobj(Text):
         text.set_fontsize(max(SMALLEST, text.get_fontsize()))
     figure.tight_layout()
