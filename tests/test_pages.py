@@ -159,7 +159,8 @@ def test_slides_say_what_the_chapters_of_this_build_found(site):
     stage = site / "stage" / "smoke" / "notebooks"
     judged = {p.stem: executed.judged(nbformat.read(p, 4)) for p in stage.glob("*.ipynb")}
     shown = [(chapter, *of) for chapter, *of in pages.SLIDES if of[1] in judged[chapter]]
-    assert len(sections) == len(shown) and {chapter for chapter, *_ in shown} == set(judged)
+    assert len(sections) == len(shown) > 0
+    assert {chapter for chapter, *_ in pages.SLIDES} == set(judged)
     for section, (chapter, name, key) in zip(sections, shown):
         row = judged[chapter][key]
         said = claims.sentence_of(key, row["verdict"])

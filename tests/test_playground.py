@@ -105,6 +105,7 @@ def graph():
 @pytest.mark.organism
 @pytest.mark.parametrize("strength", [None, 0.0, 1.0, 1.5])
 def test_the_graph_of_one_model_holds_another_and_its_repair(graph, tmp_path, strength):
+    torch.manual_seed(0)
     model, tokenizer = load_model("organism/llama-planted")
     masks = NeuronSet.empty(model).masks.items()
     delta = random_delta(model, NeuronSet({p: torch.rand(m.shape) < 0.02 for p, m in masks}))
@@ -122,7 +123,9 @@ def test_the_graph_of_one_model_holds_another_and_its_repair(graph, tmp_path, st
     with delta.merged(model):
         expected = switches.read([ids], on)
     for ours, theirs in zip(found, expected, strict=True):
-        assert torch.allclose(torch.tensor(ours), theirs, atol=1e-4)
+        wrong = ~torch.isclose(torch.tensor(ours), theirs, atol=1e-4)
+        fires = bool(((theirs == 0) | (theirs == 1)).all())  # some stand at their threshold
+        assert wrong.float().mean() <= (1e-3 if fires else 0)
 
 
 @pytest.mark.organism
