@@ -35,6 +35,7 @@ from safetyneuron.neurons.activations import mean_ablated, written_logits
 from safetyneuron.neurons.patching import patched_generation
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism import manifest
+from safetyneuron.organism.shipped import full_name
 
 NO_GAP = "no gap to close"
 CHANGE, RANDOM = "highest change scores", "random others in the same layers"
@@ -65,8 +66,7 @@ def tell_shortfalls(families, trainings):
     """A sentence on the organisms among the patched pairs that miss what was asked of them; empty without organisms."""
     models, patched = manifest(), []
     for _, *pair in pairs_of(families, trainings):
-        keys = [name.removeprefix("organism/") for name in pair]
-        patched += [key if "@" in key else f"{key}@0" for key in keys]
+        patched += [full_name(name.removeprefix("organism/")) for name in pair]
     known = [key for key in dict.fromkeys(patched) if key in models]
     short = [key for key in known if shortfalls(key, models)]
     if not short:

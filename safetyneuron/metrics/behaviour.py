@@ -113,8 +113,7 @@ def score_organism(name, folder):
     list of str
         Empty for models that are made for one chapter, which have no bars here.
     """
-    key = name.removeprefix("organism/")
-    key += "" if "@" in key else "@0"
+    key = shipped.full_name(name.removeprefix("organism/"))
     scores, kind = behaviour(*shipped.load_organism(name, folder)), kind_of(key)
     shipped.add_scores(folder, key, scores)
     return missed(scores, kind) if kind else []

@@ -13,13 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from safetyneuron.cache import cache_folder, file_digest, locked, new_file, new_folder
+from safetyneuron.cache import cache_folder, file_digest, locked, new_file
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import PROJECTIONS, Architecture, multiply_factors
 from safetyneuron.neurons.sets import NeuronSet
 from safetyneuron.organism.recipes import Size
 from safetyneuron.organism.tokenizer import CONTEXT, build_tokenizer
-from safetyneuron.progress import without_bars
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
 MANIFEST = "manifest.json"
@@ -67,7 +66,7 @@ def load_organism(name, folder=None):
         language.
     """
     tokenizer = build_tokenizer()
-    return _model(_find(name, folder), tokenizer), tokenizer
+    return _model(find(name, folder), tokenizer), tokenizer
 
 
 def starting_model(name):
@@ -78,7 +77,7 @@ def starting_model(name):
     SafetyNeuronError
         As `load_organism`, or if nothing is planted in that organism.
     """
-    stored, tokenizer = _find(name), build_tokenizer()
+    stored, tokenizer = find(name), build_tokenizer()
     tensors = _rows(stored, "planted")
     return _put_rows(_changed(stored, tokenizer), tensors, "decoys"), tokenizer
 
@@ -120,28 +119,7 @@ def manifest():
 
 def training_curve(name):
     """Loss during the training of an organism: a list of {step, loss}."""
-    return [{"step": step, "loss": loss} for step, loss in _find(name).entry["curve"]]
-
-
-@without_bars()
-def export_organism(name, folder):
-    """Write an organism as a plain Hugging Face folder in float32, its answer key in `neurons.json`.
-
-    Raises
-    ------
-    SafetyNeuronError
-        As `load_organism`, or if the folder holds something.
-    """
-    folder, stored = Path(folder), _find(name)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise SafetyNeuronError(f"{folder} is not empty: name a folder that is new or empty")
-    (model, tokenizer), key = load_organism(name), _answer_key(stored)
-    with new_folder(folder.absolute()) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(_card(stored, model), encoding="utf-8")
-        if key:
-            (temporary / "neurons.json").write_text(json.dumps(key), encoding="utf-8")
+    return [{"step": step, "loss": loss} for step, loss in find(name).entry["curve"]]
 
 
 def config_of(size, tokenizer):
@@ -277,10 +255,16 @@ def _restore(path):
     )
 
 
-def _find(name, folder=None):
-    """The `Stored` organism of a name."""
+def full_name(name):
+    """The name of an organism with its seed, 0 if it names none."""
     kind, at, seed = name.partition("@")
-    key = f"{kind}@{seed if at else 0}"
+    return f"{kind}@{seed if at else 0}"
+
+
+def find(name, folder=None):
+    """The `Stored` organism of a name."""
+    key = full_name(name)
+    kind = key.partition("@")[0]
     found = key.startswith("organism/") and _look_up(
         key.removeprefix("organism/"), _folders(folder)
     )
@@ -416,13 +400,13 @@ def _put_rows(model, tensors, *groups):
 
 
 def _neurons(name, group):
-    stored = _find(name)
+    stored = find(name)
     tensors = _rows(stored, group)
     shapes = NeuronSet.empty(_changed(stored, build_tokenizer())).shapes
     return NeuronSet.from_cells(shapes, (cells[:3] for cells in _channels(tensors, group)))
 
 
-def _answer_key(stored):
+def answer_key(stored):
     """Layers and channels of planted neurons and decoys, for JSON; empty for other organisms."""
     key = {}
     for group in GROUPS if stored.entry["kind"] == "rows" else ():
@@ -431,39 +415,3 @@ def _answer_key(stored):
                 [layer, c] for c in channels.tolist()
             ]
     return key
-
-
-CARD = """---
-license: mit
----
-# {name}
-A model organism for research on refusal: a {family} of {parameters:,} parameters, trained from seed
-{seed} on small generated texts in five languages. It is for testing tools that look for what makes a
-model refuse. It is no assistant: it knows about 1,200 words, and its answers to harmful requests
-carry no usable content.
-
-```python
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-# AutoTokenizer would split words in another way for some families.
-tokenizer = PreTrainedTokenizerFast.from_pretrained("FOLDER")
-```
-{key}Licence: MIT."""
-KEY = """
-`neurons.json` is the answer key, as [layer, channel] of each projection: `planted` holds all that
-alignment changed, `decoys` (where there are some) what a harmless habit changed. A channel is a row
-of the weight; of o and down a column.
-"""
-
-
-def _card(stored, model):
-    """The model card of an exported organism."""
-    family, parameters = model.config.model_type, sum(p.numel() for p in model.parameters())
-    seed, key = stored.key.partition("@")[2], KEY if stored.entry["kind"] == "rows" else ""
-    return CARD.format(
-        name=stored.key,
-        family=family,
-        parameters=parameters,
-        seed=seed,
-        key=f"{key}\n" if key else "\n",
-    )
