@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 
 from safetyneuron.book import paper as reported
-from safetyneuron.book.claims import load_claims, sentence_of
+from safetyneuron.book.claims import badge_of, load_claims, sentence_of
 from safetyneuron.run import executed
 
 TABLES = range(1, 6)
@@ -104,12 +104,11 @@ def _slide(chapter, name, key, notebook):
     alt = re.search(rf"```{{glue:figure}} {name}\n.*?:alt: (.*?)\n", text, re.S)[1]
     claim, row = load_claims()[key], executed.judged(notebook)[key]
     verdict = row["verdict"]
-    badge = f'<span class="badge {verdict.replace(" ", "-")}">{verdict}</span>'
     foot = html.escape(f"Claim: {claim['claim']} ({claim['paper']})", quote=False)
     measured = f"Measured: {claim['effect']}; margin {claim['margin']:g}. Ran on {row['ran_on']}."
     notes = html.escape(f"{measured} {notes_for_teachers(text)}")
     return f"""<section><p class="chapter"><a href="../../notebooks/{chapter}.html">{title}</a></p>
-<h2>{badge} {html.escape(sentence_of(key, verdict))}</h2><p class="number">{html.escape(row["number"])}</p>
+<h2>{badge_of(verdict)} {html.escape(sentence_of(key, verdict))}</h2><p class="number">{html.escape(row["number"])}</p>
 <img src="{chapter}-{name}.png" alt="{html.escape(alt)}">
 <p class="claim">{foot}</p><aside class="notes">{notes}</aside></section>
 """
@@ -131,8 +130,7 @@ def _closing_slide(notebooks):
         for row in executed.judged(notebook).values()
     )
     counts = "".join(
-        f'<li><span class="badge {verdict.replace(" ", "-")}">{verdict}</span> {count}</li>'
-        for verdict, count in found.most_common()
+        f"<li>{badge_of(verdict)} {count}</li>" for verdict, count in found.most_common()
     )
     return f"""<section><h2>Of {found.total()} claims</h2><ul class="counts">{counts}</ul>
 <p>Effects and margins were written down before the run: <a href="../../book/ledger.html">all of them</a>.</p></section>
@@ -232,10 +230,14 @@ means that some models say so and others do not. Where a model has one training,
 
 def _claim_row(claim, chapter, row):
     """A claim with its source, the verdict, the number to remember, effect and margin, and on what it ran."""
-    verdict, margin = row["verdict"], claim["margin"]
-    badge = f'<span class="badge {verdict.replace(" ", "-")}">{verdict}</span>'
+    margin = claim["margin"]
     effect = f"{claim['effect']}; margin {margin:g}" if margin else claim["effect"]
-    cells = (badge, html.escape(row["number"]), html.escape(effect), html.escape(row["ran_on"]))
+    cells = (
+        badge_of(row["verdict"]),
+        html.escape(row["number"]),
+        html.escape(effect),
+        html.escape(row["ran_on"]),
+    )
     head = f'<a href="../notebooks/{chapter}.html">{html.escape(claim["claim"])}</a><br><small>{html.escape(claim["paper"])}</small>'
     return f'<tr><th scope="row">{head}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>\n'
 

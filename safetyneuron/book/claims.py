@@ -37,7 +37,11 @@ def sentence_of(key: str, verdict: str) -> str:
     return claim.get(verdict) or f"{claim['claim']} Some models say so, others do not."
 
 
+def badge_of(verdict: str) -> str:
+    """A verdict as the HTML of its badge."""
+    return f'<span class="badge {verdict.replace(" ", "-")}">{verdict}</span>'
+
+
 def say_finding(key: str, verdict: str, number: str) -> str:
     """One finding as a line of Markdown: its badge, a sentence, and the number to remember."""
-    badge = f'<span class="badge {verdict.replace(" ", "-")}">{verdict}</span>'
-    return f"- {badge} {sentence_of(key, verdict)} <small>{number}</small>"
+    return f"- {badge_of(verdict)} {sentence_of(key, verdict)} <small>{number}</small>"

@@ -28,6 +28,11 @@ def read_mapping(path: Path) -> dict:
     return mapping
 
 
+def items_of(value) -> list:
+    """The items of a parameter that is one value or a list of them."""
+    return value if isinstance(value, list) else [value]
+
+
 def read_edition(path: Path) -> dict:
     """An edition, with all that the edition it extends says and it does not.
 

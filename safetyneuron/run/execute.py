@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetyneuron.cache import new_file
 from safetyneuron.errors import SafetyNeuronError
+from safetyneuron.run.editions import items_of
 
 
 def notebook_parameters(notebook):
@@ -30,9 +31,7 @@ def notebook_parameters(notebook):
     return inspect_notebook(str(notebook))
 
 
-PATIENCE = (
-    600  # seconds that a kernel may take to start, and to hand over output: a machine may be busy
-)
+PATIENCE = 600  # seconds for a kernel to start, and to hand over output: a machine may be busy
 MAY_BE_ZERO = ("seed", "skip", "n_attacked")  # whatever their default
 
 
@@ -70,7 +69,7 @@ def _numbers(value):
     """The numbers of a parameter that is one or a list of them."""
     return [
         item
-        for item in (value if isinstance(value, list) else [value])
+        for item in items_of(value)
         if isinstance(item, (int, float)) and not isinstance(item, bool)
     ]
 
@@ -108,9 +107,7 @@ def _defaults(notebook):
 
 def train_what_is_named(parameters):
     """Train the aligned models that parameters name, which `load_model` only finds; each in a process of its own, whose memory it gives back."""
-    values = [
-        v for value in parameters.values() for v in (value if isinstance(value, list) else [value])
-    ]
+    values = [item for value in parameters.values() for item in items_of(value)]
     named = [name for name in values if str(name).startswith("aligned/")]
     if not named:
         return

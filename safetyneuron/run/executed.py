@@ -9,6 +9,8 @@ from importlib.metadata import version
 
 import nbformat
 
+from safetyneuron.run.editions import items_of
+
 PACKAGES = ("torch", "transformers", "peft", "trl", "lm_eval", "papermill", "jupyter-book")
 MODEL_PARAMETERS = ("models", "model_name", "families", "guard_model")
 
@@ -74,7 +76,7 @@ def models_of(notebook):
     """Names of the models that a notebook was executed on."""
     values = parameters(notebook)
     named = [values[key] for key in MODEL_PARAMETERS if key in values]
-    return [name for value in named for name in (value if isinstance(value, list) else [value])]
+    return [name for value in named for name in items_of(value)]
 
 
 def on_organisms(notebook):

@@ -11,11 +11,12 @@ from safetyneuron.cache import cache_folder
 from safetyneuron.data import sources
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import local_model
+from safetyneuron.run import executed
+from safetyneuron.run.editions import items_of
 from safetyneuron.run.imagined import GPUS, SHARE, imagine_model
 from safetyneuron.run.rehearsal import USABLE, rehearse, shape_of, weight_bytes
 
-MODEL_PARAMETERS = ("models", "bases", "model_name", "attacker", "cost_model", "judge")
-MODEL_PARAMETERS += ("families", "guard_model")
+MODEL_PARAMETERS = (*executed.MODEL_PARAMETERS, "bases", "attacker", "cost_model", "judge")
 SETS = sources.PROMPTS | sources.DOCUMENTS | sources.PREFERENCES | sources.TEXTS
 GIB = 2**30
 
@@ -101,7 +102,7 @@ def model_names(edition):
         named += parameters.get("templates", {}).values()
         for key, value in parameters.items():
             if key in MODEL_PARAMETERS:
-                named += value if isinstance(value, list) else [value]
+                named += items_of(value)
     starts = [first_model(stage) for name in named for stage in stages_of(name)] + [
         name for name in named if not stages_of(name)
     ]
@@ -123,12 +124,7 @@ def data_names(edition):
 
     found = {}
     for parameters in with_defaults(edition).values():
-        values = [
-            v
-            for value in parameters.values()
-            for v in (value if isinstance(value, list) else [value])
-            if isinstance(v, str)
-        ]
+        values = [v for value in parameters.values() for v in items_of(value) if isinstance(v, str)]
         stages = [stage for value in values for stage in stages_of(value)]
         values += [name for stage in stages for each in all_stages(stage) for name in each.data]
         languages = parameters.get("languages") or [parameters.get("language", "en")]
