@@ -23,10 +23,10 @@ from safetyneuron.organism.tokenizer import CONTEXT
 
 FIRES = 0.95  # a neuron fires above this quantile of its largest activations on general prompts
 BATCH = 64  # requests that the graph takes at once, at most
-logging.getLogger("torch.onnx").setLevel(
-    logging.ERROR
-)  # it names each package that it can do without
 LENGTH = torch.export.Dim("length", min=2, max=CONTEXT)
+
+# The exporter names each package that it can do without.
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
 class Switches(torch.nn.Module):

@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 from pages import write_archive
 
-from safetyneuron import NeuronDelta, load_model, load_prompts, measure_importance, organism
+from safetyneuron import NeuronDelta, load_model, load_prompts, organism
 from safetyneuron.cache import new_file
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.importance.selection import unit_scores
+from safetyneuron.kept.importance import measure_importance
 from safetyneuron.organism.language import LANGUAGES, ONLY_TEST
 from safetyneuron.organism.prompts import NAMES
 

@@ -20,13 +20,13 @@ from safetyneuron import (
     load_documents,
     load_model,
     load_prompts,
-    measure_importance,
 )
 from safetyneuron.cache import cache_folder, digest, kept_folder, new_folder
 from safetyneuron.detectors.effects import all_units, neurons_of
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.importance.selection import select_without_foundation, unit_scores
+from safetyneuron.importance.selection import unit_scores
 from safetyneuron.kept import defences
+from safetyneuron.kept.importance import measure_importance
 from safetyneuron.kept.truth import (
     MASK,
     in_order,
@@ -70,12 +70,12 @@ WEIGHTS = "weights.safetensors"  # of the model after it
 
 @dataclass(frozen=True)
 class Repair:
-    """SN-Tune as a chapter runs it: what the page calls it, languages, learning rate, and whether foundation neurons take part."""
+    """SN-Tune as a chapter runs it: what the page calls it, languages, learning rate, and which of `safety_sets` is tuned."""
 
     label: str
     languages: tuple[str, ...]
     rate: float
-    foundation: bool = True
+    neurons: str = defences.EQ3
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,9 @@ MODELS = (
         "organism/llama-chat",
         "aligned, then fine-tuned on harmless requests",
         (EQ3,),
-        Repair("RSN-Tune, chapter 07, put in afterwards", ("en", "zh"), 3e-3, foundation=False),
+        Repair(
+            "RSN-Tune, chapter 07, put in afterwards", ("en", "zh"), 3e-3, neurons=defences.SPECIFIC
+        ),
         "organism/helpful",
     ),
 )
@@ -275,22 +277,16 @@ def load_shown(shown):
 def repair_of(shown):
     """What SN-Tune changes, as its chapter has it, and the importance by which neurons of the model shown are ordered."""
     repair, (model, tokenizer) = shown.repair, load_model(shown.organism, device="cpu")
-    asked = defences.by_language(load_prompts, HARMFUL, DETECT, repair.languages, split="train")
-    importance = measure_importance(model, tokenizer, asked)
-    neurons = importance.select(fraction=TUNED)
-    if not repair.foundation:
-        general = load_prompts(GENERAL, split="train")[:DETECT]
-        on_general = measure_importance(model, tokenizer, general)
-        neurons = select_without_foundation(importance, on_general, TUNED)
+    sets = defences.safety_sets(model, tokenizer, HARMFUL, GENERAL, DETECT, repair.languages, TUNED)
     refusals = defences.by_language(load_documents, REFUSALS, DOCUMENTS, repair.languages)
     delta = defences.sn_tune(
-        model, tokenizer, refusals, neurons, learning_rate=repair.rate, epochs=1
+        model, tokenizer, refusals, sets[repair.neurons], learning_rate=repair.rate, epochs=1
     )
     if shown.lesson:
         model = load_shown(shown)[0]
-        importance = measure_importance(model, tokenizer, asked)
         delta = NeuronDelta(delta.neurons, delta.values, fingerprint(model), delta.facts)
-    return delta, importance.minimum
+    asked = defences.by_language(load_prompts, HARMFUL, DETECT, repair.languages, split="train")
+    return delta, measure_importance(model, tokenizer, asked).minimum
 
 
 def describe_language():

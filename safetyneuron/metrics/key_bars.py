@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from sklearn.metrics import roc_auc_score
 
 from safetyneuron.data.prompts import load_prompts
 from safetyneuron.importance.profile import measure_importance
@@ -112,6 +111,8 @@ def size_hint(model, planted):
 
 def activity_hint(model, tokenizer, planted, decoys):
     """AUC by which mean importance on harmless requests tells planted neurons from decoys."""
+    from sklearn.metrics import roc_auc_score  # here: who only reads keys would wait for it
+
     asked = load_prompts("organism/benign", split="train")[:100]
     importance = measure_importance(model, tokenizer, asked, progress=False).mean
     values = [
