@@ -59,7 +59,7 @@ def test_only_exported_organisms_are_saved():
         for name, _ in calls(path)
         if name.endswith("save_pretrained") and not name.startswith("tokenizer.")
     }
-    assert saving == {"shipped.py"}
+    assert saving == {"card.py"}
 
 
 @pytest.mark.parametrize(
