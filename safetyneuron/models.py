@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -130,40 +129,6 @@ def trainings_of(name: str, most: int) -> list[str]:
     elif name.startswith("aligned/"):
         there = TRAININGS
     return [name] + [f"{name}@{seed}" for seed in range(1, min(most, there))]
-
-
-def is_split(model):
-    """Whether a model's layers lie on several devices."""
-    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
-
-
-@contextmanager
-def awake(*models):
-    """Models are on the GPU for the length of a `with` block, and in main memory afterwards; without a GPU nothing moves."""
-    moved = [m for m in models if torch.cuda.is_available() and not is_split(m)]
-    try:
-        for model in moved:
-            model.to("cuda")
-        yield
-    finally:
-        for model in moved:
-            model.to("cpu")
-        if moved:
-            torch.cuda.empty_cache()
-
-
-@contextmanager
-def alone(model, *others):
-    """A model is on the GPU, and others on it are in main memory, for the length of a `with` block; without a GPU nothing moves."""
-    there = [m for m in others if m.device.type == "cuda" and not is_split(m)]
-    try:
-        for other in there:
-            other.to("cpu")
-        with awake(model):
-            yield
-    finally:
-        for other in there:
-            other.to("cuda")
 
 
 class Loaded(Mapping):

@@ -1,6 +1,7 @@
 """Rehearsal without the hardware: what imagined models are said to cost, against real runs of small shapes."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -28,7 +29,7 @@ from safetyneuron.neurons.activations import channel_means
 from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.run import preflight, rehearsal, stages
 from safetyneuron.run.editions import read_edition
-from safetyneuron.run.imagined import GPUS, imagine_model
+from safetyneuron.run.imagined import GPUS, Meter, imagine_model
 from safetyneuron.run.stages import PATCHED, Subject
 from safetyneuron.tuning.circuit_breaker import circuit_break
 from safetyneuron.tuning.trainer import fine_tune
@@ -43,7 +44,8 @@ SHAPE = dict(
     num_key_value_heads=2,
     max_position_embeddings=512,
 )
-RANK, RULE = {"rank": 8}, {"rule": "attribution/mean"}
+RANK, RULE = {"lora_rank": 8}, {"rule": "attribution/mean"}
+LITTLE = {"optimizer": "adafactor", "half": True}
 
 
 def patched(s, n):
@@ -130,6 +132,13 @@ CASES = {  # stage -> (items, tokens, new tokens, settings, what really runs)
         RANK,
         lambda s, n: fine_tune(s.model, s.tokenizer, s.documents(8 * n), 8),
     ),
+    "fine_tuning, little memory": (
+        5,
+        64,
+        30,
+        LITTLE,
+        lambda s, n: fine_tune(s.model, s.tokenizer, s.documents(8 * n), **LITTLE),
+    ),
     "rerouting": (5, 64, 30, {}, rerouted),
     "preferring": (4, 64, 30, {}, preferred),
     "detecting": (8, 64, 10, RULE, found),
@@ -163,7 +172,8 @@ def really(work, weights):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_stage_costs_what_a_real_run_of_a_small_shape_costs(name):
+def test_a_stage_costs_what_a_real_run_of_a_small_shape_costs(name, monkeypatch):
+    monkeypatch.setattr(Meter, "without", lambda *_: nullcontext())  # as where there is no GPU
     count, tokens, new, settings, run = CASES[name]
     imagined = subject(lambda: imagine_model(SHAPE, torch.float32), tokens, new, settings)
     stage = getattr(stages, name.partition(",")[0])
@@ -174,6 +184,16 @@ def test_a_stage_costs_what_a_real_run_of_a_small_shape_costs(name):
     operations, peak = really(lambda: run(there, count), weights)
     assert cost.operations == pytest.approx(operations, rel=0.1)
     assert cost.peak == pytest.approx(peak, rel=0.1)
+
+
+def test_fine_tuning_makes_room_for_the_copy_by_putting_the_model_aside(monkeypatch):
+    def peak():
+        case = subject(lambda: imagine_model(SHAPE, torch.float32), 64, 30, LITTLE)
+        return stages.fine_tuning(case).turns(5).peak, rehearsal.weight_bytes(case.model)
+
+    moved, weights = peak()
+    monkeypatch.setattr(Meter, "without", lambda *_: nullcontext())
+    assert peak()[0] - moved == pytest.approx(weights, rel=0.01)
 
 
 @pytest.fixture

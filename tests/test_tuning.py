@@ -347,11 +347,15 @@ def test_a_model_with_a_device_map_is_tuned_where_it_lies(tokenizer, documents, 
     )
 
 
-@pytest.mark.parametrize("rank", [None, 4])
-def test_fine_tuning_trains_a_copy(rank, tokenizer, documents):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lora_rank": 4}, {"optimizer": "adafactor", "half": True}],
+    ids=["all weights", "LoRA", "little memory"],
+)
+def test_fine_tuning_trains_a_copy(options, tokenizer, documents):
     model = small()
     before = copy.deepcopy(model.state_dict())
-    tuned = fine_tune(model, tokenizer, documents, rank, epochs=3, learning_rate=1e-3)
+    tuned = fine_tune(model, tokenizer, documents, epochs=3, learning_rate=1e-3, **options)
     assert all(before[name].equal(weight) for name, weight in model.state_dict().items())
     assert type(tuned) is type(model) and tuned.state_dict().keys() == before.keys()
     assert not tuned.model.layers[0].mlp.up_proj.weight.equal(

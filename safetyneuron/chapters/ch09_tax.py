@@ -14,7 +14,8 @@ from safetyneuron.metrics.estimates import Estimate, estimate_exact, estimate_pa
 from safetyneuron.metrics.outcomes import Scores, estimate_change, estimate_rate
 from safetyneuron.metrics.suite import evaluate
 from safetyneuron.metrics.verdict import Evidence
-from safetyneuron.models import awake, load_model
+from safetyneuron.models import load_model
+from safetyneuron.neurons.placement import awake
 
 HARMLESS, HELPFUL = "harmless", "helpful"
 TO_HELPFUL, TO_HARMLESS = "helpful, patched from harmless", "harmless, patched from helpful"

@@ -1,12 +1,14 @@
 """Weight saliency of neurons: SNIP and Wanda, summed over rows and columns (Wei et al. 2024)."""
 
 from collections import defaultdict
+from contextlib import ExitStack
 
 import torch
 
 from safetyneuron.neurons.architecture import PROJECTIONS, Architecture
 from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.neurons.hooks import reading
+from safetyneuron.neurons.weights import frozen
 
 
 def snip(model, tokenizer, documents):
@@ -23,32 +25,26 @@ def snip(model, tokenizer, documents):
         (layers, channels) per projection, in units of the loss.
     """
     places, data = _places(model), encode_documents(model, tokenizer, documents)
-    weights = {id(place.module.weight): place.module.weight for place in places.values()}
-    total = {key: torch.zeros_like(weight, dtype=torch.float32) for key, weight in weights.items()}
-    wanted = [weight.requires_grad for weight in weights.values()]
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
+    scores, of_weight = defaultdict(float), defaultdict(list)
+    for key, place in places.items():
+        of_weight[place.module.weight].append(key)
+
+    def collect(weight):  # a gradient is let go before the next layer's is there
+        product = weight.grad.abs().float() * weight.detach().abs().float() / len(data)
+        weight.grad = None
+        for key in of_weight[weight]:
+            scores[key] = scores[key] + _of_neurons(places[key], product)
+
+    with frozen(model), ExitStack() as hooks:
+        for weight in of_weight:
+            weight.requires_grad_(True)
+            hooks.callback(weight.register_post_accumulate_grad_hook(collect).remove)
         for row in data:
             ids, labels = (
                 torch.tensor([row[name]], device=model.device) for name in ("input_ids", "labels")
             )
-            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-            for key, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values()))):
-                total[key] += gradient.abs().float()
-    finally:
-        for weight, flag in zip(weights.values(), wanted):
-            weight.requires_grad_(flag)
-    products = {
-        key: total[key] / len(data) * weight.detach().abs().float()
-        for key, weight in weights.items()
-    }
-    return _by_projection(
-        {
-            key: _of_neurons(place, products[id(place.module.weight)])
-            for key, place in places.items()
-        }
-    )
+            model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+    return _by_projection(scores)
 
 
 @torch.no_grad()

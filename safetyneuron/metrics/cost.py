@@ -11,8 +11,9 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import bootstrap
 from safetyneuron.metrics.refusal import is_refusal, is_well_formed
 from safetyneuron.metrics.safety import answers
-from safetyneuron.models import awake, source_of
+from safetyneuron.models import source_of
 from safetyneuron.neurons.identity import identity
+from safetyneuron.neurons.placement import awake
 from safetyneuron.progress import without_bars
 
 CONVERSATION = (

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.refusal import is_refusal
-from safetyneuron.models import alone, load_model
+from safetyneuron.models import load_model
 from safetyneuron.neurons.identity import model_digest, tokenizer_digest
+from safetyneuron.neurons.placement import alone
 
 KEYWORD = "keyword"
 # The input that HarmBench's classifiers were trained on, as the card of cais/HarmBench-Llama-2-13b-cls prints it (MIT).

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from safetyneuron.tuning import trainer
+
 aten = torch.ops.aten
 GATHERS = ("embedding", "index", "index_select", "gather")  # read what they give, not the table
 COPIES = (
@@ -88,6 +90,17 @@ class Meter(TorchDispatchMode):
         """Count tensors that were there before, for as long as they live."""
         for tensor in tensors:
             self._hold(tensor.untyped_storage())
+
+    @contextlib.contextmanager
+    def without(self, *models) -> Iterator[None]:
+        """Weights of these models count as put aside for the length of a `with` block."""
+        moved = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+        self.live -= moved
+        try:
+            yield
+        finally:
+            self.live += moved
+            self.cost.peak = max(self.cost.peak, self.live)
 
     def lap(self) -> None:
         """Close a part of the run: its cost goes to `laps`."""
@@ -220,7 +233,8 @@ def imagining(gpu: GPU) -> Iterator[Meter]:
 
     stay = mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module)
     fresh = mock.patch.object(torch.nn.Parameter, "__new__", imagined)
-    with stay, fresh, _Answers(), meter:
+    moved = mock.patch.object(trainer, "aside", meter.without)
+    with stay, fresh, moved, _Answers(), meter:
         yield meter
 
 

@@ -316,10 +316,10 @@ def chapter_07(v) -> Iterator[Job]:
         yield from detection(v, model, **dtype)
         updates = updates_of(v["n_documents"])
         yield Job("tuning", model, ways + draws, *REFUSALS, turns=updates, **dtype)
-        updates, rank = updates_of(v["n_task_documents"]), json.dumps({"rank": v["lora_rank"]})
-        full = Job(
-            "fine_tuning", model, lessons * (1 + ways + draws), *ARITHMETIC, turns=updates, **dtype
-        )
+        updates = updates_of(v["n_task_documents"])
+        rank = json.dumps({"lora_rank": v["lora_rank"]} | v["fine_options"])
+        plain, times = json.dumps(v["fine_options"]), lessons * (1 + ways + draws)
+        full = Job("fine_tuning", model, times, *ARITHMETIC, updates, plain, **dtype)
         yield full
         yield replace(full, count=1 + ways, settings=rank)
         yield requests(model, 2 * asked, 1 + ways, **dtype)

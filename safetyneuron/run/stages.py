@@ -202,10 +202,11 @@ def tuning(subject: Subject) -> Loop:
 
 def fine_tuning(subject: Subject) -> Loop:
     """`fine_tune` on a copy of the model, an update 8 documents."""
-    rank = subject.settings.get("rank")
+    options = {k: value for k, value in subject.settings.items() if k != "at_once"}
 
     def run(count):
-        fine_tune(subject.model, subject.tokenizer, subject.documents(8 * count), rank)
+        documents = subject.documents(8 * count)
+        fine_tune(subject.model, subject.tokenizer, documents, **options)
 
     return subject.trained(run)
 

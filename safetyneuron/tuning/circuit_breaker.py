@@ -266,14 +266,12 @@ class _Rerouting(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one batch."""
         real = inputs["attention_mask"].bool()
-        half = len(real) // 2
         with torch.no_grad(), model.disable_adapter():
-            original = _states(model, inputs)
-        states = _states(model, inputs)
-        reroute = rerouting_loss(
-            states[self.layers, :half], original[self.layers, :half], real[:half]
-        )
-        retain = retain_loss(states[:, half:], original[:, half:], real[half:])
+            original = _states(model, inputs, self.layers)
+        states = _states(model, inputs, self.layers)
+        harmful, others = real.chunk(2)
+        reroute = rerouting_loss(states[0], original[0], harmful)
+        retain = retain_loss(states[1], original[1], others)
         step = self.state.global_step
         self.curve.append(
             {
@@ -286,11 +284,13 @@ class _Rerouting(Trainer):
         return weights[0] * reroute + weights[1] * retain
 
 
-def _states(model, inputs):
-    """Residual stream before the first and after every layer: (layers + 1, B, n, D)."""
-    return torch.stack(
-        model(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
-    )
+def _states(model, inputs, layers):
+    """Residual stream of a batch's harmful half after the target layers, and of its other half before the first and after every layer: (layers, B / 2, n, D) each."""
+    found = model(
+        **inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1
+    ).hidden_states
+    harmful, others = zip(*(states.chunk(2) for states in found))
+    return torch.stack([harmful[layer] for layer in layers]), torch.stack(others)
 
 
 def _arguments(folder, model, steps, learning_rate, batch_size, seed):

@@ -26,6 +26,7 @@ from safetyneuron.cache import digest
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.encoding import encode_documents
+from safetyneuron.neurons.placement import aside
 from safetyneuron.neurons.undisturbed import own_randomness
 from safetyneuron.progress import TrainingLine
 
@@ -41,15 +42,21 @@ def fine_tune(
     learning_rate: float = 1e-4,
     batch_size: int = 8,
     seed: int = 0,
+    optimizer: str = "adamw_torch_fused",
+    half: bool = False,
 ) -> PreTrainedModel:
     """A copy of `model` trained on `documents` in all its weights, or through LoRA on every projection.
 
-    This is the downstream fine-tuning of §4, not a defence.
+    This is the downstream fine-tuning of §4, not a defence. Meanwhile a model on a GPU makes room for its copy in main memory.
 
     Parameters
     ----------
     lora_rank : int, optional
         Rank of the adapters (scaled by α = 2 rank, merged afterwards); all weights train without it.
+    optimizer : str, optional
+        As transformers names it. "adafactor" keeps no moments of the size of the model.
+    half : bool, optional
+        Compute in bfloat16 (autocast); the weights and their updates keep their precision.
 
     Returns
     -------
@@ -66,19 +73,22 @@ def fine_tune(
     data, tuned = encode_documents(model, tokenizer, documents), copy.deepcopy(model)
     if lora_rank:
         tuned = with_lora(tuned, lora_rank, seed)
-    train(
-        tuned,
-        tokenizer,
-        data,
-        None,
-        [],
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        accumulation=1,
-        warmup_steps=0,
-        seed=seed,
-    )
+    with aside(model):
+        train(
+            tuned,
+            tokenizer,
+            data,
+            None,
+            [],
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            accumulation=1,
+            warmup_steps=0,
+            seed=seed,
+            optim=optimizer,
+            bf16=half,
+        )
     return (tuned.merge_and_unload() if lora_rank else tuned).eval()
 
 
@@ -229,7 +239,16 @@ def quiet_settings(folder: str | Path, model: nn.Module, seed: int) -> dict:
 
 
 def _arguments(
-    folder, model, keep, epochs, learning_rate, batch_size, accumulation, warmup_steps, seed
+    folder,
+    model,
+    keep,
+    epochs,
+    learning_rate,
+    batch_size,
+    accumulation,
+    warmup_steps,
+    seed,
+    **others,
 ):
     checkpoints = (
         {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 2} if keep else {}
@@ -244,5 +263,5 @@ def _arguments(
         weight_decay=0.0,
         max_grad_norm=1.0,
         logging_nan_inf_filter=False,  # it would show such a loss as 0
-        **quiet_settings(folder, model, seed) | checkpoints,
+        **quiet_settings(folder, model, seed) | checkpoints | others,
     )
