@@ -2,7 +2,8 @@
 #             SOLUTIONS=no leaves the solutions of the exercises out
 # make check  look up what EDITION needs: models, data, licences, disk; rehearse its memory and time
 # make lint   hold the style, and the order of the rooms of the package
-# make test   run the tests; make test-families the other seeds and families, and two trainings again;
+# make test   run the tests of the package; make test-book builds the small book and reads it in browsers;
+#             make test-families the other seeds and families, and two trainings again;
 #             make test-plain the organisms' tests with the plainest instructions of the processor;
 #             make test-paper the paper's chapters on random checkpoints of its architectures;
 #             make test-faults builds that are killed twenty times, and two at once;
@@ -21,7 +22,7 @@ SNAKEMAKE = $(VENV)/bin/snakemake --nolock --rerun-incomplete -s workflow/Snakef
 # Two tests at a time, each on one core.
 TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: book announce check lint test test-families test-plain test-paper test-faults test-binder clean
+.PHONY: book announce check lint test test-book test-families test-plain test-paper test-faults test-binder clean
 
 # The jobs say what stopped them; why no job could be planned a dry run says, which is not quiet.
 book: announce $(VENV)/installed
@@ -36,7 +37,10 @@ check: announce $(VENV)/installed
 	@$(VENV)/bin/safetyneuron check workflow/editions/$(EDITION).yaml
 
 test: $(VENV)/installed
-	$(TESTS) -m "not families and not paper and not faults and not binder"
+	$(TESTS) -m "not book and not families and not paper and not faults and not binder"
+
+test-book: $(VENV)/installed
+	$(TESTS) -m book
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check --quiet
@@ -51,7 +55,7 @@ test-families: $(VENV)/installed
 PLAIN = ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 
 test-plain: $(VENV)/installed
-	$(PLAIN) $(TESTS) -m "organism and not families and not paper and not faults and not binder"
+	$(PLAIN) $(TESTS) -m "organism and not book and not families and not paper and not faults and not binder"
 
 test-paper: $(VENV)/installed
 	$(TESTS) -m paper

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import contextmanager, redirect_stderr
+from functools import lru_cache
 from pathlib import Path
 
 from safetyneuron.errors import SafetyNeuronError
@@ -47,28 +48,21 @@ def correct_answers(model, tokenizer, tasks=ORGANISM_TASKS, limit=200):
         Every question and one or zero; for a group, of all its tasks.
     """
     import lm_eval  # here, because importing it takes seconds
-    from lm_eval.tasks import TaskManager
 
-    from safetyneuron.organism.tasks import build
-
-    folder = str(Path(build.__file__).parent)
     with (
         plain_settings(model, tokenizer),
         _quiet("lm_eval"),
         redirect_stderr(EveryTenSeconds()),
     ):
-        manager = TaskManager(
-            include_path=folder,
-            include_defaults=not all(name_task(task)[0] in ORGANISM_TASKS for task in tasks),
-        )
         asked = language_model(model, tokenizer)
         chat = tokenizer.chat_template is not None
 
         def ask(task):
+            name, shots, count = name_task(task, limit)
             return lm_eval.evaluate(
                 asked,
-                _loaded(manager, task),
-                limit=name_task(task, limit)[2],
+                _loaded(name, shots),
+                limit=count,
                 bootstrap_iters=0,
                 log_samples=True,
                 apply_chat_template=chat,
@@ -107,9 +101,15 @@ def name_task(task, limit=None):
     return name, int(shots) if at else None, asked
 
 
-def _loaded(manager, task):
-    """The tasks behind a name, with the number of examples that it says, and their data at its commit."""
-    name, shots, _ = name_task(task)
+@lru_cache
+def _loaded(name, shots):
+    """The tasks behind a name, with so many examples, and their data at its commit; kept, for lm-eval reads every question to make one."""
+    from lm_eval.tasks import TaskManager
+
+    from safetyneuron.organism.tasks import build
+
+    folder = str(Path(build.__file__).parent)
+    manager = TaskManager(include_path=folder, include_defaults=name not in ORGANISM_TASKS)
     pinned = {"task": name, "dataset_kwargs": {"revision": REVISIONS.get(name)}}
     loaded = manager.load([pinned if name in REVISIONS else name])
     for one in loaded["tasks"].values() if shots is not None else ():

@@ -1,5 +1,6 @@
 """What a training changes besides weights, put back: a process and a model are left as they were found."""
 
+import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,22 @@ def own_randomness() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextmanager
+def quick_collection(model: torch.nn.Module) -> Iterator[None]:
+    """For a model in main memory, nothing that is alive now is looked through when a trainer collects garbage, which it does before every training.
+
+    On a GPU that is what frees memory, and is left alone.
+    """
+    small = next(model.parameters()).device.type == "cpu"
+    if small:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if small:
+            gc.unfreeze()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.encoding import encode_documents, pad
 from safetyneuron.neurons.files import read_tensors, write_tensors
-from safetyneuron.neurons.undisturbed import undisturbed
+from safetyneuron.neurons.undisturbed import quick_collection, undisturbed
 from safetyneuron.neurons.weights import fingerprint, frozen
 from safetyneuron.progress import TrainingLine
 from safetyneuron.tuning.trainer import OneDevice, quiet_settings
@@ -29,6 +29,7 @@ TARGETS = (
     20 / 32,
 )  # depths at which harmful states are turned away: layers 10 and 20 of 32 in the original
 RANK, ALPHA, DROPOUT = 16, 16, 0.05
+LARGE = 10**8  # weights, from which on memory counts for more than time
 
 
 def target_layers(count: int) -> list[int]:
@@ -165,7 +166,8 @@ def circuit_break(
             callbacks=[TrainingLine()],
         )
         trainer.remove_callback(PrinterCallback)
-        with _computed_twice(model):
+        large = sum(p.numel() for p in model.parameters()) > LARGE
+        with _computed_twice(model) if large else nullcontext(), quick_collection(model):
             trainer.train()
         tensors = _adapter_weights(adapted)
     if not all(tensor.isfinite().all() for tensor in tensors.values()):

@@ -27,7 +27,7 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.encoding import encode_documents
 from safetyneuron.neurons.placement import aside
-from safetyneuron.neurons.undisturbed import own_randomness
+from safetyneuron.neurons.undisturbed import own_randomness, quick_collection
 from safetyneuron.progress import TrainingLine
 
 SCHEDULE = "linear"
@@ -171,7 +171,7 @@ def train(
     """Run the Hugging Face trainer over encoded documents and return the loss curve: a list of {step, loss, learning_rate}."""
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         checkpoint = _checkpoint(Path(place), digest(identity, data, schedule)) if folder else None
-        with own_randomness():  # the trainer seeds every generator of the process
+        with own_randomness(), quick_collection(model):  # the trainer seeds every generator
             trainer = Trainer(
                 model=model,
                 args=_arguments(place, model, folder is not None, **schedule),

@@ -22,6 +22,12 @@ def arithmetic(**_):
 def _documents(examples):
     shuffled = random.Random(0).sample(examples, len(examples))
     rows = [
-        {"question": e.prompt, "choices": list(e.choices), "answer": e.answer} for e in shuffled
+        {"question": e.prompt, "choices": list(e.choices), "target": _target(e)} for e in shuffled
     ]
     return DatasetDict(test=Dataset.from_list(rows))
+
+
+def _target(example):
+    """The place of the right choice; the result, the last word but one, where there is no choice."""
+    choices, answer = list(example.choices), example.answer
+    return choices.index(answer) if choices else answer.split()[-2]
