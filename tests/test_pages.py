@@ -115,6 +115,15 @@ def test_the_site_holds_measurements_beside_every_table(site):
 
 
 @pytest.mark.book
+def test_a_chapter_says_how_long_its_own_run_took(site):
+    for path in (site / "stage" / "smoke" / "notebooks").glob("*.ipynb"):
+        seconds = executed.how(nbformat.read(path, 4))["seconds"]
+        said = f"{seconds} seconds" if seconds < 100 else f"{round(seconds / 60)} minutes"
+        page = (site / "html" / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
+        assert f"Ran for {said} when" in page, path.stem
+
+
+@pytest.mark.book
 def test_terms_show_their_definition_on_hover(site):
     page = (site / "html" / "book" / "index.html").read_text(encoding="utf-8")
     assert 'title="A neuron whose importance is high for every harmful prompt' in page

@@ -234,7 +234,7 @@ def glue_agreement(table, model):
         lowest = agreement_by_prompt(table, rule, projections)
         effect = estimate_mean(lowest.to_numpy()[None, None] - bar)
         found[key] = {model: Evidence(effect, margin_of(key))}
-        numbers[key] = f"lowest rank correlation {lowest.mean():.4g}"
+        numbers[key] = f"lowest rank correlation {lowest.mean():.3f}"
     glue_findings(found, numbers, model)
 
 
