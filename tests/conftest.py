@@ -173,15 +173,12 @@ def address(site):
     server.shutdown()
 
 
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("no browser: install Debian's chromium and chromium-driver")
+def open_chromium(profile):
+    """Chromium without a window, driven by selenium; profile: an empty folder."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = shutil.which("chromium")
     quiet = [
         "--headless=new",
         "--no-sandbox",
@@ -194,12 +191,22 @@ def browser(tmp_path_factory):
         *quiet,
         "--disable-component-update",
         "--disable-sync",
-        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+        f"--user-data-dir={profile}",
     ]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
+    )
     browser.set_script_timeout(120)  # axe on a long page, on a busy machine
+    return browser
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no browser: install Debian's chromium and chromium-driver")
+    browser = open_chromium(tmp_path_factory.mktemp("chromium"))
     yield browser
     browser.quit()
 

@@ -362,8 +362,7 @@ def describe_suite(tokenizer, language):
     for task, documents in {"facts": build.facts, "pairs": build.pairs}.items():
         asked[task] = [_choice(tokenizer, row) for row in _rows(documents)]
     asked["arithmetic"] = [
-        {"text": row["question"], "result": row["answer"].split()[-2]}
-        for row in _rows(build.arithmetic)
+        {"text": row["question"], "result": row["target"]} for row in _rows(build.arithmetic)
     ]
     for kind, items in asked.items():
         for i, item in enumerate(items):
@@ -382,7 +381,7 @@ def _choice(tokenizer, row):
     return {
         "text": row["question"],
         "choices": [one for (one,) in ids],
-        "right": row["choices"].index(row["answer"]),
+        "right": row["target"],
     }
 
 
