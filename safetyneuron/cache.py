@@ -34,6 +34,7 @@ def digest(*parts):
     ).hexdigest()[:20]
 
 
+@functools.cache
 def library_versions():
     """Versions of the libraries that can change a number, for cache keys."""
     return {

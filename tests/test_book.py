@@ -172,7 +172,7 @@ def test_every_chapter_has_the_same_skeleton(path):
     steps = [
         r"\*\*The (paper's )?(claims?|question)\.\*\*",
         r"\*\*In short\.\*\*",
-        r"\*Prerequisites: .*Runs? in|\*Prerequisites: .* runs in",
+        r"\*Prerequisites: .*\{ran\}`",
     ]
     steps += [
         r"^## Paper and here$",

@@ -4,6 +4,7 @@ from conftest import small_llama, small_model
 
 from safetyneuron import NeuronSet, SafetyNeuronError, load_prompts
 from safetyneuron.detectors.change_scores import ChangeScores, change_scores, completion_mask
+from safetyneuron.kept import contrast
 from safetyneuron.metrics import answers
 from safetyneuron.neurons.activations import activations, channel_means, mean_ablated
 from safetyneuron.neurons.patching import patched_generation
@@ -177,10 +178,9 @@ def test_a_completion_ends_with_its_end():
 
 
 def test_selection_takes_the_highest_scores_of_all_layers():
-    model = small_llama()
-    scores = ChangeScores(
-        model, torch.rand(2, 28, generator=torch.Generator().manual_seed(0)).double()
-    )
+    draw = torch.Generator().manual_seed(0)
+    empty = NeuronSet.empty(small_llama())
+    scores = ChangeScores(empty, torch.rand(2, 28, generator=draw).double())
     chosen = scores.select(0.25)
     assert len(chosen) == chosen.counts()["down"] == 14
     assert scores.values[chosen.masks["down"]].min() > scores.values[~chosen.masks["down"]].max()
@@ -237,4 +237,18 @@ def test_bad_input_is_refused(tokenizer):
     with pytest.raises(SafetyNeuronError, match="no prompts"):
         change_scores(recipient, donor, tokenizer, [])
     with pytest.raises(SafetyNeuronError, match="fraction is 2"):
-        ChangeScores(recipient, torch.rand(2, 28)).select(2)
+        ChangeScores(NeuronSet.empty(recipient), torch.rand(2, 28)).select(2)
+
+
+def test_change_scores_are_kept_and_read_from_a_file(tmp_path, monkeypatch, base, chat):
+    monkeypatch.setenv("SAFETYNEURON_CACHE", str(tmp_path))
+    case = base[0], chat[0], chat[1], load_prompts("organism/harmful")[:4]
+    made = contrast.change_scores(*case)
+    assert made.values.equal(change_scores(*case).values)
+    monkeypatch.setattr(contrast, "measure", None)  # nothing is computed again
+    read = contrast.change_scores(*case)
+    assert read.values.equal(made.values)
+    assert read.select(0.1).masks["down"].equal(made.select(0.1).masks["down"])
+    assert read.select(0.1).shapes == made.select(0.1).shapes
+    with pytest.raises(TypeError):
+        contrast.change_scores(*case, max_new_tokens=3)  # another question

@@ -32,9 +32,8 @@ def models():
 
 @pytest.fixture
 def scores(models):
-    return ChangeScores(
-        models[0], torch.rand(2, 28, generator=torch.Generator().manual_seed(0)).double()
-    )
+    draw = torch.Generator().manual_seed(0)
+    return ChangeScores(NeuronSet.empty(models[0]), torch.rand(2, 28, generator=draw).double())
 
 
 def test_restored_is_the_share_of_the_gap_that_is_closed():
@@ -154,7 +153,7 @@ def half_of(noise, seed=0, count=120):
 def test_a_safeguard_reads_what_a_neuron_knows_and_words_do_not(models):
     values = torch.rand(2, 28, generator=torch.Generator().manual_seed(0)).double()
     values[0, 5] = 2  # the neuron that knows has the highest score
-    scores = ChangeScores(models[0], values)
+    scores = ChangeScores(NeuronSet.empty(models[0]), values)
     learnt, tests = half_of(0.1), {"one": half_of(0.1, 1), "two": half_of(0.1, 2)}
     flagged = ch09_guard.compare(learnt, tests, scores, 3, sizes=(2, 20))
     assert ch09_guard.accuracy(flagged[ch09_guard.CHANGE, 2], tests).value > 0.95
@@ -181,7 +180,9 @@ def test_random_neurons_of_a_safeguard_lie_in_the_layers_of_the_chosen_ones(scor
 def test_a_guarded_model_answers_less_of_what_is_unsafe(monkeypatch):
     monkeypatch.delenv("SAFETYNEURON_CACHE")
     model, tokenizer = load_model("organism/llama-half")
-    scores = ChangeScores(model, torch.rand(6, 288, generator=torch.Generator().manual_seed(0)))
+    scores = ChangeScores(
+        NeuronSet.empty(model), torch.rand(6, 288, generator=torch.Generator().manual_seed(0))
+    )
     learnt = ch09_guard.ask(model, tokenizer, "organism/harmful", "train", 60, rule_cost)
     assert 0.2 < learnt.unsafe.mean() < 0.8 and learnt.features.shape == (60, 6 * 288)
     suite = Suite(("organism/unseen",), prompts=40)
@@ -335,7 +336,7 @@ def test_two_alignments_are_scored_on_one_set_and_patched_both_ways(models, toke
 
 def test_trainings_on_one_base_are_compared_and_trainings_of_other_bases_are_not(models, scores):
     draw = torch.Generator().manual_seed(1)
-    other = ChangeScores(models[0], torch.rand(2, 28, generator=draw).double())
+    other = ChangeScores(NeuronSet.empty(models[0]), torch.rand(2, 28, generator=draw).double())
     alike = ch09_tax.on_one_base({"aligned/one": [scores, scores, other], "organism/two": [scores] * 3})  # fmt: skip
     found = ch09_tax.agree(alike, 0.25)
     asked = {"aligned/one": {(0, 1), (0, 2), (1, 2)}, "organism/two": set()}

@@ -9,7 +9,7 @@ import torch
 
 from safetyneuron.book.claims import margin_of
 from safetyneuron.chapters.ch09_contrast import patched_rates
-from safetyneuron.detectors.change_scores import change_scores
+from safetyneuron.kept.contrast import change_scores
 from safetyneuron.metrics.estimates import Estimate, estimate_exact, estimate_pairs
 from safetyneuron.metrics.outcomes import Scores, estimate_change, estimate_rate
 from safetyneuron.metrics.suite import evaluate

@@ -10,6 +10,7 @@ from safetyneuron.memory import Batches
 from safetyneuron.metrics.safety import answer_length
 from safetyneuron.neurons.activations import activations
 from safetyneuron.neurons.encoding import encode_prompts, pad
+from safetyneuron.neurons.files import read_tensors, write_tensors
 from safetyneuron.neurons.generation import generate
 from safetyneuron.neurons.patching import check_same_shape
 from safetyneuron.neurons.sets import NeuronSet
@@ -17,10 +18,23 @@ from safetyneuron.progress import steps
 
 
 class ChangeScores:
-    """How far the activations of two models differ, per neuron: a float tensor (layers, channels) in `values`."""
+    """How far the activations of two models differ, per neuron: a float tensor (layers, channels) in `values`.
 
-    def __init__(self, model, values):
-        self.empty, self.values = NeuronSet.empty(model), values
+    empty: the set without neurons, in the shape of the models.
+    """
+
+    def __init__(self, empty, values):
+        self.empty, self.values = empty, values
+
+    def save(self, path):
+        """Write a safetensors file."""
+        write_tensors(path, "change scores", {"values": self.values}, {"shapes": self.empty.shapes})
+
+    @classmethod
+    def load(cls, path):
+        """Read a file written by `save`."""
+        with read_tensors(path, "change scores", "remove it and score again") as (tensors, facts):
+            return cls(NeuronSet.from_cells(facts["shapes"], []), tensors["values"])
 
     def select(self, fraction):
         """The feed-forward neurons with the highest scores over all layers, as a set of channels of `down`.
@@ -107,7 +121,7 @@ def change_scores(model, aligned, tokenizer, prompts, max_new_tokens=None, batch
         for start in steps(range(0, len(encoded), batch_size), "change scores"):
             for _, (squares, tokens) in fitting(encoded[start : start + batch_size], differences):
                 total, count = total + squares, count + tokens
-    return ChangeScores(model, (total / count).sqrt())
+    return ChangeScores(NeuronSet.empty(model), (total / count).sqrt())
 
 
 def _apart(first, second, written):

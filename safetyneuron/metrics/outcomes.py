@@ -8,6 +8,7 @@ of both (`estimate_mean`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -44,13 +45,24 @@ class Scores(Mapping):
     """
 
     def __init__(self, table: pd.DataFrame):
-        self.table = table
-        sets = table[["kind", "set"]].drop_duplicates()
-        self._keys = [
+        self.table, self._parts = table, {}
+
+    @cached_property
+    def _keys(self):
+        sets = self.table[["kind", "set"]].drop_duplicates()
+        return [
             (measure, name)
             for measure, (kind, _) in MEASURES.items()
             for name in sets.loc[sets["kind"] == kind, "set"]
         ]
+
+    def part(self, kind, names):
+        """What was asked of a kind in some sets, as tuples (set, item, cluster), and the outcome of each; kept, for a page asks for it many times."""
+        if (kind, names) not in self._parts:
+            rows = self.table[(self.table["kind"] == kind) & self.table["set"].isin(names)]
+            asked = tuple(rows[["set", "item", "cluster"]].itertuples(index=False, name=None))
+            self._parts[kind, names] = asked, list(rows["outcome"])
+        return self._parts[kind, names]
 
     def __getitem__(self, key) -> Estimate:
         if key not in self._keys:
@@ -158,10 +170,9 @@ def _values(runs, measure, names):
     parts, labels = [], set()
     for draws in runs:
         for scores in draws:
-            table = scores.table
-            rows = table[(table["kind"] == kind) & table["set"].isin(names)]
-            labels.add(tuple(rows[["set", "item", "cluster"]].itertuples(index=False, name=None)))
-            parts.append([counts(outcome) for outcome in rows["outcome"]])
+            asked, outcomes = scores.part(kind, names)
+            labels.add(asked)
+            parts.append([counts(outcome) for outcome in outcomes])
     if len(labels) != 1 or len({len(draws) for draws in runs}) != 1:
         raise SafetyNeuronError(
             f"{measure} of {', '.join(names)} was not asked alike in every training and draw"
