@@ -59,7 +59,10 @@ def main(stage, *pages):
 
 
 def show_first(done, *files):
-    """A site of the chapters that have run, without the pages that need all of them; links to those lead nowhere yet."""
+    """A site of the chapters that have run, without the pages that need all of them; links to those lead nowhere yet. Where a whole site is there to read, none is made."""
+    if (SITE / "index.html").exists():
+        Path(done).touch()
+        return
     work = Path("_build/early")
     shutil.rmtree(work, ignore_errors=True)
     for file in files:
