@@ -191,6 +191,11 @@ def _blank(tensor):
     )
 
 
+def imagine(tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of the shape of a real one."""
+    return tensor if isinstance(tensor, FakeTensor) else _FAKE.from_tensor(tensor)
+
+
 def invented(tensor: torch.Tensor) -> torch.Tensor:
     """A real tensor of the shape of a fake one: positive random numbers, without touching the global random state."""
     draw = torch.Generator().manual_seed(tensor.numel())

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.optimization import Adafactor
 
 from safetyneuron.alignment import ia3
 from safetyneuron.attacks import GCG, AutoDAN, Request, rewriters
@@ -35,7 +36,7 @@ from safetyneuron.neurons.architecture import Architecture
 from safetyneuron.neurons.encoding import encode_prompts
 from safetyneuron.neurons.patching import patched_generation
 from safetyneuron.neurons.sets import NeuronSet
-from safetyneuron.run.imagined import GPU, Cost, Meter, imagining
+from safetyneuron.run.imagined import GPU, Cost, Meter, imagine, imagining
 from safetyneuron.tuning.circuit_breaker import circuit_break
 from safetyneuron.tuning.sn_tune import sn_tune
 from safetyneuron.tuning.trainer import fine_tune
@@ -208,15 +209,24 @@ def fine_tuning(subject: Subject) -> Loop:
         documents = subject.documents(8 * count)
         fine_tune(subject.model, subject.tokenizer, documents, **options)
 
-    return subject.trained(run)
+    product = (
+        Adafactor._approx_sq_grad
+    )  # of state that is made anew, and real: it would be computed
+
+    def imagined(*factors):
+        return product(*(imagine(factor) for factor in factors))
+
+    with mock.patch.object(Adafactor, "_approx_sq_grad", staticmethod(imagined)):
+        return subject.trained(run)
 
 
 def rerouting(subject: Subject) -> Loop:
     """`circuit_break`."""
-    documents = subject.documents(16)
+    documents, half = subject.documents(16), subject.settings.get("half", False)
 
     def run(count):
-        circuit_break(subject.model, subject.tokenizer, documents, documents, steps=count)
+        both = subject.model, subject.tokenizer, documents, documents
+        circuit_break(*both, steps=count, half=half)
 
     return subject.trained(run)
 

@@ -128,6 +128,7 @@ def circuit_break(
     batch_size: int = 16,
     strength: float = 10.0,
     seed: int = 0,
+    half: bool = False,
 ) -> CircuitBreaker:
     """Train adapters that turn the states on harmful documents away from what they were and keep all others (Zou et al. 2024).
 
@@ -137,6 +138,8 @@ def circuit_break(
         `prompt` and `completion`: harmful requests with the answers to make impossible, and what is to stay as it is.
     steps, learning_rate, batch_size, strength : int, float
         The original's values: 150, 1e-4, 16 documents of each kind, and 10 for Llama (5 for Mistral). The rate falls to 0 linearly.
+    half : bool, optional
+        Compute in bfloat16 (autocast), as the original does; adapters keep the precision of the weights.
 
     Returns
     -------
@@ -160,7 +163,7 @@ def circuit_break(
             target_layers(model.config.get_text_config().num_hidden_layers),
             strength,
             model=adapted,
-            args=_arguments(folder, model, steps, learning_rate, batch_size, seed),
+            args=_arguments(folder, model, steps, learning_rate, batch_size, seed, half),
             train_dataset=_pairs(*encoded, steps * batch_size, seed),
             data_collator=lambda rows: _collate(rows, tokenizer),
             callbacks=[TrainingLine()],
@@ -295,7 +298,7 @@ def _states(model, inputs, layers):
     return torch.stack([harmful[layer] for layer in layers]), torch.stack(others)
 
 
-def _arguments(folder, model, steps, learning_rate, batch_size, seed):
+def _arguments(folder, model, steps, learning_rate, batch_size, seed, half):
     return OneDevice(
         max_steps=steps,
         learning_rate=learning_rate,
@@ -303,5 +306,6 @@ def _arguments(folder, model, steps, learning_rate, batch_size, seed):
         lr_scheduler_type="linear",
         weight_decay=0.0,
         remove_unused_columns=False,
+        bf16=half,
         **quiet_settings(folder, model, seed),
     )
