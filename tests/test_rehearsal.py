@@ -45,6 +45,7 @@ SHAPE = dict(
     max_position_embeddings=512,
 )
 RANK, RULE = {"lora_rank": 8}, {"rule": "attribution/mean"}
+FIRST = {"rule": "first_order"}
 LITTLE = {"optimizer": "adafactor", "half": True}
 
 
@@ -91,6 +92,13 @@ CASES = {  # stage -> (items, tokens, new tokens, settings, what really runs)
         0,
         {},
         lambda s, n: measure_importance(s.model, s.tokenizer, s.prompts(n)),
+    ),
+    "importance, first order": (
+        8,
+        64,
+        0,
+        FIRST,
+        lambda s, n: measure_importance(s.model, s.tokenizer, s.prompts(n), "first_order"),
     ),
     "answering": (8, 64, 40, {}, lambda s, n: answers(s.model, s.tokenizer, s.prompts(n), s.new)),
     "patched_answering": (8, 64, 30, {}, patched),

@@ -147,8 +147,11 @@ def _silent():
 
 
 def importance(subject: Subject, batch: int) -> Cost:
-    """`measure_importance` of one batch; of the groups of heads, whose rows of q and k `exact` measures one after the other, one is run, on as many prompts as it takes at once."""
+    """`measure_importance` of one batch; of the groups of heads, whose rows of q and k `exact` measures one after the other, one is run, on as many prompts as it takes at once; of the layers of other rules two."""
     rule, config = subject.settings.get("rule", "exact"), subject.model.config
+    if rule != "exact":
+        one, two = (_scored(subject, batch, rule, layers) for layers in (1, 2))
+        return one + difference(two, one).times(config.num_hidden_layers - 1)
     groups = config.num_key_value_heads
     width = Architecture(subject.model).widths["k"] // groups
     maps = 4 * config.num_attention_heads // groups * subject.tokens**2
@@ -164,12 +167,23 @@ def importance(subject: Subject, batch: int) -> Cost:
         with mock.patch.object(Recorder, "wanted_in", wanted):
             return subject.measured(lambda: measure_importance(*some, progress=False))
 
-    whole = measure(batch, 0)
-    if rule != "exact":
-        return whole
-    one, none = measure(few, 1), measure(few, 0)
+    whole, one, none = measure(batch, 0), measure(few, 1), measure(few, 0)
     every = difference(one, none).times(batch / few * config.num_hidden_layers * groups)
     return whole + replace(every, peak=whole.peak + one.peak - none.peak)
+
+
+def _scored(subject, batch, rule, layers):
+    """The cost of a rule whose attention scores are computed in the first layers only, and read from the last of these in all others."""
+    score, found = Recorder._attention_scores, []
+
+    def first_layers(recorder, layer, attention):
+        if layer < layers:
+            found.append(score(recorder, layer, attention))
+        return found[-1]
+
+    some = subject.model, subject.tokenizer, subject.prompts(batch), rule
+    with mock.patch.object(Recorder, "_attention_scores", first_layers):
+        return subject.measured(lambda: measure_importance(*some, progress=False))
 
 
 def written(subject: Subject, run: Callable, new: int) -> Cost:
