@@ -518,7 +518,9 @@ def _costs(jobs, gpu, cores):
     if len(groups) == 1:
         return dict(zip(jobs, _cost_each(jobs, gpu)))
     largest_first = sorted(groups.values(), key=len, reverse=True)
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}  # a process a core
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cores, context, **one_thread) as pool:
         found = list(pool.map(_cost_each, largest_first, [gpu] * len(groups)))
     return {
         job: cost for some, costs in zip(largest_first, found) for job, cost in zip(some, costs)
