@@ -29,7 +29,7 @@ from safetyneuron.neurons.activations import channel_means
 from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.run import preflight, rehearsal, stages
 from safetyneuron.run.editions import read_edition
-from safetyneuron.run.imagined import GPUS, Meter, imagine_model
+from safetyneuron.run.imagined import GPUS, Meter, imagine_model, weight_bytes
 from safetyneuron.run.stages import PATCHED, Subject
 from safetyneuron.tuning.circuit_breaker import circuit_break
 from safetyneuron.tuning.trainer import fine_tune
@@ -188,7 +188,7 @@ def test_a_stage_costs_what_a_real_run_of_a_small_shape_costs(name, monkeypatch)
     loop = stage.__name__ in rehearsal.LOOPS
     cost = stage(imagined).turns(count) if loop else stage(imagined, count)
     there = subject(real_model, tokens, new, settings)
-    weights = 2 * rehearsal.weight_bytes(there.model)
+    weights = 2 * weight_bytes(there.model)
     operations, peak = really(lambda: run(there, count), weights)
     assert cost.operations == pytest.approx(operations, rel=0.1)
     assert cost.peak == pytest.approx(peak, rel=0.1)
@@ -197,7 +197,7 @@ def test_a_stage_costs_what_a_real_run_of_a_small_shape_costs(name, monkeypatch)
 def test_fine_tuning_makes_room_for_the_copy_by_putting_the_model_aside(monkeypatch):
     def peak():
         case = subject(lambda: imagine_model(SHAPE, torch.float32), 64, 30, LITTLE)
-        return stages.fine_tuning(case).turns(5).peak, rehearsal.weight_bytes(case.model)
+        return stages.fine_tuning(case).turns(5).peak, weight_bytes(case.model)
 
     moved, weights = peak()
     monkeypatch.setattr(Meter, "without", lambda *_: nullcontext())
@@ -266,7 +266,7 @@ def test_a_batch_is_halved_until_it_fits():
         return small.cost(job)
 
     model = imagine_model(SHAPE, torch.float32)
-    whole, halved = cost(gpu.memory), cost(int(1.5 * rehearsal.weight_bytes(model)))
+    whole, halved = cost(gpu.memory), cost(int(1.5 * weight_bytes(model)))
     assert halved.peak < whole.peak and halved.operations == pytest.approx(whole.operations)
 
 

@@ -13,17 +13,26 @@ def is_split(model: nn.Module) -> bool:
 
 
 @contextmanager
-def awake(*models: nn.Module) -> Iterator[None]:
-    """Models are on the GPU for the length of a `with` block, and in main memory afterwards."""
-    moved = [m for m in models if torch.cuda.is_available() and not is_split(m)]
+def _moved(models, there, back):
+    """Models lie on one device for the length of a `with` block, and on another afterwards."""
     try:
-        for model in moved:
-            model.to("cuda")
+        for model in models:
+            model.to(there)
         yield
     finally:
-        for model in moved:
-            model.to("cpu")
-        if moved:
+        for model in models:
+            model.to(back)
+
+
+@contextmanager
+def awake(*models: nn.Module) -> Iterator[None]:
+    """Models are on the GPU for the length of a `with` block, and in main memory afterwards."""
+    whole = [m for m in models if torch.cuda.is_available() and not is_split(m)]
+    try:
+        with _moved(whole, "cuda", "cpu"):
+            yield
+    finally:
+        if whole:
             torch.cuda.empty_cache()
 
 
@@ -31,13 +40,8 @@ def awake(*models: nn.Module) -> Iterator[None]:
 def aside(*models: nn.Module) -> Iterator[None]:
     """Models that lie on the GPU are in main memory for the length of a `with` block."""
     there = [m for m in models if next(m.parameters()).is_cuda and not is_split(m)]
-    try:
-        for model in there:
-            model.to("cpu")
+    with _moved(there, "cpu", "cuda"):
         yield
-    finally:
-        for model in there:
-            model.to("cuda")
 
 
 @contextmanager

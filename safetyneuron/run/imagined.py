@@ -94,7 +94,7 @@ class Meter(TorchDispatchMode):
     @contextlib.contextmanager
     def without(self, *models) -> Iterator[None]:
         """Weights of these models count as put aside for the length of a `with` block."""
-        moved = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+        moved = sum(map(weight_bytes, models))
         self.live -= moved
         try:
             yield
@@ -161,6 +161,11 @@ class Meter(TorchDispatchMode):
         self.cost.traffic += traffic
         self.cost.kernels += 1
         self.cost.seconds += self.gpu.seconds(operations, traffic, wide)
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's weights."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:

@@ -13,8 +13,8 @@ from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import local_model
 from safetyneuron.run import executed
 from safetyneuron.run.editions import items_of
-from safetyneuron.run.imagined import GPUS, SHARE, imagine_model
-from safetyneuron.run.rehearsal import USABLE, rehearse, shape_of, weight_bytes
+from safetyneuron.run.imagined import GPUS, SHARE, imagine_model, weight_bytes
+from safetyneuron.run.rehearsal import USABLE, rehearse, shape_of
 
 MODEL_PARAMETERS = (*executed.MODEL_PARAMETERS, "bases", "attacker", "cost_model", "judge")
 SETS = sources.PROMPTS | sources.DOCUMENTS | sources.PREFERENCES | sources.TEXTS

@@ -25,7 +25,7 @@ from safetyneuron.metrics.safety import ANSWER
 from safetyneuron.models import trainings_of
 from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.run import stages
-from safetyneuron.run.imagined import GPU, Cost, imagine_model
+from safetyneuron.run.imagined import GPU, Cost, imagine_model, weight_bytes
 from safetyneuron.run.stages import Loop, Subject
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -162,11 +162,6 @@ class Rehearsal:
             share = max(0.0, (room - held) / (peak + beside - held))  # of it that has room
             while batch > 1 and share < 1:
                 batch, share = batch // 2, 2 * share
-
-
-def weight_bytes(model) -> int:
-    """Bytes of a model's weights."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def updates_of(documents: int) -> int:

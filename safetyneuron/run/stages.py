@@ -59,6 +59,11 @@ class Subject:
     settings: dict = field(default_factory=dict)
     other: PreTrainedModel | None = None  # the donor, the aligned partner, the base model
 
+    @property
+    def options(self) -> dict:
+        """The settings that are options of what a stage runs; how much is taken at once is not."""
+        return {name: value for name, value in self.settings.items() if name != "at_once"}
+
     def prompts(self, count: int) -> list[str]:
         """So many different prompts of the length asked for."""
         words = [word for word in self.tokenizer.get_vocab() if word.isalpha()][:1000]
@@ -217,15 +222,12 @@ def tuning(subject: Subject) -> Loop:
 
 def fine_tuning(subject: Subject) -> Loop:
     """`fine_tune` on a copy of the model, an update 8 documents."""
-    options = {k: value for k, value in subject.settings.items() if k != "at_once"}
 
     def run(count):
         documents = subject.documents(8 * count)
-        fine_tune(subject.model, subject.tokenizer, documents, **options)
+        fine_tune(subject.model, subject.tokenizer, documents, **subject.options)
 
-    product = (
-        Adafactor._approx_sq_grad
-    )  # of state that is made anew, and real: it would be computed
+    product = Adafactor._approx_sq_grad  # its factors are made anew, and real: it would be computed
 
     def imagined(*factors):
         return product(*(imagine(factor) for factor in factors))
@@ -236,11 +238,10 @@ def fine_tuning(subject: Subject) -> Loop:
 
 def rerouting(subject: Subject) -> Loop:
     """`circuit_break`."""
-    documents, half = subject.documents(16), subject.settings.get("half", False)
+    both = [subject.documents(16)] * 2
 
     def run(count):
-        both = subject.model, subject.tokenizer, documents, documents
-        circuit_break(*both, steps=count, half=half)
+        circuit_break(subject.model, subject.tokenizer, *both, steps=count, **subject.options)
 
     return subject.trained(run)
 

@@ -6,7 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -169,17 +169,15 @@ def circuit_break(
             callbacks=[TrainingLine()],
         )
         trainer.remove_callback(PrinterCallback)
-        large = sum(p.numel() for p in model.parameters()) > LARGE
-        with _computed_twice(model) if large else nullcontext(), quick_collection(model):
+        with _computed_twice(model), quick_collection(model):
             trainer.train()
         tensors = _adapter_weights(adapted)
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise SafetyNeuronError(
             "the adapters hold numbers that are not finite: lower the learning rate or load the model in a wider dtype"
         )
-    return CircuitBreaker(
-        tensors, before, {"seconds": time.monotonic() - started, "curve": trainer.curve}
-    )
+    facts = {"seconds": time.monotonic() - started, "curve": trainer.curve}
+    return CircuitBreaker(tensors, before, facts)
 
 
 def _check_positive(**numbers):
@@ -213,12 +211,13 @@ def _adapted(model, seed):
 
 @contextmanager
 def _computed_twice(model):
-    """Layers are computed again for their gradients, as transformers' layers can, for the length of a `with` block: kept, they fill a GPU."""
+    """Layers of a large model are computed again for their gradients, as transformers' layers can, for the length of a `with` block: kept, they fill a GPU."""
     again = {
         "gradient_checkpointing": True,
         "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False),
     }
-    layers = Architecture(model).layers
+    large = sum(p.numel() for p in model.parameters()) > LARGE
+    layers = Architecture(model).layers if large else []
     before = [
         {name: vars(layer)[name] for name in again if name in vars(layer)} for layer in layers
     ]
