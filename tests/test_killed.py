@@ -139,7 +139,7 @@ def content(path):
 
 CLOCK = (
     r"\b\d+(\.\d)?(?= s\b)",  # prose: 1.3 s
-    r"(?<=Ran for )\d+ (seconds|minutes)",  # at the top of a chapter
+    r"(?<=This page ran for )\d+ (seconds|minutes)",  # at the top of a chapter
     r"\b\d+(?= (×|\\u00d7))",  # cost as a multiple of a forward pass
     r"(?<=>)\d+(\.\d)?(?=</p></td>|</td>)",  # cells of a table that hold nothing but a number: seconds and forward passes
     r"(?<=: )\d+\.\d(?=\n|</td>|\\n)",  # the page of all cells

@@ -120,7 +120,7 @@ def test_a_chapter_says_how_long_its_own_run_took(site):
         seconds = executed.how(nbformat.read(path, 4))["seconds"]
         said = f"{seconds} seconds" if seconds < 100 else f"{round(seconds / 60)} minutes"
         page = (site / "html" / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
-        assert f"Ran for {said} when" in page, path.stem
+        assert f"This page ran for {said} when" in page, path.stem
 
 
 @pytest.mark.book
