@@ -1,5 +1,8 @@
 """One departure of the released code at a time: each score by hand, and what the departures do together."""
 
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import small_llama, small_model
@@ -17,10 +20,12 @@ from safetyneuron.chapters.chA1_oracle import (
     gradient_norms,
     per_layer_kept,
     rank_agreement,
+    rules_scatter,
     released_differences,
 )
 from safetyneuron.data.prompts import load_prompts
-from safetyneuron.importance.recorder import recording
+from safetyneuron.importance.recorder import RULES, recording
+from safetyneuron.neurons.architecture import PROJECTIONS
 from safetyneuron.neurons.encoding import encode_documents
 
 
@@ -79,6 +84,26 @@ def test_effects_start_where_the_rules_stand(chat):
             agreement.loc[projection, "paper"], abs=1e-3
         )
     assert effects.loc[("q", "root"), "kept"] == 1 and effects.loc[("k", "index"), "kept"] < 0.5
+
+
+def test_the_scatter_has_a_panel_for_every_rule_and_nothing_else_and_few_ticks():
+    values = np.geomspace(1e-4, 3e2, 200)
+    columns = dict.fromkeys(("brute force", *RULES), values)
+    parts = [pd.DataFrame(columns).assign(projection=p, prompt=0) for p in PROJECTIONS]
+    panels = rules_scatter(pd.concat(parts, ignore_index=True)).figure.axes
+    titles = [axes.get_title() for axes in panels]
+    assert titles == [
+        f"{p}: {rule.replace('_', ' ')}" for rule in RULES for p in ("q", "k", "v", "up")
+    ]
+    for axes in panels:
+        (diagonal,) = axes.lines
+        assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
+        for ticks, (low, high) in (
+            (axes.get_xticks(), axes.get_xlim()),
+            (axes.get_yticks(), axes.get_ylim()),
+        ):
+            assert 2 <= sum(low <= tick <= high for tick in ticks) <= 3
+    plt.close("all")
 
 
 def test_selections_by_hand(model):

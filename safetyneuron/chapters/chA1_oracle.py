@@ -7,6 +7,7 @@ from itertools import islice
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 from transformers import DataCollatorForSeq2Seq
 
 from safetyneuron.book.claims import margin_of
@@ -102,22 +103,23 @@ def effects(scores, table):
     Returns
     -------
     pandas.DataFrame
-        Index (projection, difference); columns printed and changed (Spearman correlation with brute force) and kept
+        Index (projection, difference); columns printed and changed (Spearman correlation with brute force, mean over prompts) and kept
         (share of the highest tenth by the printed formula that is still there).
     """
     rows = {}
     for (projection, name), values in scores.items():
         if name != PRINTED:
-            truth = table[table["projection"] == projection]["brute force"].reset_index(drop=True)
+            beside = table[table["projection"] == projection].reset_index(drop=True)
             printed, changed = (
                 pd.Series(x.flatten().double().cpu().numpy())
                 for x in (scores[projection, PRINTED], values)
             )
             best, count = (
                 (set(x.nlargest(round(TOP * len(x))).index) for x in (printed, changed)),
-                round(TOP * len(truth)),
+                round(TOP * len(beside)),
             )
-            correlations = [x.corr(truth, "spearman") for x in (printed, changed)]
+            both = beside[["prompt", "brute force"]].assign(printed=printed, changed=changed)
+            correlations = _by_prompt(both)[["printed", "changed"]].mean()
             rows[projection, name] = [*correlations, len(set.intersection(*best)) / count]
     return pd.DataFrame(rows, index=["printed", "changed", "kept"]).T
 
@@ -201,29 +203,43 @@ def released_differences(model, tokenizer, prompts, table):
     return effects(scores, table)
 
 
+def _by_prompt(scores):
+    """Spearman correlation with brute force on every prompt, a column each of the others. scores: columns prompt, `brute force` and others."""
+    each = scores.groupby("prompt").corr("spearman")
+    return each.xs("brute force", level=-1).drop(columns="brute force")
+
+
 def rank_agreement(table):
-    """Spearman correlation of each rule with brute force, per projection; NaN where a rule does not score it."""
-    numbers = table.drop(columns="prompt")
-    scored = {p: rows.drop(columns="projection") for p, rows in numbers.groupby("projection")}
-    rows = {p: scored[p].corr("spearman")["brute force"].drop("brute force") for p in PROJECTIONS}
+    """Spearman correlation of each rule with brute force, mean over prompts, per projection; NaN where a rule does not score it."""
+    parts = table.groupby("projection")
+    rows = {
+        p: _by_prompt(parts.get_group(p).drop(columns="projection")).mean() for p in PROJECTIONS
+    }
     return pd.DataFrame(rows).T.rename_axis("projection")
 
 
 def agreement_by_prompt(table, rule, projections):
     """Lowest rank correlation of a rule with brute force over projections, for every prompt."""
-    chosen = table[table["projection"].isin(projections)]
-    each = chosen.groupby(["prompt", "projection"])[[rule, "brute force"]].corr("spearman")
-    return each.xs("brute force", level=-1)[rule].groupby("prompt").min()
+    parts = table[["prompt", "projection", "brute force", rule]].groupby("projection")
+    each = [_by_prompt(parts.get_group(p).drop(columns="projection"))[rule] for p in projections]
+    return pd.concat(each, axis=1).min(axis=1)
 
 
-def glue_rules(overlap, attention):
-    """Glue each rule's overlap with brute force at the top, and its lowest rank correlation on q and k."""
-    glue_text(**{f"overlap_{rule}": f"{share:.0%}" for rule, share in overlap.items()})
-    glue_text(**{f"qk_{rule}": f"{attention[rule].min():.2f}" for rule in attention})
+def glue_rules(overlap, agreement):
+    """Glue each rule's overlap with brute force at the top, and its rank correlation by projection. agreement: of `rank_agreement`."""
+    glue_text(**{f"overlap_{rule}": f"{100 * share:.0f} %" for rule, share in overlap.items()})
+    glue_text(**{f"qk_{rule}": tell_agreement(agreement, rule, ("q", "k")) for rule in RULES})
+    glue_text(by_projection=tell_agreement(agreement, "released", PROJECTIONS))
 
 
-def glue_agreement(table, model):
-    """Glue the chapter's findings: the agreement of three rules with brute force, over prompts."""
+def tell_agreement(agreement, rule, projections):
+    """The rank correlations of a rule as text, by projection, of those that it scores."""
+    found = agreement.loc[list(projections), rule].dropna()
+    return ", ".join(f"{p} {value:.2f}" for p, value in found.items())
+
+
+def glue_agreement(table, agreement, overlap, model):
+    """Glue the chapter's findings: the agreement of three rules with brute force, over prompts. agreement, overlap: of `rank_agreement` and `top_overlap`."""
     claims = {
         "closed-forms-exact": ("exact", PROJECTIONS, 0.999),
         "printed-form-close": ("paper", ("q", "k"), 0.9),
@@ -234,7 +250,10 @@ def glue_agreement(table, model):
         lowest = agreement_by_prompt(table, rule, projections)
         effect = estimate_mean(lowest.to_numpy()[None, None] - bar)
         found[key] = {model: Evidence(effect, margin_of(key))}
-        numbers[key] = f"lowest rank correlation {lowest.mean():.3f}"
+        told = f"lowest {lowest.mean():.2f}"
+        if len(projections) < len(PROJECTIONS):
+            told = tell_agreement(agreement, rule, projections)
+        numbers[key] = f"rank correlation {told}; finds {100 * overlap[rule]:.0f} % of the top"
     glue_findings(found, numbers, model)
 
 
@@ -277,22 +296,26 @@ def costs_table(costs):
 def glue_effects(effects):
     """Glue what each difference does, as `effect_PROJECTION_NAME`. effects: `differences.effects`."""
     for (projection, name), row in effects.iterrows():
-        text = f"{projection}: ρ {row['printed']:.2f} → {row['changed']:.2f}, {row['kept']:.0%} of the highest tenth stay"
+        text = f"{projection}: ρ {row['printed']:.2f} → {row['changed']:.2f}, {100 * row['kept']:.0f} % of the highest tenth stay"
         glue_text(**{f"effect_{projection}_{name}": text})
 
 
 def rules_scatter(table, projections=("q", "k", "v", "up")):
-    """Each rule against brute force, one row of panels per rule, one column per projection, on logarithmic axes."""
-    rules = [c for c in table.columns if c not in ("projection", "brute force")]
+    """Each rule against brute force, one row of panels per rule, one column per projection, on logarithmic axes; dashed: equal."""
     figure, panels = plt.subplots(
-        len(rules), len(projections), figsize=(8, 1.9 * len(rules)), sharex="col"
+        len(RULES), len(projections), figsize=(8, 1.9 * len(RULES)), sharex="col"
     )
-    for row, rule in zip(panels, rules):
+    for row, rule in zip(panels, RULES):
         for axes, projection in zip(row, projections):
             points = table[table["projection"] == projection].iloc[::7]
             axes.scatter(points["brute force"], points[rule], s=2, alpha=0.4, rasterized=True)
-            axes.set(xscale="log", yscale="log", title=f"{projection}: {rule}")
+            seen = points["brute force"][points["brute force"] > 0]  # no zero on a logarithmic axis
+            axes.plot(*[[seen.min(), seen.max()]] * 2, "--", color="black", linewidth=0.8)
+            axes.set(xscale="log", yscale="log", title=f"{projection}: {rule.replace('_', ' ')}")
             axes.title.set_fontsize(9)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(numticks=3))
+                axis.set_minor_locator(NullLocator())
     figure.supxlabel("brute force")
     figure.supylabel("rule")
     figure.tight_layout()

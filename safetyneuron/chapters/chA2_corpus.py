@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from safetyneuron.book import paper as reported
 from safetyneuron.book.claims import margin_of
@@ -21,7 +22,7 @@ def corpus_counts(profile, shares, reference, numbers=()):
     """
     rows, minimum = {}, profile.prefix[reference]
     total = sum(values.numel() for values in minimum.values())
-    ways = [(f"{share:.1%}", share) for share in shares]
+    ways = [(f"{100 * share:.1f} %", share) for share in shares]
     for way, share in ways + [(f"{number} neurons", number / total) for number in numbers]:
         inside = select_fraction(minimum, share)
         epsilon = min(minimum[p][mask].min() for p, mask in inside.masks.items() if mask.any())
@@ -82,6 +83,10 @@ def corpus_curve(counts, reported):
         xlabel="harmful prompts",
         ylabel="neurons, relative to 200 prompts",
     )
+    axes.set_xticks(list(counts.columns), [f"{size}" for size in counts.columns])
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.legend(fontsize=8)
     return axes
 
@@ -94,18 +99,18 @@ def lost_beyond(profile, share, reference):
 
 def losses_table(losses):
     """One column a training. losses: name of the training to share lost."""
-    shares = {name.removeprefix("organism/"): f"{share:.0%}" for name, share in losses.items()}
+    shares = {
+        name.removeprefix("organism/"): f"{100 * share:.0f} %" for name, share in losses.items()
+    }
     return pd.DataFrame([shares], index=["lost beyond 200 prompts"])
 
 
 def glue_corpus(losses, model):
     """Glue the chapter's finding. losses: name of the training to share lost."""
-    key, effect = (
-        "corpus-suffices",
-        estimate_exact(0.1 - np.array(list(losses.values()))),
-    )
+    lost = 100 * np.array(list(losses.values()))
+    key, effect = "corpus-suffices", estimate_exact(0.1 - lost / 100)
     glue_findings(
         {key: {model: Evidence(effect, margin_of(key))}},
-        {key: f"{min(losses.values()):.0%} to {max(losses.values()):.0%} are lost beyond 200"},
+        {key: f"{lost.min():.0f} to {lost.max():.0f} % are lost beyond 200"},
         name_runs({model: list(losses)}),
     )
