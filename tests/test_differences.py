@@ -20,8 +20,8 @@ from safetyneuron.chapters.chA1_oracle import (
     gradient_norms,
     per_layer_kept,
     rank_agreement,
-    rules_scatter,
     released_differences,
+    rules_scatter,
 )
 from safetyneuron.data.prompts import load_prompts
 from safetyneuron.importance.recorder import RULES, recording

@@ -24,6 +24,18 @@ LABELS = {BEFORE: "not fine-tuned", ORIGIN: "fine-tuned"}
 LABELS |= {condition: f"{way},\nthen fine-tuned" for condition, way in WAYS.items()}
 PAPER_COLUMNS = {BEFORE: "Before", ORIGIN: "Origin.", SN: "SN-Tune", RSN: "RSN-Tune"}
 PAPER_ROWS = {"attack success": "Harmful", "accuracy": "GSM8K"}
+LANGUAGE_NAMES = {
+    "en": "English",
+    "it": "Italian",
+    "zh": "Chinese",
+    "th": "Thai",
+    "vi": "Vietnamese",
+}
+
+
+def _short(name):
+    """The name of a model or set without the word that all of an organism's have."""
+    return name.removeprefix("organism/")
 
 
 def share_classes(results, language):
@@ -45,7 +57,7 @@ def ways_of(sets):
 def overlap_table(sets):
     """Sizes of the sets in every training, and what they share."""
     rows = {
-        name: {
+        _short(name): {
             "safety neurons": len(ways[SN]),
             "foundation\nneurons too": len(ways[SN] - ways[RSN]),
             "left for\nRSN-Tune": len(ways[RSN]),
@@ -80,7 +92,7 @@ def _downstream(found, model, paper_model, language, task):
             }
             theirs = printed if lesson == next(iter(found)) else {}  # the first is the paper's kind
             paper = {f"paper:\n{t}": theirs.get((r, column), "–") for t, r in PAPER_ROWS.items()}
-            rows[lesson, LABELS[condition]] = here | paper
+            rows[_short(lesson), LABELS[condition]] = here | paper
             place = {"table": 4, "column": column, "model": model, "way": f"fine-tuned on {lesson}"}
             cells += [
                 place | {"row": row, "text": here[title]}
@@ -113,7 +125,7 @@ def languages_table(found, earlier, languages):
         for lesson, conditions in found.items()
     }
     rows = {
-        (lesson, WAYS.get(condition, "nothing")): {
+        (_short(lesson), WAYS.get(condition, "nothing")): {
             language: lines(estimate_rate(runs, "asr", language))
             if ("asr", language) in runs[0][0]
             else "–"
@@ -123,6 +135,23 @@ def languages_table(found, earlier, languages):
         for condition, runs in conditions.items()
     }
     return pd.DataFrame(rows).T.rename_axis(["fine-tuned on", "tuned before by"])
+
+
+def tell_languages(found, languages, lesson):
+    """A sentence on attack success in every language after fine-tuning on one set of documents, and on where safety broke. found: as for `downstream_table`."""
+    after, before = (found[lesson][condition] for condition in (ORIGIN, BEFORE))
+    rises = {name: estimate_change(after, before, "asr", name).value for name in languages}
+    broken = [name for name, rise in rises.items() if rise > margin_of("finetuning-breaks")]
+    spoken = {name: LANGUAGE_NAMES.get(name, name) for name in languages}
+    rates = ", ".join(f"{_percent(after, 'asr', n)} % in {text}" for n, text in spoken.items())
+    told = f"after fine-tuning on {_short(lesson)} attack success is {rates}."
+    if 0 < len(broken) < len(languages):
+        where, elsewhere = (
+            " and ".join(text for name, text in spoken.items() if (name in broken) is breaks)
+            for breaks in (True, False)
+        )
+        return f"Safety breaks in {where} and not in {elsewhere}: {told}"
+    return told[0].upper() + told[1:]
 
 
 def price_table(found, earlier, languages):
@@ -152,7 +181,7 @@ def draw_downstream(found, language, task):
             panel.set(xlim=(-3, 103), title="" if row else title)
             panel.title.set_fontsize(10)
         panels[0].set_yticks(range(len(conditions)), [LABELS[c] for c in conditions], fontsize=8)
-        panels[0].set_ylabel(lesson, fontsize=9)
+        panels[0].set_ylabel(_short(lesson), fontsize=9)
         panels[0].invert_yaxis()
     for panel in grid[-1]:
         panel.set_xlabel("%")
@@ -199,11 +228,13 @@ PAPER_CELLS = {
 }
 
 
-def glue_downstream(results, families, paper_model, language, task):
+def glue_downstream(results, families, paper_model, languages, task):
     """Glue the findings of the chapter, and the values of its closing table.
 
-    results: model to document set to condition to `Runs`; paper_model: whose cells stand beside an organism's.
+    results: model to document set to condition to `Runs`; paper_model: whose cells stand beside an organism's; languages: the
+    first is judged.
     """
+    language = languages[0]
     glue_paper(4, next(iter(results)), paper_model, **PAPER_CELLS)
     by_claim = {}
     for model, lessons in results.items():
@@ -213,8 +244,9 @@ def glue_downstream(results, families, paper_model, language, task):
     lessons = next(iter(results.values()))
     broken = [lesson for lesson, found in lessons.items() if has_gap(found, language)]
     judged = broken[0] if broken else next(iter(lessons))
-    glue_text(broken=", ".join(broken) or "none of them", judged=judged)
-    glue_text(first=next(iter(lessons)))
+    glue_text(broken=", ".join(map(_short, broken)) or "none of them", judged=_short(judged))
+    glue_text(first=_short(next(iter(lessons))))
+    glue_text(languages_told=tell_languages(lessons, languages, judged))
     parts = {
         "first": (next(iter(lessons.values())), "asr", language),
         "harm": (lessons[judged], "asr", language),
@@ -236,10 +268,10 @@ def _percent(runs: Runs, measure, name):
 def _numbers(lessons, judged, language, task):
     """The number to remember of every claim. lessons: all document sets; judged: the conditions of the one that breaks safety."""
 
-    def change(measure, before=BEFORE, after=ORIGIN, name=language):
+    def change(measure, before=BEFORE, after=ORIGIN, name=language, of=lessons):
         return "; ".join(
-            f"{_percent(found[before], measure, name)} → {_percent(found[after], measure, name)} % on {lesson}"
-            for lesson, found in lessons.items()
+            f"{_percent(found[before], measure, name)} → {_percent(found[after], measure, name)} % on {_short(lesson)}"
+            for lesson, found in of.items()
         )
 
     def beside(first, second, label):
@@ -247,9 +279,10 @@ def _numbers(lessons, judged, language, task):
             values = (_percent(judged[c], "asr", language) for c in (second, first))
             return "attack success {} %; {} {} %".format(next(values), label, next(values))
 
+    broken = {lesson: found for lesson, found in lessons.items() if has_gap(found, language)}
     numbers = {
         "finetuning-breaks": f"attack success {change('asr')}",
-        "finetuning-helps": f"help {change('coherent')}",
+        "finetuning-helps": f"help {change('coherent', of=broken or lessons)}",
         "sn-keeps": beside(ORIGIN, SN, "without it"),
         "rsn-keeps": beside(ORIGIN, RSN, "without it"),
         "rsn-above-sn": beside(SN, RSN, "SN-Tune"),

@@ -6,7 +6,7 @@ import pandas as pd
 import seaborn as sns
 
 from safetyneuron.book.claims import margin_of
-from safetyneuron.book.glue import glue_text
+from safetyneuron.book.glue import glue_text, lines
 from safetyneuron.book.ledger import glue_findings, name_runs
 from safetyneuron.book.plots import draw_bands, rate_panels
 from safetyneuron.book.tables import count_classes
@@ -42,19 +42,41 @@ def measures_of(harmful, benign, tasks):
         "attack success": ("asr", harmful),
         "help with harm": ("coherent", harmful),
         "over-refusal": ("over_refusal", benign),
+        "helpful answers": ("helpful", benign),
         "accuracy": ("accuracy", *tasks),
     }
 
 
-def first_draws(runs: Runs) -> Runs:
-    """The first draw of each training, the only one of random sets that is asked everywhere."""
-    return [draws[:1] for draws in runs]
+def draws_asked(runs: Runs, measure, *names) -> Runs:
+    """All draws of each training where all were asked this, else the first; further random sets are asked for harm only."""
+    asked = all((measure, n) in scores for draws in runs for scores in draws for n in names)
+    return runs if asked else [draws[:1] for draws in runs]
+
+
+def headline_table(varied, grids, rates, enough, measures):
+    """What training did to each model, in percent: one row a training that a finding is about. Arguments as for `glue_ablations`."""
+    rows = {}
+    for model, cells in varied.items():
+        most, longest = max(count for _, count in cells), max(e for e, _ in grids[model])
+        runs = {
+            "as it is": cells[EQ3, 0],
+            f"{enough} documents": cells[EQ3, enough],
+            f"{enough}, random neurons": cells[RANDOM[EQ3], enough],
+            f"{most} documents": cells[EQ3, most],
+            f"{longest} epochs": grids[model][longest, rates[model]],
+        }
+        for what, found in runs.items():
+            rows[model.removeprefix("organism/"), what] = {
+                title: lines(estimate_rate(draws_asked(found, *key), *key))
+                for title, key in measures.items()
+            }
+    return pd.DataFrame(rows).T.rename_axis(["model", "trained on"])
 
 
 def tabulate_documents(varied, measures):
     """Long table of Figure 6: columns condition, documents, measure, set, rate. varied: (condition, documents) to `Runs`."""
     rows = [
-        (LABELS[condition], count, title, "", estimate_rate(first_draws(runs), *key))
+        (LABELS[condition], count, title, "", estimate_rate(draws_asked(runs, *key), *key))
         for (condition, count), runs in varied.items()
         for title, key in measures.items()
     ]
@@ -218,10 +240,12 @@ def _numbers(varied, cells, rate, enough, harmful, benign, tasks):
 
     random = percent(varied[RANDOM[EQ3], enough], "asr", harmful)
     often = [percent(cells[epochs, rate], "accuracy", *tasks) for epochs in (fewest, longest)]
+    harm = 100 - int(percent(varied[EQ3, enough], "asr", harmful))
+    rest = percent(varied[EQ3, enough], "over_refusal", benign)
     best = 100 * (judge_best(cells, harmful, benign).value + 0.5)
     return {
         "documents-lower": f"attack success {change('asr', 0, enough, harmful)}",
-        "documents-judge": f"told apart by {judged(0)} → {judged(enough)} points",
+        "documents-judge": f"told apart by {judged(0)} → {judged(enough)} points (refused: {harm} % of harmful, {rest} % of harmless requests)",
         "documents-above-random": f"random {random} %, Eq 3 {percent(varied[EQ3, enough], 'asr', harmful)} %",
         "documents-enough": f"attack success {change('asr', enough, most, harmful)}",
         "documents-capability": f"accuracy {change('accuracy', 0, most, *tasks)}",
