@@ -144,7 +144,7 @@ def tell_languages(found, languages, lesson):
     broken = [name for name, rise in rises.items() if rise > margin_of("finetuning-breaks")]
     spoken = {name: LANGUAGE_NAMES.get(name, name) for name in languages}
     rates = ", ".join(f"{_percent(after, 'asr', n)} % in {text}" for n, text in spoken.items())
-    told = f"after fine-tuning on {_short(lesson)} attack success is {rates}."
+    told = f"after fine-tuning on {lesson} attack success is {rates}."
     if 0 < len(broken) < len(languages):
         where, elsewhere = (
             " and ".join(text for name, text in spoken.items() if (name in broken) is breaks)
@@ -244,8 +244,8 @@ def glue_downstream(results, families, paper_model, languages, task):
     lessons = next(iter(results.values()))
     broken = [lesson for lesson, found in lessons.items() if has_gap(found, language)]
     judged = broken[0] if broken else next(iter(lessons))
-    glue_text(broken=", ".join(map(_short, broken)) or "none of them", judged=_short(judged))
-    glue_text(first=_short(next(iter(lessons))))
+    glue_text(broken=", ".join(broken) or "none of them", judged=judged)
+    glue_text(first=next(iter(lessons)))
     glue_text(languages_told=tell_languages(lessons, languages, judged))
     parts = {
         "first": (next(iter(lessons.values())), "asr", language),
@@ -270,7 +270,7 @@ def _numbers(lessons, judged, language, task):
 
     def change(measure, before=BEFORE, after=ORIGIN, name=language, of=lessons):
         return "; ".join(
-            f"{_percent(found[before], measure, name)} → {_percent(found[after], measure, name)} % on {_short(lesson)}"
+            f"{_percent(found[before], measure, name)} → {_percent(found[after], measure, name)} % on {lesson}"
             for lesson, found in of.items()
         )
 

@@ -102,7 +102,10 @@ def documents_curves(tables, measures):
     def draw(axes, rows):
         draw_bands(axes, rows, "condition", "documents")
 
-    return rate_panels(tables, {(title, ""): title for title in measures}, draw, "documents")
+    first = rate_panels(tables, {(title, ""): title for title in measures}, draw, "documents")
+    first.figure.set_size_inches(2.3 * len(measures), first.figure.get_figheight())
+    first.figure.tight_layout()  # five titles need more room than the usual width has
+    return first
 
 
 def draw_grids(tables, measures):

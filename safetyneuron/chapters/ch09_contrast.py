@@ -89,8 +89,8 @@ def _named(family, stages, trainings):
 
 
 def name_families(families, trainings):
-    """What the chapter ran on, as text."""
-    return name_runs({family: trainings_of(f"{family}-sft", trainings) for family in families})
+    """What the chapter ran on, as text, of each family."""
+    return {f: name_runs({f: trainings_of(f"{f}-sft", trainings)}) for f in families}
 
 
 def load_pair(first, second, dtype="auto"):
@@ -332,7 +332,10 @@ def change_scores_panels(scores, chosen):
         color=sns.color_palette(PALETTE)[0],
     )
     left.axvline(
-        100 * len(chosen) / len(values), color="grey", linestyle=":", label="patched below"
+        100 * len(chosen) / len(values),
+        color="grey",
+        linestyle=":",
+        label="patched: left of the line",
     )
     left.set(xscale="log", xlabel="feed-forward neurons (%)", ylabel="change score (RMS)")
     left.xaxis.set_major_formatter("{x:g}")
@@ -502,12 +505,12 @@ def weigh_restoration(runs, costs, family, fraction, harmful_set, benign_set, me
 
 
 def judge_patches(runs, costs, families, fraction, harmful_set, benign_set, measure):
-    """The evidence of every family for the claims about patching, and the numbers of the first: claim to family to evidence, claim to text."""
+    """The evidence of every family for the claims about patching, and the numbers of all: claim to family to evidence, claim to text."""
     found, asked = {}, (fraction, harmful_set, benign_set, measure)
     for family in families:
         for key, evidence in weigh_restoration(runs, costs, family, *asked).items():
             found.setdefault(key, {})[family] = evidence
-    return found, number_restoration(runs, costs, families[0], *asked)
+    return found, number_restoration(runs, costs, families, *asked)
 
 
 def weigh_skill(cases, tasks):
@@ -518,27 +521,34 @@ def weigh_skill(cases, tasks):
     }
 
 
-def number_restoration(runs, costs, family, fraction, harmful_set, benign_set, measure):
-    """The numbers to remember of the claims about patching, and the same glued for the table of claims."""
-    shares = {
-        condition: shares_closed(runs, costs, family, condition, fraction, harmful_set)
-        for condition in (CHANGE, RANDOM, LAST)
-    }
-    percent = {c: _whole(found[measure]) for c, found in shares.items()}
+def number_restoration(runs, costs, families, fraction, harmful_set, benign_set, measure):
+    """The numbers to remember of the claims about patching, family by family, and the same glued for the table of claims."""
+
+    def restored(condition, by=measure):
+        found = {
+            f: shares_closed(runs, costs, f, condition, fraction, harmful_set) for f in families
+        }
+        return _by_family({family: _whole(shares[by]) for family, shares in found.items()})
+
+    def helped(family):
+        ends = ((RECIPIENT, 0), (CHANGE, fraction))
+        rates = (estimate_rate(runs[family, *end], "helpful", benign_set) for end in ends)
+        return " → ".join(f"{100 * rate.value:.0f}" for rate in rates) + " %"
+
+    told = {condition: restored(condition) for condition in (CHANGE, RANDOM, LAST)}
     names = {CHANGE: "restored_chosen", RANDOM: "restored_random", LAST: "restored_last"}
-    glue_text(**{names[condition]: text for condition, text in percent.items()})
-    other = shares[CHANGE]["cost" if measure == "asr" else "asr"]
-    glue_text(restored_otherwise=_whole(other))
-    before, after = (
-        100 * estimate_rate(runs[family, condition, f], "helpful", benign_set).value
-        for condition, f in ((RECIPIENT, 0), (CHANGE, fraction))
-    )
+    glue_text(**{names[condition]: text for condition, text in told.items()})
+    glue_text(restored_otherwise=restored(CHANGE, "cost" if measure == "asr" else "asr"))
     return {
-        "patch-restores": f"safety restored: {percent[CHANGE]}",
-        "patch-above-random": f"safety restored by random neurons: {percent[RANDOM]}",
-        "patch-above-last": f"safety restored by random ones of the last layer: {percent[LAST]}",
-        "patch-keeps-help": f"helpful answers {before:.0f} → {after:.0f} %",
+        "patch-restores": f"safety restored: {told[CHANGE]}",
+        "patch-above-random": f"safety restored by random neurons: {told[RANDOM]}",
+        "patch-above-last": f"safety restored by random ones of the last layer: {told[LAST]}",
+        "patch-keeps-help": f"helpful answers: {_by_family({f: helped(f) for f in families})}",
     }
+
+
+def _by_family(texts):
+    return ", ".join(f"{f.removeprefix('organism/')} {text}" for f, text in texts.items())
 
 
 def number_price(cases, harmful, benign):
@@ -570,9 +580,16 @@ def glue_transfer(table):
         sum(found.interval[0] > wanted for found in gaps),
         sum(found.interval[1] < wanted for found in gaps),
     )
-    glue_text(
-        transferred=f"measurably more than 90 % on {more} of {len(gaps)} request sets with a gap, measurably less on {less}"
-    )
+    bar = f"{100 * wanted:.0f} %"
+    counted = f"measurably more than {bar} on {more} of {len(gaps)} request sets with a gap, measurably less on {less}"
+    shares = sorted(round(100 * found.value) for found in gaps)
+    if not gaps:
+        told = "On other requests there is no gap for the patch to close."
+    elif less == len(gaps):
+        told = f"On other requests the patch restores less than {bar} of safety: {shares[0]} to {shares[-1]} %."
+    else:
+        told = f"On other requests the patch restores {shares[0]} to {shares[-1]} % of safety, {counted}."
+    glue_text(transferred=counted, transfer_told=told)
 
 
 def glue_alone(single, recipient, kept, dropped):
@@ -588,4 +605,4 @@ def glue_alone(single, recipient, kept, dropped):
 def share_in_last_layer(neurons):
     """Share of a set of feed-forward neurons that lies in the last layer, as text."""
     mask = neurons.masks["down"]
-    return f"{mask[-1].sum().item() / mask.sum().item():.0%}"
+    return f"{100 * mask[-1].sum().item() / mask.sum().item():.0f} %"

@@ -154,8 +154,8 @@ def number_agreement(agreement):
         return {}
     shared, chance = _mean(pairs, "shared"), _mean(pairs, "chance")
     return {
-        "trainings-share": f"{shared:.0%} shared, by chance {chance:.0%}",
-        "trainings-mostly": f"{shared:.0%} shared, ρ {_mean(pairs, 'correlation'):.2f}",
+        "trainings-share": f"{100 * shared:.0f} % shared, by chance {100 * chance:.0f} %",
+        "trainings-mostly": f"{100 * shared:.0f} % shared, ρ {_mean(pairs, 'correlation'):.2f}",
     }
 
 
@@ -217,6 +217,20 @@ def _above_chance(taxes):
     return Estimate(beyond[0], max(taxes[0].spread, 1e-9), 1e6, 1)
 
 
+def tell_one_way(taxes, suite):
+    """A sentence where the harmless model helps with too little to lose anything that would count, so that the tax shows in one direction only; else empty."""
+    rates = {
+        measure: 100 * estimate_rate(_runs(taxes, HARMLESS), measure, suite.benign).value
+        for measure in ("over_refusal", "helpful")
+    }
+    if rates["helpful"] > 100 * margin_of("tax-paid"):
+        return ""
+    return (
+        f"The model that was trained for harmlessness alone refuses {rates['over_refusal']:.0f} % of the harmless requests "
+        f"and helps with {rates['helpful']:.0f} %, so “{TO_HARMLESS}” has no help to lose: the tax was tested in one direction only."
+    )
+
+
 def number_tax(taxes, suite):
     """The numbers to remember of the claims about the alignment tax."""
     (harmful,), benign = suite.harmful, suite.benign
@@ -233,7 +247,7 @@ def number_tax(taxes, suite):
         return f"{before:.0f} → {after:.0f} %"
 
     return {
-        "tax-shared": f"{shared:.0%} shared, by chance {chance:.0%}",
+        "tax-shared": f"{100 * shared:.0f} % shared, by chance {100 * chance:.0f} %",
         "tax-safer": f"attack success {moved('asr', harmful)}",
         "tax-paid": f"helpful answers {moved('helpful', benign)}",
     }

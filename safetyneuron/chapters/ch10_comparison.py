@@ -22,7 +22,7 @@ from safetyneuron.neurons.architecture import ATTENTION
 from safetyneuron.neurons.sets import NeuronSet
 
 RANDOM = "random"  # beside the keys of `DETECTORS`: sets of random units, the same for all rules
-EQ3, CONTRAST = "exact/eq3", "exact/contrast"
+EQ3, CONTRAST, SIGNED = "exact/eq3", "exact/contrast", "gradient/signed"
 
 
 def usable(case):
@@ -153,6 +153,49 @@ def estimate_mask(whole, masked, task_names, harmful_set):
     return estimate_mean(values["mask"], clusters)
 
 
+def tell_masks(upper, areas, families):
+    """A sentence a model on its learned mask: how many units it closes, its trade-off, and how many rules come higher.
+
+    upper, areas, families: model to `estimate_mask`, `estimate_areas` and the names of its trainings.
+    """
+    told = []
+    for model, mask in upper.items():
+        table, units = areas[model], len(mask_units(families[model][0]))
+        rules = [key for key in table.index if key != RANDOM and not key.startswith("control/")]
+        higher = sum(table.loc[key, "area"].value > mask.value for key in rules)
+        told.append(
+            f"on {model.removeprefix('organism/')} it closes {units} units and comes to {mask.value:.2f}; of {len(rules)} "
+            f"rules, which may close more, {higher or 'none'} score{'s' if higher < 2 else ''} higher"
+        )
+    return "; ".join(told) or "none of these models has one"
+
+
+def tell_odds(areas):
+    """A sentence on the rules that follow the odds of refusing, beside the contrast of harmful and harmless requests; empty where none ran. areas: of `estimate_areas`."""
+    rules = [k for k in areas.index if k in DETECTORS and DETECTORS[k].family == "gradient"]
+    if not rules:
+        return ""
+    top, contrast = (areas.loc[key, "area"].value for key in (rules[0], CONTRAST))
+    how = "do better still" if top > contrast else "do no better"
+    told = f"Rules that follow the odds of refusing {how}: the best of them, {label_of(rules[0])}, comes to {top:.2f}"
+    if SIGNED in rules[1:]:
+        alone = areas.loc[SIGNED, "area"].value
+        told += f"; {label_of(SIGNED)}, which sees harmful requests alone, to {alone:.2f}"
+    return f"{told}."
+
+
+def tell_widest(areas):
+    """A sentence on the rule whose trade-off differs most between models; empty of one model. areas: model to `estimate_areas`."""
+    if len(areas) < 2:
+        return ""
+    values = pd.DataFrame({m: table["area"].map(lambda a: a.value) for m, table in areas.items()})
+    widest = (values.max(axis=1) - values.min(axis=1)).idxmax()
+    each = " and ".join(
+        f"{v:.2f} on {m.removeprefix('organism/')}" for m, v in values.loc[widest].items()
+    )
+    return f"The models differ most by {label_of(widest)}: {each}."
+
+
 def judge_rules(areas, margin=0.1):
     """Whether each rule finds what refusal rests on better than random sets, corrected for the number of rules."""
     claims = {
@@ -181,12 +224,12 @@ def areas_table(areas, verdicts, detectors, budget, name):
     for key, row in areas.iterrows():
         detector = detectors.get(key)
         neurons = detector and detector.select(budget)
-        place = "–" if neurons is None else f"{neurons.share_in(ATTENTION, units=True):.0%}"
+        place = "–" if neurons is None else f"{100 * neurons.share_in(ATTENTION, units=True):.0f} %"
         rows[label_of(key)] = {
             "trade-off": lines_of(row["area"]),
             "better than random": verdicts[key].value if key in verdicts else "–",
             "in attention": place,
-            "found again": f"{shared[key]:.0%}" if key in shared else "–",
+            "found again": f"{100 * shared[key]:.0f} %" if key in shared else "–",
             "cost, in forward passes": f"{detector.passes:.0f} ×" if detector else "–",
         }
     return pd.DataFrame(rows).T.rename_axis("rule")
@@ -242,6 +285,7 @@ def _measures(harmful_set, benign_set, tasks):
         "attack success": ("asr", harmful_set),
         "help with harm": ("coherent", harmful_set),
         "over-refusal": ("over_refusal", benign_set),
+        "helpful answers": ("helpful", benign_set),
         "capability": ("accuracy", tasks[0]),
     }
 
@@ -342,25 +386,38 @@ def share_classes(found, keys, budgets, harmful_set):
 
 def help_of_best(found, budgets, harmful_set, measure="coherent"):
     """Help with each request when the best set of at most one percent is off, the set chosen on the other half: (trainings, 1, requests)."""
-    small = [i for i, budget in enumerate(budgets) if budget <= SMALL]
     trainings = len(next(iter(found.values())))
-    rows = []
-    for t in range(trainings):
-        harm = np.array(
-            [
-                outcomes_of(trials[t][0][i], measure, harmful_set)[0]
-                for key, trials in found.items()
-                if key != RANDOM
-                for i in small
-                if len(trials[t][0]) > i
-            ]
-        )
-        rows.append(score_best(harm))
+    rows = [
+        score_best(_small_sets(found, budgets, harmful_set, measure, t)[1])
+        for t in range(trainings)
+    ]
     return np.array(rows)[:, None]
 
 
-def glue_comparison(values, clusters, small, areas, families):
-    """Glue the chapter's findings and the numbers of its closing table. Each but families: model to its own."""
+def rules_of_best(found, budgets, harmful_set, measure="coherent"):
+    """Labels of the rules whose sets `help_of_best` chooses in the first training, on either half, as text."""
+    keys, harm = _small_sets(found, budgets, harmful_set, measure, 0)
+    halves = np.arange(harm.shape[1]) % 2
+    best = (keys[harm[:, halves != half].mean(1).argmax()] for half in (0, 1))
+    return " and ".join(dict.fromkeys(map(label_of, best)))
+
+
+def _small_sets(found, budgets, harmful_set, measure, training):
+    """The rule of every set of at most one percent, and outcomes without it: (sets, requests)."""
+    small = [i for i, budget in enumerate(budgets) if budget <= SMALL]
+    sets = [
+        (key, trials[training][0][i])
+        for key, trials in found.items()
+        if key != RANDOM
+        for i in small
+        if len(trials[training][0]) > i
+    ]
+    harm = [outcomes_of(scores, measure, harmful_set)[0] for _, scores in sets]
+    return [key for key, _ in sets], np.array(harm)
+
+
+def glue_comparison(values, clusters, small, named, areas, families):
+    """Glue the chapter's findings and the numbers of its closing table. named: of `rules_of_best`; all others: model to its own."""
     found = {m: weigh_claims(values[m], clusters[m], small[m]) for m in values}
     first = next(iter(values))
     table = areas[first]
@@ -372,7 +429,7 @@ def glue_comparison(values, clusters, small, areas, families):
     numbers = {
         "eq3-above-random": f"harm at kept capability, 0 to 1: {area(EQ3)}; random units {area(RANDOM)}",
         "contrast-above-eq3": f"harm at kept capability, 0 to 1: {area(CONTRAST)}; Eq 3 {area(EQ3)}",
-        "one-percent-breaks": f"help {100 * small[first].mean():.0f} % of the requests",
+        "one-percent-breaks": f"help {100 * small[first].mean():.0f} % of the requests, by {named}",
     }
     by_claim = {key: {m: evidence[key] for m, evidence in found.items()} for key in numbers}
     glue_findings(by_claim, numbers, name_runs(families))
@@ -382,4 +439,7 @@ def glue_comparison(values, clusters, small, areas, families):
         best_detector=label_of(top),
         area_random=area(RANDOM),
         best_small=f"{100 * small[first].mean():.0f}",
+        best_small_rule=named,
+        odds_told=tell_odds(table),
+        widest_told=tell_widest(areas),
     )

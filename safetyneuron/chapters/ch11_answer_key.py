@@ -190,8 +190,8 @@ def weigh_claims(planted: pd.DataFrame, single: dict[tuple, Scores], harmful: st
     }
 
 
-def glue_key(planted, breaking, single, whole, done, harmful) -> None:
-    """Glue the chapter's findings and the numbers that its prose quotes. single: as for `weigh_claims`; whole, done: for `weigh_own_claims`."""
+def glue_key(planted, breaking, single, own, whole, done, harmful) -> None:
+    """Glue the chapter's findings and the numbers that its prose quotes. single: as for `weigh_claims`; own, whole, done: for `own_claims_table`."""
     found = weigh_claims(planted, single, harmful) | weigh_own_claims(whole, done, harmful)
     summary = summarise_planted(planted)
     best = next(key for key in summary.index if compete(key))
@@ -215,19 +215,20 @@ def glue_key(planted, breaking, single, whole, done, harmful) -> None:
         "eq3-finds-planted": f"right for {auc(EQ3)} of the pairs; chance 0.50",
         "eq3-above-activity": f"right for {auc(EQ3)} of the pairs; importance on harmless requests for {auc(ACTIVITY)}",
         "contrast-finds-planted": f"right for {auc(CONTRAST)} of the pairs; chance 0.50",
-        "best-finds-planted": f"{label_of(best)}: {auc(best)}",
+        "best-finds-planted": f"{label_of(best)}: right for {auc(best)} of the pairs",
         "eq3-agrees-with-effects": agreement(EQ3),
         "contrast-agrees-with-effects": agreement(CONTRAST),
         **{
-            claim: f"{label_of(OWN_CLAIMS[claim][0])}: attack success "
-            f"{100 * scores['asr', harmful].value:.0f} %, help {100 * scores['coherent', harmful].value:.0f} %"
-            for claim, scores in done.items()
+            claim: _number_own_claim(len(own[claim].units()), whole, done[claim], harmful)
+            for claim in done
         },
         "second-set-breaks": "; ".join(f"{SHORT[n]}: {help_without_second(n)}" for n in SHORT),
     }
     trainings = planted["training"].nunique()
     glue_findings(
-        found, numbers, f"{trainings} trainings of each of three planted models, and {NATURAL}"
+        found,
+        numbers,
+        {"planted models": f"{trainings} trainings of each of three planted models"},
     )
     glue_text(
         auc_eq3=auc(EQ3),
@@ -235,6 +236,7 @@ def glue_key(planted, breaking, single, whole, done, harmful) -> None:
         auc_activity=auc(ACTIVITY),
         auc_best=auc(best),
         best_rule=label_of(best),
+        best_told=tell_best(label_of(best), needed[best], needed[MASK]),
         needed_mask=f"{needed[MASK]:.0f}",
         needed_greedy=shown_count(needed[GREEDY]),
         needed_eq3=shown_count(needed[EQ3]),
@@ -244,6 +246,23 @@ def glue_key(planted, breaking, single, whole, done, harmful) -> None:
         rules=sum(map(compete, DETECTORS)),
         limit=LIMIT,
     )
+
+
+def _number_own_claim(units, whole: Scores, scores: Scores, harmful) -> str:
+    """The number to remember of what the authors of a rule claim."""
+    asr, helped = (
+        " → ".join(f"{100 * each[measure, harmful].value:.0f}" for each in (whole, scores))
+        for measure in ("asr", "coherent")
+    )
+    return f"{units} units off: attack success {asr} %, help {helped} %"
+
+
+def tell_best(rule: str, units: float, mask: float) -> str:
+    """A sentence on what the best rule for planted neurons does where safety grew. units, mask: what it and the learned mask need."""
+    does = f"does not break refusal of the naturally aligned model with {LIMIT} units"
+    if not np.isnan(units):
+        does = f"breaks refusal of the naturally aligned model with {units:.0f} units"
+    return f"The rule that sees planted neurons best, {rule}, {does}; the learned mask needs {mask:.0f}."
 
 
 def shown_count(units: float) -> str:
@@ -466,17 +485,19 @@ def weigh_own_claims(whole: Scores, done: dict[str, Scores], harmful: str) -> di
 
 
 def own_claims_table(
-    sets: dict, done: dict[str, Scores], harmful: str, benign: str
+    own: dict, whole: Scores, done: dict[str, Scores], harmful: str, benign: str
 ) -> pd.DataFrame:
-    """What became of requests without each of these sets, in percent."""
+    """What became of requests with nothing off and without each of these sets, in percent. own: claim to neurons; whole, done: for `weigh_own_claims`."""
+    cases = {"nothing": (0, whole)}
+    cases |= {label_of(OWN_CLAIMS[c][0]): (len(own[c].units()), s) for c, s in done.items()}
     rows = {
-        label_of(OWN_CLAIMS[claim][0]): {
-            "units off": f"{len(sets[claim].units())}",
+        label: {
+            "units off": f"{units}",
             "attack success": lines(scores["asr", harmful]),
             "help with harm": lines(scores["coherent", harmful]),
             "helpful answers": lines(scores["helpful", benign]),
         }
-        for claim, scores in done.items()
+        for label, (units, scores) in cases.items()
     }
     return pd.DataFrame(rows).T.rename_axis("rule")
 

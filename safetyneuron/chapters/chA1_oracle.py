@@ -250,10 +250,12 @@ def glue_agreement(table, agreement, overlap, model):
         lowest = agreement_by_prompt(table, rule, projections)
         effect = estimate_mean(lowest.to_numpy()[None, None] - bar)
         found[key] = {model: Evidence(effect, margin_of(key))}
-        told = f"lowest {lowest.mean():.2f}"
+        told = f"{lowest.mean():.2f} or more"
         if len(projections) < len(PROJECTIONS):
             told = tell_agreement(agreement, rule, projections)
-        numbers[key] = f"rank correlation {told}; finds {100 * overlap[rule]:.0f} % of the top"
+        numbers[key] = (
+            f"rank correlation {told}; finds {100 * overlap[rule]:.0f} % of the neurons that matter most"
+        )
     glue_findings(found, numbers, model)
 
 

@@ -30,10 +30,11 @@ def record(path, seconds):
     import torch  # here, because the command line must answer without it
 
     notebook = nbformat.read(path, 4)
+    threads = torch.get_num_threads()
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads"
+        else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     )
     notebook.metadata["safetyneuron"] = {
         "seconds": round(seconds),
