@@ -280,6 +280,9 @@ def test_rules_are_held_against_random_units_and_eq_3_on_the_same_requests():
     assert verdicts[ch10_comparison.EQ3] is not Verdict.SEEN
     small = ch10_comparison.help_of_best(found, [0.005, 0.05], "h")
     assert small.mean() == pytest.approx(0.9)
+    label = ch10_comparison.label_of(ch10_comparison.CONTRAST)
+    assert ch10_comparison.rules_of_best(found, [0.005, 0.05], "h") == label
+    assert ch10_comparison.tell_odds(areas) == "" == ch10_comparison.tell_widest({"m": areas})
 
 
 @pytest.mark.organism

@@ -213,6 +213,23 @@ def test_what_keeps_safety_is_judged_only_where_some_was_lost():
     assert set(judged) == {"finetuning-breaks", "finetuning-helps", "rsn-learns"}
 
 
+def test_the_languages_in_which_safety_breaks_are_told_from_those_in_which_it_does_not():
+    def runs(en, zh):
+        return [[scores_with({("asr", "en"): en, ("asr", "zh"): zh})]] * 3
+
+    def tell(en, zh):
+        found = {ch07_rsn_tune.BEFORE: runs(0, 2), ch07_rsn_tune.ORIGIN: runs(en, zh)}
+        return ch07_rsn_tune.tell_languages({"d": found}, ["en", "zh"], "d")
+
+    rates = "after fine-tuning on d attack success is"
+    assert (
+        tell(70, 3)
+        == f"Safety breaks in English and not in Chinese: {rates} 70 % in English, 3 % in Chinese."
+    )
+    assert tell(70, 90) == f"A{rates[1:]} 70 % in English, 90 % in Chinese."
+    assert tell(5, 3) == f"A{rates[1:]} 5 % in English, 3 % in Chinese."
+
+
 def test_a_way_of_tuning_without_neurons_in_some_training_is_left_out(sets):
     some, other = sets.values()
     found = {ch07_rsn_tune.SN: some, ch07_rsn_tune.RSN: some - other, ch07_rsn_tune.EQUAL: other}
@@ -246,6 +263,13 @@ def test_the_sign_of_every_claim_of_chapter_08_is_that_of_the_claim():
         "some-cell-judges": 0.3,
     }
     assert found["documents-above-random"].rank_chance == pytest.approx(1 / 9**3)
+
+
+def test_all_random_sets_count_where_all_were_asked():
+    harm_only = scores_with({("asr", "h"): 10})
+    runs = [[*ablated(30)[0], harm_only]]
+    assert ch08_ablations.draws_asked(runs, "asr", "h") == runs
+    assert ch08_ablations.draws_asked(runs, "accuracy", "t") == [runs[0][:1]]
 
 
 def test_the_best_cell_is_chosen_on_the_other_half():

@@ -42,6 +42,13 @@ def test_a_chapter_glues_its_claims_with_the_verdict_of_the_evidence(monkeypatch
     assert [row["verdict"] for row in rows] == ["partly seen", "seen"]
 
 
+def test_a_claim_names_the_models_that_it_alone_was_judged_on():
+    called = {"m": "3 trainings of m", "n": "2 trainings of n"}
+    assert ledger.tell_models(["m", "n"], "all of them") == "all of them"
+    assert ledger.tell_models(["n"], called) == "2 trainings of n"
+    assert ledger.tell_models(["m", "guarded"], called) == "3 trainings of m, guarded"
+
+
 def test_the_page_of_claims_lists_what_was_judged_and_nothing_else():
     rows = [{"key": "eq3-helps", "verdict": "not seen", "number": "0 → 0 %", "ran_on": "five"}]
     output = nbformat.v4.new_output(
