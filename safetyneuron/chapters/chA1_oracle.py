@@ -250,7 +250,7 @@ def glue_agreement(table, agreement, overlap, model):
         lowest = agreement_by_prompt(table, rule, projections)
         effect = estimate_mean(lowest.to_numpy()[None, None] - bar)
         found[key] = {model: Evidence(effect, margin_of(key))}
-        told = f"{lowest.mean():.2f} or more"
+        told = f"{lowest.mean():.2f} on the worst projection"
         if len(projections) < len(PROJECTIONS):
             told = tell_agreement(agreement, rule, projections)
         numbers[key] = (
