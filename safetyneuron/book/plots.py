@@ -139,17 +139,20 @@ def draw_bands(axes, table, hue, x, scale=1):
         )
 
 
-def label_curves(axes, gap=7):
-    """Write the label of every line beside its last point, at least `gap` percent apart."""
+def label_curves(axes, gap=0.07):
+    """Write the label of every line beside its last point, at least `gap` of the panel's height apart; scales and limits must be set before."""
+    within = axes.transScale + axes.transLimits
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
     lines.sort(key=lambda line: line.get_ydata()[-1])
-    places = [line.get_ydata()[-1] for line in lines]
+    right, places = zip(*(within.transform(line.get_xydata()[-1]) for line in lines))
+    places = list(places)
     for i in range(1, len(lines)):
         places[i] = max(places[i], places[i - 1] + gap)
-    highest = 100
+    highest = 1
     for i in reversed(range(len(lines))):
         places[i] = min(places[i], highest)
         highest = places[i] - gap
-    for line, place in zip(lines, places):
+    beside = dict(xycoords="axes fraction", xytext=(6, 0), textcoords="offset points")
+    for line, *place in zip(lines, right, places):
         options = dict(color=line.get_color(), va="center", fontsize=8)
-        axes.text(line.get_xdata()[-1], place, f"  {line.get_label()}", **options)
+        axes.annotate(line.get_label(), place, **beside, **options)

@@ -14,8 +14,8 @@ def sizes_table(sets, model):
     rows = {
         name: {
             "neurons": len(s),
-            "share of neurons": f"{s.share:.2%}",
-            "share of parameters": f"{s.parameter_share(model):.2%}",
+            "share of neurons": f"{100 * s.share:.2f} %",
+            "share of parameters": f"{100 * s.parameter_share(model):.2f} %",
         }
         for name, s in sets.items()
     }
@@ -25,7 +25,7 @@ def sizes_table(sets, model):
 def attention_share(neurons):
     """Share of a set that lies in attention, of its neurons and of its functional units, as text."""
     rows, units = (neurons.share_in(ATTENTION, units=each) for each in (False, True))
-    return f"{rows:.0%} of the neurons ({units:.0%} of the functional units)"
+    return f"{100 * rows:.0f} % of the neurons ({100 * units:.0f} % of the functional units)"
 
 
 def attention_share_by_chance(neurons):

@@ -9,7 +9,7 @@ from safetyneuron.book.claims import margin_of
 from safetyneuron.book.ledger import glue_findings, name_runs
 from safetyneuron.metrics.estimates import estimate_exact
 from safetyneuron.metrics.verdict import Evidence
-from safetyneuron.neurons.architecture import PROJECTIONS
+from safetyneuron.neurons.architecture import ATTENTION, PROJECTIONS
 
 
 def survival_curve(profile):
@@ -20,17 +20,36 @@ def survival_curve(profile):
         same = tuple(f"{value:.3g}" for value in values.tolist())
         curves.setdefault(same, (values, []))[1].append(projection)
     _, axes = plt.subplots()
-    for values, names in curves.values():
-        left = 1 - np.arange(len(values)) / len(values)
-        axes.plot(values, 100 * left, label=", ".join(names))
+    for row, (values, names) in enumerate(curves.values()):
+        left = 100 * (1 - np.arange(len(values)) / len(values))
+        (line,) = axes.plot(values, left, label=", ".join(names))
+        # The ends lie close together, so the names step down below them.
+        below = dict(xytext=(-2, -2 - 8 * (row % 3)), textcoords="offset points", va="top")
+        look = dict(color=line.get_color(), fontsize=8)
+        axes.annotate(line.get_label(), (values[-1], left[-1]), **below, **look)
     axes.set(
         xscale="log",
         yscale="log",
         xlabel="threshold ε (change of the sub-block's output)",
         ylabel="neurons with minimum ≥ ε (%)",
     )
-    axes.legend(title="projection", frameon=False)
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 3)  # room for the names
     return axes
+
+
+def tell_attention(neurons):
+    """Whether most of a set lies in attention, as the paper says, in both counts: a sentence."""
+    held = {
+        count: neurons.share_in(ATTENTION, units=units) > 0.5
+        for count, units in (("neurons", False), ("functional units", True))
+    }
+    by = [count for count, most in held.items() if most]
+    if len(by) == 1:
+        return f'The paper\'s "predominantly in self-attention" holds for this training if {by[0]} are counted, and not otherwise.'
+    said = ("holds", "both counts") if by else ("does not hold", "either count")
+    return 'The paper\'s "predominantly in self-attention" {} for this training, by {}.'.format(
+        *said
+    )
 
 
 def counts_heatmap(neurons):
@@ -50,15 +69,18 @@ def counts_heatmap(neurons):
 
 def overlaps_table(overlaps, fraction):
     """Share of N_safe that is selected on ordinary requests too, a column a training. overlaps: name of the training to share."""
-    shares = {name.removeprefix("organism/"): f"{share:.0%}" for name, share in overlaps.items()}
-    return pd.DataFrame([shares], index=[f"shared, of {fraction:.1%} of the neurons"])
+    shares = {
+        name.removeprefix("organism/"): f"{100 * share:.0f} %" for name, share in overlaps.items()
+    }
+    return pd.DataFrame([shares], index=[f"shared, of {100 * fraction:.1f} % of the neurons"])
 
 
 def glue_overlap(overlaps):
     """Glue the chapter's finding. overlaps: name of the training to share."""
     effect = estimate_exact(0.5 - np.array(list(overlaps.values())))
     model, key = next(iter(overlaps)), "apart-from-foundation"
-    number = f"{min(overlaps.values()):.0%} to {max(overlaps.values()):.0%} are shared"
+    low, high = (100 * end(overlaps.values()) for end in (min, max))
+    number = f"{low:.0f} to {high:.0f} % are shared"
     glue_findings(
         {key: {model: Evidence(effect, margin_of(key))}},
         {key: number},

@@ -82,12 +82,12 @@ def onsets_table(tables):
             _, helps = onset_and_collapse(table, way, "coherent")
             found = {"onset": onset, "collapse": collapse, "help with 80 %": helps}
             rows[f"here: {model}", way] = {
-                column: "–" if share != share else f"{100 * share:.3g}"
+                column: "never" if share != share else f"{100 * share:.3g}"
                 for column, share in found.items()
             }
     for model, read in reported.MECHANISM.items():
         rows["paper", model] = {column: f"{read[column]:g}" for column in ("onset", "collapse")}
-    return pd.DataFrame(rows).T.fillna("–").rename_axis(["share of neurons (%)", ""])
+    return pd.DataFrame(rows).T.fillna("not reported").rename_axis(["share of neurons (%)", ""])
 
 
 def share_classes(swept, way, name):
@@ -218,7 +218,9 @@ def count_layers(table, way):
         return "–", "–"
     front, back = (depth_of_collapse(table, way, direction) for direction in (FRONT, BACK))
     numbers = (front, count + 1 - back)
-    return tuple("all are not enough" if n != n else f"{n:.0f} of {count}" for n in numbers)
+    return tuple(
+        f"not even all {count} layers" if n != n else f"{n:.0f} of {count}" for n in numbers
+    )
 
 
 def draw_sweep(tables, random, fraction, name, task):
@@ -241,9 +243,10 @@ def draw_sweep(tables, random, fraction, name, task):
             axes.set(xscale="log", title=f"{model.removeprefix('organism/')}: {way}")
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter("")
-            label_curves(axes)
     for axes in panels[-1]:
         axes.set(xlabel="neurons deactivated (%)")
+    for axes in panels.flat:
+        label_curves(axes)
     figure.tight_layout()
     return panels[0, 0]
 
@@ -255,13 +258,13 @@ def draw_depth(tables, name):
         for axes, way in zip(row, WAYS.values()):
             shown = table[(table["condition"] == way) & (table["set"] == name)]
             ends = zip(shown["direction"], shown["measure"])
-            line = [f"{direction}: {HARM[measure]}" for direction, measure in ends]
+            line = [f"{direction}:\n{HARM[measure]}" for direction, measure in ends]
             draw_bands(axes, shown.assign(line=line), "line", "layer")
             axes.set(title=f"{model.removeprefix('organism/')}: {way}")
     for axes in panels[-1]:
         axes.set(xlabel="layer L")
-    handles = panels[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, frameon=False)
+    for axes in panels.flat:
+        label_curves(axes, gap=0.13)  # two lines each
     figure.tight_layout()
     return panels[0, 0]
 
@@ -322,6 +325,8 @@ def _draw_shares(axes, attention):
             label="_by chance",
         )
     axes.axvline(50, color="grey", linestyle=":", linewidth=1)
+    above = dict(xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points")
+    axes.annotate("half", (50, 1), va="top", color="grey", fontsize=8, **above)
     axes.set_yticks(range(len(rows)), [f"{way}, {count}" for way, count in rows])
     axes.set(xlabel="share in attention (%); cross: chance", xlim=(0, 100))
     axes.invert_yaxis()
@@ -346,7 +351,7 @@ def _draw_layers(axes, enrichment):
         axes.plot(table.columns, table.mean(), color=colour, label=way)
     axes.axhline(1, color="grey", linestyle=":", linewidth=1)
     axes.set(xlabel="layer", ylabel="units, times chance", ylim=(0, None))
-    axes.legend(fontsize=8)
+    label_curves(axes)
 
 
 def best_small(swept, way, measure, name):
@@ -423,12 +428,12 @@ def glue_mechanism(tables, swept, depths, judged, random, by_structure, families
     front, back = (100 * estimate_rate(runs, "asr", name).value for runs in halves(depths[first]))
     by_chance = shares["share of its units"] / shares["enrichment of units"]
     numbers = {
-        "small-share-breaks": f"attack success {values[EQ3, 'asr']} %; random neurons {chance:.0f} %",
-        "small-share-helps": f"help with {values[EQ3, 'coherent']} % of the requests",
-        "small-rest-breaks": f"attack success {values[SPECIFIC, 'asr']} %, help {values[SPECIFIC, 'coherent']} %",
+        "small-share-breaks": f"attack success {values[EQ3, 'asr']} % at the best share; random neurons {chance:.0f} %",
+        "small-share-helps": f"help with {values[EQ3, 'coherent']} % of the requests at the best share",
+        "small-rest-breaks": f"attack success {values[SPECIFIC, 'asr']} %, help {values[SPECIFIC, 'coherent']} %, each at its best share",
         "attention-rows": f"{100 * shares['share of the set']:.0f} % lie in attention",
         "attention-units": f"{100 * shares['share of its units']:.0f} % lie in attention; {100 * by_chance:.0f} % by chance",
-        "front-carries": f"attack success {front:.0f} %; second half {back:.0f} %",
+        "front-carries": f"attack success {front:.0f} % without those of the first half, {back:.0f} % without those of the second",
     }
     by_claim = {key: {m: found[key] for m, found in evidence.items()} for key in numbers}
     glue_findings(by_claim, numbers, name_runs(families))
