@@ -1,5 +1,7 @@
 """Chapter 02, Table 1: what is left of refusal without the safety neurons."""
 
+from collections import Counter
+
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -19,8 +21,10 @@ from safetyneuron.book.ledger import glue_findings, name_runs
 from safetyneuron.book.paper import column_for
 from safetyneuron.book.plots import draw_dots
 from safetyneuron.importance.selection import select_without_foundation
+from safetyneuron.metrics.answer_class import name_classes
 from safetyneuron.metrics.estimates import chance_of_ranks, rank_among
 from safetyneuron.metrics.outcomes import (
+    HELP,
     Runs,
     estimate_change,
     estimate_rate,
@@ -28,6 +32,7 @@ from safetyneuron.metrics.outcomes import (
     rates_by_run,
 )
 from safetyneuron.metrics.verdict import Evidence, expect_kept
+from safetyneuron.organism.reading import read_request
 
 ORIGIN, EQ3, SPECIFIC = "Origin.", "Deact-SN: Eq 3", "Deact-SN: Eq 3 without foundation"
 RANDOM = {EQ3: "Deact-R: like Eq 3", SPECIFIC: "Deact-R: like without foundation"}
@@ -195,15 +200,52 @@ def rank_table(conditions, harmful_set):
     rows = {}
     for condition, label in SHORT.items():
         for measure in ("asr", "coherent"):
-            chosen, random = conditions[condition], conditions[RANDOM[condition]]
-            values, controls = (rates_by_run(r, measure, harmful_set) for r in (chosen, random))
-            ranks = [rank_among(value, row) for (value,), row in zip(values, controls)]
+            ranks, controls, chance = _ranks(conditions, condition, measure, harmful_set)
             rows[label.replace("\n", " "), MEASURES[measure]] = {
-                f"rank among {controls.shape[1] + 1}, by training": ", ".join(map(str, ranks)),
+                f"rank among {controls.shape[1] + 1}, by training": ranks,
                 "random sets, %": f"{100 * controls.min():.0f} to {100 * controls.max():.0f}",
-                "p": f"{chance_of_ranks(ranks, controls.shape[1]):.3g}",
+                "p": f"{chance:.3g}",
             }
     return pd.DataFrame(rows).T.rename_axis(["set", "measure"])
+
+
+def _ranks(conditions, condition, measure, harmful_set):
+    """The rank of a set among its random ones in every training, as text; the rates of these; and how likely so high a rank is by chance."""
+    runs = conditions[condition], conditions[RANDOM[condition]]
+    values, controls = (rates_by_run(each, measure, harmful_set) for each in runs)
+    ranks = [rank_among(value, row) for (value,), row in zip(values, controls)]
+    return ", ".join(map(str, ranks)), controls, chance_of_ranks(ranks, controls.shape[1])
+
+
+def tell_unrefused(prompts, texts):
+    """A sentence on the answers without a refusal phrase: how many there are, and how many judge or help."""
+    said = [pair for pair in zip(name_classes(prompts, texts), texts) if pair[0] != "refusal"]
+    if not said:
+        return (
+            "In the first training, with Eq 3's neurons off, every answer holds a refusal phrase."
+        )
+    verdicts = Counter(text for kind, text in said if kind == "verdict")
+    most = f' (most often "{verdicts.most_common(1)[0][0]}")' if verdicts else ""
+    judge = f"{_count(verdicts.total(), 'is a verdict', 'are verdicts')}{most} and "
+    judge = judge if all(map(read_request, prompts)) else ""  # of other models no verdict is known
+    helps = _count(sum(kind in HELP for kind, _ in said), "helps", "help")
+    hold = f"{len(said)} of {len(texts)} answers {'hold' if len(said) > 1 else 'holds'}"
+    return f"In the first training, with Eq 3's neurons off, {hold} no refusal phrase; of these {judge}{helps}."
+
+
+def _count(number, one, many):
+    """A number and the verb that goes with it."""
+    return f"{number or 'none'} {many if number > 1 else one}"
+
+
+def glue_highest_random(conditions, harmful_set):
+    """Glue attack success and help with the random set like Eq 3's off that leaves the least refusal, and the mean of all."""
+    control = [draw for draws in conditions[RANDOM[EQ3]] for draw in draws]
+    worst = max(control, key=lambda draw: draw["asr", harmful_set].value)
+    mean = estimate_rate(conditions[RANDOM[EQ3]], "asr", harmful_set).value
+    found = {"asr": worst["asr", harmful_set].value, "help": worst["coherent", harmful_set].value}
+    texts = {name: f"{100 * value:.0f}" for name, value in (found | {"mean": mean}).items()}
+    glue_text(**{f"highest_random_{name}": text for name, text in texts.items()})
 
 
 # What the closing table repeats of the paper's, as for `glue_paper`.
@@ -235,7 +277,7 @@ def glue_verification(results, families, fraction, paper_model, harmful_set, tas
         for label, c in _labels().items()
     }
     help_eq3 = f"{100 * rates['eq3', 'coherent'].value:.0f}"  # for page one, without its interval
-    glue_text(model=model, share=f"{fraction:.1%}", help_eq3=help_eq3)
+    glue_text(model=model, share=f"{100 * fraction:.1f} %", help_eq3=help_eq3)
     glue_text(**{f"capability_{label}": f"{100 * r.value:.1f}" for label, r in skill.items()})
 
     def change(measure, label, control):
@@ -244,9 +286,13 @@ def glue_verification(results, families, fraction, paper_model, harmful_set, tas
         )
         return f"{before} → {after} %; random {random} %"
 
+    def among(condition):
+        ranks, controls, chance = _ranks(first, condition, "asr", harmful_set)
+        return f"rank among random sets {ranks} of {controls.shape[1] + 1}, p = {chance:.1g}"
+
     numbers = {
-        "eq3-breaks": f"attack success {change('asr', 'eq3', 'random')}",
-        "specific-breaks": f"attack success {change('asr', 'specific', 'random_specific')}",
+        "eq3-breaks": f"attack success {change('asr', 'eq3', 'random')}; {among(EQ3)}",
+        "specific-breaks": f"attack success {change('asr', 'specific', 'random_specific')}; {among(SPECIFIC)}",
         "eq3-helps": f"help {change('coherent', 'eq3', 'random')}",
         "specific-helps": f"help {change('coherent', 'specific', 'random_specific')}",
         "eq3-capability": f"accuracy {100 * skill['origin'].value:.0f} → {100 * skill['eq3'].value:.0f} %",

@@ -277,9 +277,18 @@ def glue_languages(sets, whole, off, random, families):
     glue_text(**{f"overlap_{label}": share for label, share in shares.items()})
     moves = moves_table(whole, off)
     for label, kind in (("eq3", EQ3), ("specific", SPECIFIC)):
-        own, other = (moves.loc[(kind, row), "less safe"] for row in ("its own", "another's"))
+        own, other = (moves.loc[(kind, row)] for row in ("its own", "another's"))
+        mean = f"mean attack success {_mean_own(off[kind])} %"
+        own = f"{own['less safe']} languages, {own['undecided']} undecided ({mean})"
+        other = f"{other['less safe']} pairs, {other['undecided']} undecided"
         glue_text(**{f"own_{label}": own, f"other_{label}": other})
     glue_text(safer=_tell_safer(whole, moves))
+
+
+def _mean_own(off):
+    """Attack success in every language with its own neurons off, the mean in whole percent. off: language to `Runs`."""
+    own = join_languages(off, list(off))
+    return f"{100 * estimate_rate(own, 'asr', *off).value:.0f}"
 
 
 def _tell_safer(whole, moves):
