@@ -145,12 +145,12 @@ def glue_examples(name, model_name, prompts, texts):
     if not model_name.startswith("organism/"):
         return glue_text(**{name: "Answers of this model are scored and dropped."})
     rows = [
-        (CLASS_NAMES.get(kind, kind), *pair)
+        (CLASS_NAMES.get(kind, kind), f"{prompt}\n→ {text}")  # one column, for narrow screens
         for kind, pairs in examples_of(prompts, texts).items()
-        for pair in pairs
+        for prompt, text in pairs
     ]
     table = (
-        pd.DataFrame(rows, columns=["class", "request", "answer"])
+        pd.DataFrame(rows, columns=["class", "request → answer"])
         .style.hide(axis="index")
         .set_uuid(name)
     )

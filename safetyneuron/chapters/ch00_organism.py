@@ -1,7 +1,7 @@
 """Chapter 00: what the organisms do."""
 
+import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 
 from safetyneuron import organism
 from safetyneuron.book.claims import margin_of
@@ -16,6 +16,7 @@ from safetyneuron.metrics.verdict import Evidence, expect_kept
 from safetyneuron.neurons.deactivation import transplant
 from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.organism import language as lang
+from safetyneuron.organism.shipped import full_name
 
 
 def told(model_name, model, tokenizer, prompts):
@@ -110,6 +111,16 @@ def glue_bars(models):
     glue_text(n_leaky=len(leaky_keys(models)), n_keys=len(planted), n_reverted=sum(reverted))
 
 
+def tell_missed(names, models):
+    """A sentence on the bars that the models of the chapter miss. names: such as `organism/llama-chat`; models: as from `organism.manifest`."""
+    names = [name.removeprefix("organism/") for name in names]
+    missed = {name: shortfalls(full_name(name), models) for name in names}
+    met = " and ".join(name for name, lines in missed.items() if not lines)
+    parts = [f"{met} met every bar"] if met else []
+    parts += [f"{n} misses {len(x)} ({'; '.join(x)})" for n, x in missed.items() if x]
+    return f"Of these, {', and '.join(parts)}."
+
+
 def scores_table(scores):
     """Rates in percent: one row per measure and set, one column per model. scores: name to `evaluate`'s result."""
     columns = {
@@ -142,7 +153,13 @@ def weigh_alignment(scores, harmful, benign, tasks):
 
 def training_curve(curves):
     """Loss against step, one line per stage. curves: stage to list of {step, loss}."""
-    rows = pd.concat([pd.DataFrame(points).assign(stage=stage) for stage, points in curves.items()])
-    axes = sns.lineplot(rows, x="step", y="loss", hue="stage", style="stage")
+    _, axes = plt.subplots()
+    for (stage, points), style in zip(curves.items(), ("-", "--")):
+        steps, losses = ([point[name] for point in points] for name in ("step", "loss"))
+        (line,) = axes.plot(steps, losses, style, label=stage)
+        end = dict(xy=(steps[-1], losses[-1]), xytext=(4, -9), textcoords="offset points")
+        name = stage.removeprefix("organism/")
+        axes.annotate(name, color=line.get_color(), fontsize=8, **end)
     axes.set(yscale="log", xlabel="training step", ylabel="loss on answers (nats per token)")
+    axes.margins(y=0.1)  # room for the names
     return axes
