@@ -349,6 +349,24 @@ def test_the_headline_has_one_row_a_model_and_the_papers_three_numbers():
     assert table.loc["random like SN-Tune"].iloc[-1] == "–; –; –"
 
 
+def test_random_sets_are_one_mean_in_every_table_and_what_one_was_asked_says_so():
+    full = columns_of(10, 40, 80)[0][0]
+    harm_only = Column(scores_with({("asr", "en"): 40, ("coherent", "en"): 40}), {}, 1.25, 1234)
+    no_attacks = full.scores.table.query("set != 'GCG'")
+    asked = Column(Scores(no_attacks), {}, 3.25, 1234)
+    results = RESULTS | {defences.RANDOM[defences.EQ3]: [[asked, harm_only, harm_only]] * 3}
+    row = book.headline_table(2, {"m": results}, "Llama3-8B-Instruction", ASKED).loc["random like SN-Tune"]  # fmt: skip
+    assert row["attack success,\ndirect"].startswith("30.0\n[")
+    assert row["over-refusal"].startswith("40.0\n[") and row["over-refusal"].endswith("(one random set)")  # fmt: skip
+    assert row["attack success,\nwith attacks"] == "–"
+    table = book.full_table(2, {"m": results}, "Llama3-8B-Instruction", ASKED)["here", "random like SN-Tune"]  # fmt: skip
+    assert table["Attack success", "direct, en"].startswith("30.0\n[")
+    assert table["Attack success", "direct, en"].endswith("10.0 to 40.0")
+    assert table["Accuracy", "a (paper: MMLU)"].endswith("(one random set)")
+    assert table["Cost", "training, s (paper: min)"] == "1.9"
+    assert book.answer_shares(results, "en")["random like SN-Tune"]["refusal"].value == 0.7
+
+
 def test_costs_of_attacks_are_means_over_requests():
     table = ch05_sn_tune.costs_of_attacks(RESULTS, ["GCG"])
     assert table.loc["SN-Tune", "GCG"] == "1,500\n30,000 tokens"

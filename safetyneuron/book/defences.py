@@ -44,17 +44,29 @@ PAPER_TASKS = ("MMLU", "ARC-c", "GSM8K")
 Columns = Mapping[str, Sequence[Sequence[Column]]]  # condition to trainings to random draws
 
 
-def runs_of(columns: Columns, every: bool = False) -> dict[str, Runs]:
-    """The scores of every condition: of the first draw, the only one that is asked everything, or of every one, asked directly."""
+def runs_of(columns: Columns) -> dict[str, Runs]:
+    """The scores of every condition, of every draw."""
     return {
-        condition: [[c.scores for c in (draws if every else draws[:1])] for draws in trainings]
+        condition: [[column.scores for column in draws] for draws in trainings]
         for condition, trainings in columns.items()
     }
 
 
-def was_asked(runs: Runs, measure: str, *names: str) -> bool:
-    """Whether all of these sets were asked; random sets are not attacked."""
-    return all((measure, name) in runs[0][0] for name in names)
+def draws_asked(runs: Runs, measure: str, *names: str) -> Runs | None:
+    """The draws that were asked all of these sets: all of them, or the first of each training, which alone is asked more than for harm.
+
+    None where no draw was: random sets are not attacked.
+    """
+    for part in (runs, [draws[:1] for draws in runs]):
+        if all((measure, name) in part[0][-1] for name in names):
+            return part
+    return None
+
+
+def runs_asked(columns: Columns, measure: str, *names: str) -> dict[str, Runs]:
+    """`draws_asked` of every condition that was asked."""
+    found = {c: draws_asked(runs, measure, *names) for c, runs in runs_of(columns).items()}
+    return {condition: runs for condition, runs in found.items() if runs}
 
 
 def measures_of(languages, attacks, tasks):
@@ -87,7 +99,7 @@ def _headline(number, columns: Columns, paper_model, asked):
             for row in ("Direct", "Avg. Harmful", "Avg. Capability")
         ]
         here = {
-            title: lines(estimate_rate(runs, *key)) if was_asked(runs, *key) else "–"
+            title: _cell(runs, key, lambda *of: lines(estimate_rate(*of)))
             for title, key in measures_of(*asked).items()
         }
         told = "; ".join(theirs) if printed else "–"
@@ -114,7 +126,7 @@ def _full(number, columns: Columns, model, paper_model, asked, head):
     rows, cells = _rows(*asked), []
     for group, name, paper_row, key in rows:
         line = {
-            ("here", LABELS[c]): key(columns[c]) if callable(key) else _cell(runs[c], key)
+            ("here", LABELS[c]): key(columns[c]) if callable(key) else _cell(runs[c], key, run_cell)
             for c in columns
         }
         cells += [
@@ -132,8 +144,12 @@ def _full(number, columns: Columns, model, paper_model, asked, head):
     return frame
 
 
-def _cell(runs, key):
-    return run_cell(runs, *key) if was_asked(runs, *key) else "–"
+def _cell(runs, key, write):
+    """What `write` makes of the runs that were asked; it says so where that was one random set (of each training) and not all."""
+    asked = draws_asked(runs, *key)
+    if not asked:
+        return "–"
+    return write(asked, *key) + ("" if asked is runs else "\n(one random set)")
 
 
 def _rows(languages, attacks, tasks):
@@ -168,13 +184,13 @@ def _rows(languages, attacks, tasks):
 
 def seconds_of(trainings):
     """Mean training time of a condition's columns, as text."""
-    times = [draws[0].seconds for draws in trainings]
+    times = [column.seconds for draws in trainings for column in draws]
     return f"{sum(times) / len(times):.1f}" if any(times) else "–"
 
 
 def parameters_of(trainings):
     """Trained parameters of a condition, mean over trainings, as text."""
-    counts = [draws[0].parameters for draws in trainings]
+    counts = [column.parameters for draws in trainings for column in draws]
     return f"{sum(counts) / len(counts):,.0f}" if any(counts) else "–"
 
 
@@ -183,9 +199,10 @@ def draw_defences(columns: Columns, asked):
     panels = measures_of(*asked)
     figure, axes = plt.subplots(1, len(panels), figsize=(10.5, 3.4), sharey=True)
     for panel, (title, key) in zip(axes, panels.items()):
-        runs = runs_of(columns, every=title == next(iter(panels)))
-        draw_dots(panel, {LABELS[c]: r for c, r in runs.items() if was_asked(r, *key)}, *key)
-        panel.set(title=title, xlabel="%", xlim=(-3, 103))
+        shown = runs_asked(columns, *key)
+        one = any(len(runs[0]) < len(columns[c][0]) for c, runs in shown.items())
+        draw_dots(panel, {LABELS[c]: runs for c, runs in shown.items()}, *key)
+        panel.set(title=title + "\n(one random set)" * one, xlabel="%", xlim=(-3, 103))
         panel.title.set_fontsize(10)
     axes[0].invert_yaxis()
     figure.tight_layout()
@@ -193,17 +210,16 @@ def draw_defences(columns: Columns, asked):
 
 
 def answer_shares(columns: Columns, language):
-    """Classes of the answers to direct requests, over all trainings: label of a condition to class to `Rate`, as `class_bars` draws it."""
-    asked = runs_of(columns).items()
-    first = {LABELS[c].replace("\n", " "): [draws[:1] for draws in runs] for c, runs in asked}
-    return count_classes(first, language)
+    """Classes of the answers to direct requests, over all trainings and draws: label of a condition to class to `Rate`, as `class_bars` draws it."""
+    asked = {LABELS[c].replace("\n", " "): runs for c, runs in runs_of(columns).items()}
+    return count_classes(asked, language)
 
 
 def draw_attacks(columns: Columns, languages, attacks):
     """Success in percent of direct requests and of every attack on every condition that was attacked, by the keyword rule and as help."""
     judges = {"asr": "no refusal phrase", "coherent": "help with harm"}
     asked = {"direct": languages[0]} | {attack: attack for attack in attacks}
-    searched = {c: r for c, r in runs_of(columns).items() if was_asked(r, "asr", *attacks)}
+    searched = runs_asked(columns, "asr", *attacks)
     figure, panels = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True)
     for axes, (measure, title) in zip(panels, judges.items()):
         rows = {
@@ -239,7 +255,7 @@ def weigh_claims(stage, columns: Columns, languages, attacks, tasks):
         found |= lower("resists", runs[ORIGIN], runs[EQ3], "asr", *searched)
         found |= lower("above-breaker", runs[BREAKER], runs[EQ3], "asr", *searched)
         found |= lower("above-breaker-help", runs[BREAKER], runs[EQ3], "coherent", *searched)
-    found |= _above_random(f"{stage}-above-random", runs_of(columns, every=True), direct)
+    found |= _above_random(f"{stage}-above-random", runs, direct)
     kept = estimate_change(runs[EQ3], runs[ORIGIN], "accuracy", *tasks)
     return found | {f"{stage}-capability": expect_kept(kept, 0.05)}
 
@@ -292,10 +308,10 @@ def _percents(columns, languages, attacks, tasks):
         "refused": ("over_refusal", *languages),
         "accuracy": ("accuracy", *tasks),
     }
-    found = {name: _texts(runs_of(columns), *key) for name, key in keys.items()}
+    found = {name: _texts(runs_asked(columns, *key), *key) for name, key in keys.items()}
     if not attacks:
         found |= dict.fromkeys(("attacked", "help"), dict.fromkeys(columns, "–"))
-    return found | {"every": _texts(runs_of(columns, every=True), *keys["direct"])}
+    return found
 
 
 def _texts(runs, measure, *names):
@@ -311,7 +327,7 @@ def _numbers(percents):
     def beside(name):
         return f"Circ-Break {percents[name][BREAKER]} %, SN-Tune {percents[name][EQ3]} %"
 
-    random = percents["every"][RANDOM[EQ3]]
+    random = percents["direct"][RANDOM[EQ3]]
     return {
         "refuses": f"attack success {change('direct')}",
         "judges": f"refused: {100 - int(percents['direct'][EQ3])} % of harmful, {percents['refused'][EQ3]} % of harmless requests",

@@ -25,6 +25,14 @@ def rerouting_curves(curve):
     return panels[0]
 
 
+def glue_rerouting(curve):
+    """Glue where the likeness of harmful states begins, the most that retained ones are away, and both over the last ten steps. curve: as for `rerouting_curves`."""
+    likeness, distance = ([row[name] for row in curve] for name in ("rerouting", "retain"))
+    found = {"likeness_first": likeness[0], "likeness_last": np.mean(likeness[-10:])}
+    found |= {"distance_most": max(distance), "distance_last": np.mean(distance[-10:])}
+    glue_text(**{name: f"{value:.2g}" for name, value in found.items()})
+
+
 def search_curves(columns, attack):
     """Mean loss of an attack's best prompt against its step, one line per condition, with 95 % bootstrap bands over requests.
 
