@@ -348,10 +348,12 @@ def _draw_layers(axes, enrichment):
                 linewidth=0,
                 label=f"_{way}, one training",
             )
-        axes.plot(table.columns, table.mean(), color=colour, label=way)
+        name = way.replace(" without", "\nwithout")
+        axes.plot(table.columns, table.mean(), color=colour, label=name)
     axes.axhline(1, color="grey", linestyle=":", linewidth=1)
     axes.set(xlabel="layer", ylabel="units, times chance", ylim=(0, None))
-    label_curves(axes)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    label_curves(axes, gap=0.13)  # two lines
 
 
 def best_small(swept, way, measure, name):
