@@ -56,10 +56,18 @@ def test_the_page_of_claims_lists_what_was_judged_and_nothing_else():
         {"application/papermill.record/text/plain": repr(json.dumps(rows))},
         metadata={"scrapbook": {"name": "ledger"}},
     )
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[output])])
-    page = pages.ledger({"02_verification": notebook})
+    cells = [nbformat.v4.new_markdown_cell("# Two"), nbformat.v4.new_code_cell(outputs=[output])]
+    page = pages.ledger({"02_verification": nbformat.v4.new_notebook(cells=cells)})
     assert 'class="badge not-seen"' in page and "0 → 0 %" in page
-    assert CLAIMS["eq3-helps"]["effect"] in page and CLAIMS["eq3-breaks"]["claim"] not in page
+    assert CLAIMS["eq3-breaks"]["claim"] not in page
+    tested = f"{CLAIMS['eq3-helps']['effect']}: at least 10 points"
+    main, every = page.split("## All claims")
+    assert tested in main and tested in every and "<summary>Two: 1 claim<" in every
+
+
+def test_the_main_claims_are_claims_of_which_there_are_about_twenty_five():
+    assert set(pages.MAIN) | set(pages.TAKEN_HOME) <= set(CLAIMS)
+    assert 20 <= len(set(pages.MAIN)) == len(pages.MAIN) <= 30
 
 
 def test_a_claim_that_was_not_written_down_has_no_margin():

@@ -10,10 +10,11 @@ from pathlib import Path
 import nbformat
 
 from safetyneuron.book import paper as reported
-from safetyneuron.book.claims import badge_of, load_claims, sentence_of
+from safetyneuron.book.claims import badge_of, load_claims, say_claim, sentence_of
 from safetyneuron.run import executed
 
 TABLES = range(1, 6)
+UNITS = {"Training Cost (min.)": " seconds", "# Parameters (M)": " parameters"}  # of organisms
 RESULT = (
     "11_answer_key",
     "poster",
@@ -43,6 +44,16 @@ SLIDES = (
     ("A1_parallel_detection", "rules", "closed-forms-exact"),
     ("A2_detection_corpus", "corpus", "corpus-suffices"),
 )
+
+# The claims that the ledger shows first, in the order of the argument.
+MAIN = """
+alignment-refuses closed-forms-exact corpus-suffices apart-from-foundation eq3-breaks eq3-helps eq3-capability
+small-share-breaks attention-units front-carries languages-overlap-little own-language-breaks aligned-refuses
+aligned-price base-refuses base-judges base-above-random rsn-keeps rsn-above-random documents-judge patch-restores
+trainings-mostly guard-above-words tax-paid contrast-above-eq3 eq3-finds-planted best-finds-planted second-set-breaks
+""".split()
+
+TAKEN_HOME = ("eq3-helps", "contrast-above-eq3", "best-finds-planted")  # on the closing slide
 
 
 def write(stage):
@@ -99,19 +110,28 @@ def write_slides(notebooks, folder):
 
 def _slide(chapter, name, key, notebook):
     """A slide: its title is the finding, the claim stands small at its foot."""
-    text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    title = _plain(re.search(r"(?m)^# (.*)", text)[1])
+    text, title = _prose(notebook), _title(notebook)
     alt = re.search(rf"```{{glue:figure}} {name}\n.*?:alt: (.*?)\n", text, re.S)[1]
     claim, row = load_claims()[key], executed.judged(notebook)[key]
     verdict = row["verdict"]
-    foot = html.escape(f"Claim: {claim['claim']} ({claim['paper']})", quote=False)
-    measured = f"Measured: {claim['effect']}; margin {claim['margin']:g}. Ran on {row['ran_on']}."
-    notes = html.escape(f"{measured} {notes_for_teachers(text)}")
+    source = html.escape(claim["paper"], quote=False)
+    measured = f"Measured: {least(claim)}. Ran on {html.escape(row['ran_on'])}."
+    notes = f"{measured} {html.escape(notes_for_teachers(text))}"
     return f"""<section><p class="chapter"><a href="../../notebooks/{chapter}.html">{title}</a></p>
-<h2>{badge_of(verdict)} {html.escape(sentence_of(key, verdict))}</h2><p class="number">{html.escape(row["number"])}</p>
+<h2>{html.escape(sentence_of(key, verdict))}</h2><p class="number">{html.escape(row["number"])}</p>
 <img src="{chapter}-{name}.png" alt="{html.escape(alt)}">
-<p class="claim">{foot}</p><aside class="notes">{notes}</aside></section>
+<p class="foot">{say_claim(key, verdict)} <small>({source})</small></p><aside class="notes">{notes}</aside></section>
 """
+
+
+def _prose(notebook):
+    """The text cells of a notebook as one."""
+    return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def _title(notebook):
+    """The title of a chapter as HTML."""
+    return _plain(re.search(r"(?m)^# (.*)", _prose(notebook))[1])
 
 
 def notes_for_teachers(text):
@@ -123,17 +143,21 @@ def notes_for_teachers(text):
 
 
 def _closing_slide(notebooks):
-    """How many claims came out how."""
-    found = Counter(
-        row["verdict"]
+    """What to take home, and how many claims came out how."""
+    found = {
+        key: row
         for notebook in notebooks.values()
-        for row in executed.judged(notebook).values()
+        for key, row in executed.judged(notebook).items()
+    }
+    home = "".join(
+        f"<li>{html.escape(sentence_of(key, found[key]['verdict']))}</li>"
+        for key in TAKEN_HOME
+        if key in found
     )
-    counts = "".join(
-        f"<li>{badge_of(verdict)} {count}</li>" for verdict, count in found.most_common()
-    )
-    return f"""<section><h2>Of {found.total()} claims</h2><ul class="counts">{counts}</ul>
-<p>Effects and margins were written down before the run: <a href="../../book/ledger.html">all of them</a>.</p></section>
+    counted = Counter(row["verdict"] for row in found.values())
+    tally = ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common())
+    return f"""<section><h2>What to take home</h2><ul>{home}</ul>
+<p class="foot">Of {len(found)} claims: {tally}. What would count was written down before the run: <a href="../../book/ledger.html">all of them</a>.</p></section>
 """
 
 
@@ -150,16 +174,22 @@ def paper_and_here(notebooks):
     for name, notebook in notebooks.items():
         for cell in executed.comparisons(notebook):
             ours.setdefault((cell["table"], cell["row"], cell["column"]), []).append((name, cell))
-    rows = "".join(
-        _row(number, key, group, ours.get((number, *key), []))
+    tables = "".join(
+        _body(
+            f"Table {number}, {reported.SECTIONS[number]}",
+            rf"Zhao.*\bTables? ([\d ]+and )*{number}\b",
+            [_row(number, key, of, ours.get((number, *key), [])) for key, of in _cells(number)],
+            notebooks,
+        )
         for number in TABLES
-        for key, group in _cells(number)
     )
-    rows += "".join(_fact_row(fact, notebooks) for fact in reported.FACTS)
+    facts = [_fact_row(fact, notebooks) for fact in reported.FACTS]
+    tables += _body("Figures 2 to 7, §§2.3 and 5", r"Zhao.*\bFigure \d", facts, notebooks)
+    tables += _body("The second paper: Chen et al.", r"Chen et al\.", [], notebooks)
     return f"""# Paper and here
 
-Every cell of the paper's tables, with every measurement of this build that stands beside it in a chapter, in percent with its interval where it is a rate; below them
-what the paper's text says of its figures. An
+Every cell of the paper's tables, with every measurement of this build that stands beside it in a chapter, in percent with its interval where it is a rate; then
+what the paper's text says of its figures, and the second paper. Above each stand the claims that were judged of it. An
 asterisk marks an average that the paper's own rows do not give. *Not measured* means that no chapter of this build has a counterpart.
 
 ## Where the paper disagrees with itself
@@ -172,10 +202,30 @@ The numbers are quoted in this book as they are printed. In these places the pap
 
 ```{{raw}} html
 <p><label>Show rows with <input type="search" id="filter" placeholder="GCG, Deact-SN, MMLU …"></label> <span id="filter-count" role="status"></span></p>
-<div class="scroll" tabindex="0" role="region" aria-label="Cells of the paper and of this build"><table class="dataframe" id="filtered">
-<thead><tr><th scope="col">Table</th><th scope="col">Row</th><th scope="col">Column</th><th scope="col">Paper</th><th scope="col">Here</th></tr></thead>
-<tbody>{rows}</tbody></table></div>
+<table class="dataframe" id="filtered">
+<thead><tr><th scope="col">Of what</th><th scope="col">Here</th><th scope="col">Paper</th></tr></thead>
+{tables}</table>
 ```
+"""
+
+
+def _body(head, source, rows, notebooks):
+    """Part of the table of cells: its head, the claims whose source fits a pattern, with their verdicts, and its rows."""
+    claims = "".join(
+        _judged_row(key, name, row)
+        for name, notebook in notebooks.items()
+        for key, row in executed.judged(notebook).items()
+        if re.match(source, load_claims()[key]["paper"])
+    )
+    head = f'<tr><th scope="rowgroup" colspan="3">{head}</th></tr>'
+    return f'<tbody class="head">{head}</tbody>\n<tbody>{claims}{"".join(rows)}</tbody>\n'
+
+
+def _judged_row(key, name, row):
+    """A claim as a row of the table of cells: its verdict and number here, where it is from there."""
+    claim, number = load_claims()[key], html.escape(row["number"])
+    link = f'<a href="../notebooks/{name}.html">{html.escape(row["ran_on"])}</a>'
+    return f"""<tr><th scope="row">Claim: {html.escape(claim["claim"])}</th><td>{badge_of(row["verdict"])} {link}: {number}</td><td>{html.escape(claim["paper"])}</td></tr>
 """
 
 
@@ -192,54 +242,80 @@ def _fact_row(fact, notebooks):
     found = "\n".join(html.escape(said[name]) for name in fact.glued if name in said)
     link = f'<a href="../notebooks/{fact.chapter}.html">{html.escape(said.get("ran_on", ""))}</a>'
     here = f"{link}: {found}" if found else "<em>not measured</em>"
-    head = f'<td>Figure {fact.figure}</td><th scope="row">{html.escape(fact.what)}</th>'
-    return f"<tr>{head}<td>–</td><td>{html.escape(fact.model)}: {html.escape(fact.said)}</td><td>{here}</td></tr>\n"
+    head = f'<th scope="row">{html.escape(fact.what)} <small>Figure {fact.figure}</small></th>'
+    return f"<tr>{head}<td>{here}</td><td>{html.escape(fact.model)}: {html.escape(fact.said)}</td></tr>\n"
 
 
 def ledger(notebooks):
-    """Every claim that the chapters judged, with its margin and its verdict; claims of chapters that are not in this build are left out."""
+    """Every claim that the chapters judged, the main ones first; claims of chapters that are not in this build are left out."""
     judged = {
         key: (name, row)
         for name, notebook in notebooks.items()
         for key, row in executed.judged(notebook).items()
     }
-    rows = "".join(
-        _claim_row(claim, *judged[key]) for key, claim in load_claims().items() if key in judged
-    )
+    chapters = "".join(_chapter_claims(*chapter) for chapter in sorted(notebooks.items()))
     found = Counter(row["verdict"] for _, row in judged.values())
     tally = ", ".join(f"{count} {verdict}" for verdict, count in found.most_common())
     return f"""# Claims and verdicts
 
-**Of {len(judged)} claims: {tally}.** Every claim that a chapter of this build judges, with what was found. Its effect and its margin, the smallest effect that would matter, were written down before the run.
+**Of {len(judged)} claims: {tally}.** Here is every claim that a chapter of this build judges, with what was found. What would be measured, and the least that would count, were written down before the run.
 
 ```{{admonition}} One rule for every verdict
 :class: note
 An effect is a difference between two conditions that answered the same requests. Its 95 % interval is about other trainings of the model, other verbs or sums, and other random
 draws than those measured. The claim is **seen** where the interval lies above the margin, **reversed** where it lies below minus the margin, **not seen** where it lies between the two,
-and **undecided** otherwise. A set of neurons must also rank higher among random sets of its kind than chance allows. Claims of one chapter are corrected for their number (Holm 1979). *Partly seen*
+and **undecided** otherwise; a claim that names a bar of its own has the margin 0, and is reversed where the bar is clearly missed. A set of neurons must also rank higher among random sets of its kind than chance allows. Claims of one chapter are corrected for their number (Holm 1979). *Partly seen*
 means that some models say so and others do not. Where a model has one training, the verdict is about that training.
 ```
 
+## The main claims
+
 ```{{raw}} html
-<div class="scroll" tabindex="0" role="region" aria-label="Claims and verdicts"><table class="dataframe" id="ledger">
-<thead><tr><th scope="col">Claim</th><th scope="col">Verdict</th><th scope="col">Number</th><th scope="col">Effect and margin</th><th scope="col">Ran on</th></tr></thead>
-<tbody>{rows}</tbody></table></div>
+{_claims_table("The main claims", {key: judged[key] for key in MAIN if key in judged})}
+```
+
+## All claims, by chapter
+
+```{{raw}} html
+{chapters}
 ```
 """
 
 
+def _chapter_claims(name, notebook):
+    """The claims of one chapter, folded under its title."""
+    rows = executed.judged(notebook)
+    title = _title(notebook)
+    table = _claims_table(title, {key: (name, row) for key, row in rows.items()})
+    count = f"{len(rows)} claim{'s' if len(rows) > 1 else ''}"
+    return f"<details><summary>{title}: {count}</summary>\n{table}\n</details>\n" if rows else ""
+
+
+def _claims_table(label, judged):
+    """A table of claims. judged: key to (chapter, row)."""
+    rows = "".join(_claim_row(load_claims()[key], *found) for key, found in judged.items())
+    return f"""<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="dataframe claims">
+<thead><tr><th scope="col">Claim</th><th scope="col">Verdict</th><th scope="col">What was measured, and the least that counts</th><th scope="col">Ran on</th></tr></thead>
+<tbody>{rows}</tbody></table></div>"""
+
+
 def _claim_row(claim, chapter, row):
-    """A claim with its source, the verdict, the number to remember, effect and margin, and on what it ran."""
-    margin = claim["margin"]
-    effect = f"{claim['effect']}; margin {margin:g}" if margin else claim["effect"]
-    cells = (
-        badge_of(row["verdict"]),
-        html.escape(row["number"]),
-        html.escape(effect),
-        html.escape(row["ran_on"]),
-    )
-    head = f'<a href="../notebooks/{chapter}.html">{html.escape(claim["claim"])}</a><br><small>{html.escape(claim["paper"])}</small>'
-    return f'<tr><th scope="row">{head}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>\n'
+    """A claim with its source, the verdict and the number to remember, effect and margin, and on what it ran."""
+    number = html.escape(row["number"])
+    cells = f"{badge_of(row['verdict'])}<br>{number}", least(claim), html.escape(row["ran_on"])
+    link = f'<a href="../notebooks/{chapter}.html">{html.escape(claim["claim"])}</a>'
+    source = f"<small>chapter {chapter.partition('_')[0]}; {html.escape(claim['paper'])}</small>"
+    columns = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<tr><th scope="row">{link}<br>{source}</th>{columns}</tr>\n'
+
+
+def least(claim):
+    """What is measured and the least that would count, as text; margins of shares are in points."""
+    margin, effect = claim["margin"], html.escape(claim["effect"])
+    if not margin:
+        return effect
+    share = not re.search("correlation|trade-off", effect)
+    return f"{effect}: at least {f'{100 * margin:g} points' if share else f'{margin:g}'}"
 
 
 def _cells(number):
@@ -253,8 +329,11 @@ def _row(number, key, group, found):
         for model, value in group[["model", "value"]].itertuples(index=False)
     ]
     paper = "\n".join(f"{html.escape(model)}: {value}" for model, value in printed)
-    here = "\n".join(_measured(name, cell) for name, cell in found) or "<em>not measured</em>"
-    return f'<tr><td>Table {number}</td><th scope="row">{html.escape(key[0])}</th><td>{html.escape(key[1])}</td><td>{paper}</td><td>{here}</td></tr>\n'
+    unit = UNITS.get(key[0], "")
+    here = "\n".join(_measured(name, cell, unit) for name, cell in found) or "<em>not measured</em>"
+    row, column = (html.escape(part) for part in key)
+    head = f'<th scope="row">{row}, {column} <small>Table {number}</small></th>'
+    return f"<tr>{head}<td>{here}</td><td>{paper}</td></tr>\n"
 
 
 def _printed(number, key, model, value):
@@ -266,10 +345,11 @@ def _printed(number, key, model, value):
     )
 
 
-def _measured(name, cell):
-    text = cell["text"].replace("\n[", " [").replace("\n", "; range over draws ")
+def _measured(name, cell, unit):
+    text = cell["text"].replace("\n[", " [").replace("\n", "; single runs ")
     way = f", {cell['way']}" if cell["way"] else ""
-    return f'<a href="../notebooks/{name}.html">{html.escape(cell["model"] + way)}</a>: {html.escape(text)}'
+    link = f'<a href="../notebooks/{name}.html">{html.escape(cell["model"] + way)}</a>'
+    return f"{link}: {html.escape(text)}{unit}"
 
 
 def status(notebooks):

@@ -11,7 +11,7 @@ from safetyneuron.run import executed
 
 
 class Findings(Directive):
-    """Each line of the content is the key of a claim: its badge, sentence and number, with a link to its chapter; a claim that this build does not judge is left out."""
+    """Each line of the content is the key of a claim: what was found, with a link to its chapter; a claim that this build does not judge is left out."""
 
     has_content = True
 
@@ -27,9 +27,8 @@ class Findings(Directive):
             rows = executed.judged(executed.read(path))
             if key not in rows:
                 continue
-            line = say_finding(key, rows[key]["verdict"], rows[key]["number"])
-            number = chapter.partition("_")[0]
-            lines.append(f"{line} [chapter {number}](../notebooks/{chapter}.ipynb)")
+            link = f"[chapter {chapter.partition('_')[0]}](../notebooks/{chapter}.ipynb)"
+            lines.append(say_finding(key, rows[key]["verdict"], f"{rows[key]['number']}; {link}"))
         box = nodes.container(classes=["findings"])
         self.state.nested_parse(StringList(lines, source=""), self.content_offset, box)
         return [box]

@@ -2,7 +2,7 @@
 document.addEventListener("DOMContentLoaded", () => {
   const input = document.getElementById("filter");
   if (!input) return;
-  const rows = [...document.querySelectorAll("#filtered tbody tr")];
+  const rows = [...document.querySelectorAll("#filtered tbody:not(.head) tr")];
   const texts = rows.map((row) => row.textContent.toLowerCase());
   const show = () => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);

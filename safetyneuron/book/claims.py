@@ -42,6 +42,11 @@ def badge_of(verdict: str) -> str:
     return f'<span class="badge {verdict.replace(" ", "-")}">{verdict}</span>'
 
 
+def say_claim(key: str, verdict: str) -> str:
+    """The claim that was tested and what became of it, as HTML."""
+    return f'<small class="claim">Claim: {load_claims()[key]["claim"]} {badge_of(verdict)}</small>'
+
+
 def say_finding(key: str, verdict: str, number: str) -> str:
-    """One finding as a line of Markdown: its badge, a sentence, and the number to remember."""
-    return f"- {badge_of(verdict)} {sentence_of(key, verdict)} <small>{number}</small>"
+    """One finding as a line of Markdown: a sentence, the number to remember, and the claim with its verdict."""
+    return f"- {sentence_of(key, verdict)} <small>{number}</small><br>{say_claim(key, verdict)}"

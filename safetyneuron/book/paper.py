@@ -119,9 +119,8 @@ def _facts():
         yield Fact(
             2, model, "share at which safety has broken down", gone, mechanism, ("collapse_eq3",)
         )
-    for what, said in (("attention", "77 %"), ("feed-forward", "23 %")):
-        seen = ("attention_eq3",) if what == "attention" else ()
-        yield Fact(3, "Llama2-7B-Chat", f"safety neurons in {what}", said, mechanism, seen)
+    what, said = "safety neurons in attention, the rest in feed-forward", "77 %, 23 %"
+    yield Fact(3, "Llama2-7B-Chat", what, said, mechanism, ("attention_eq3",))
     for model, read in MECHANISM.items():
         what = f"first layers, of {MECHANISM_LAYERS}, that must lose theirs"
         yield Fact(4, model, what, f"{read['layers']}", mechanism, ("from_front_eq3",))
@@ -135,15 +134,14 @@ def _facts():
         yield Fact(6, model, "documents up to which harm falls rapidly", "40", ablations, ends)
     what = "documents that Circuit Breakers take, and as many retained"
     yield Fact(6, "Zou et al. 2024", what, "about 4000", ablations, ())
-    for what, said in (
-        ("harmful score after 10 epochs", "0.0"),
-        ("capability after 10 epochs", "0.0"),
-        ("capability after 5 epochs at 1e-7", "3.2"),
-        ("capability after 3 epochs at 1e-7", "6.8"),
-        ("best epochs and rate", "1 at 1e-6"),
+    for what, said, seen in (
+        ("harmful score after 10 epochs", "0.0", ()),
+        ("capability after 10 epochs", "0.0", ("epochs_last",)),
+        ("capability after 5 epochs at 1e-7", "3.2", ()),
+        ("capability after 3 epochs at 1e-7", "6.8", ()),
+        ("best epochs and rate", "1 at 1e-6", ("best_last",)),
     ):
-        ends = ("best_last",) if what.startswith("best") else ("epochs_last",)
-        yield Fact(7, "Llama2-7B-Base", what, said, ablations, ends)
+        yield Fact(7, "Llama2-7B-Base", what, said, ablations, seen)
 
 
 # Low-rank adapters of rank 16 on the seven matrices of 21 layers: millions of parameters.
