@@ -100,23 +100,24 @@ def write_slides(notebooks, folder):
     folder.mkdir(exist_ok=True)
     sections = ""
     shown = [slide for slide in SLIDES if slide[2] in executed.judged(notebooks[slide[0]])]
+    opening = {chapter: key for chapter, _, key in reversed(shown)}
     for chapter, name, key in shown:
         (folder / f"{chapter}-{name}.png").write_bytes(executed.picture(notebooks[chapter], name))
-        sections += _slide(chapter, name, key, notebooks[chapter])
+        sections += _slide(chapter, name, key, notebooks[chapter], opening[chapter] == key)
     template = Path(__file__).with_name("slides.html").read_text(encoding="utf-8")
     sections += _closing_slide(notebooks)
     (folder / "index.html").write_text(template.replace("SECTIONS", sections), encoding="utf-8")
 
 
-def _slide(chapter, name, key, notebook):
-    """A slide: its title is the finding, the claim stands small at its foot."""
+def _slide(chapter, name, key, notebook, opens):
+    """A slide: its title is the finding, the claim stands small at its foot; the first of a chapter has the chapter's notes."""
     text, title = _prose(notebook), _title(notebook)
     alt = re.search(rf"```{{glue:figure}} {name}\n.*?:alt: (.*?)\n", text, re.S)[1]
     claim, row = load_claims()[key], executed.judged(notebook)[key]
     verdict = row["verdict"]
     source = html.escape(claim["paper"], quote=False)
     measured = f"Measured: {least(claim)}. Ran on {html.escape(row['ran_on'])}."
-    notes = f"{measured} {html.escape(notes_for_teachers(text))}"
+    notes = f"{measured} {html.escape(notes_for_teachers(text))}" if opens else measured
     return f"""<section><p class="chapter"><a href="../../notebooks/{chapter}.html">{title}</a></p>
 <h2>{html.escape(sentence_of(key, verdict))}</h2><p class="number">{html.escape(row["number"])}</p>
 <img src="{chapter}-{name}.png" alt="{html.escape(alt)}">
