@@ -102,7 +102,8 @@ def write_slides(notebooks, folder):
     shown = [slide for slide in SLIDES if slide[2] in executed.judged(notebooks[slide[0]])]
     opening = {chapter: key for chapter, _, key in reversed(shown)}
     for chapter, name, key in shown:
-        (folder / f"{chapter}-{name}.png").write_bytes(executed.picture(notebooks[chapter], name))
+        picture = executed.picture(notebooks[chapter], f"{name}-slide", name)
+        (folder / f"{chapter}-{name}.png").write_bytes(picture)
         sections += _slide(chapter, name, key, notebooks[chapter], opening[chapter] == key)
     template = Path(__file__).with_name("slides.html").read_text(encoding="utf-8")
     sections += _closing_slide(notebooks)

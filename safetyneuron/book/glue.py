@@ -84,6 +84,12 @@ def glue_figure(name, axes):
     plt.close(axes.figure)
 
 
+def glue_slide(name, axes):
+    """Glue what a slide shows in place of the figure `name`, where that has more in it than can be read from afar."""
+    glue(f"{name}-slide", Drawn(axes.figure), display=False)
+    plt.close(axes.figure)
+
+
 def glue_table(name, table):
     """Glue a data frame under `name`; cells may hold several lines. Cells that stand beside the paper's go along, for the page of all."""
     glue(name, table.style.set_uuid(name).set_table_attributes('class="dataframe"'), display=False)

@@ -135,7 +135,7 @@ def _facts():
     what = "documents that Circuit Breakers take, and as many retained"
     yield Fact(6, "Zou et al. 2024", what, "about 4000", ablations, ())
     for what, said, seen in (
-        ("harmful score after 10 epochs", "0.0", ()),
+        ("harmful score after 10 epochs", "0.0", ("epochs_last",)),
         ("capability after 10 epochs", "0.0", ("epochs_last",)),
         ("capability after 5 epochs at 1e-7", "3.2", ()),
         ("capability after 3 epochs at 1e-7", "6.8", ()),

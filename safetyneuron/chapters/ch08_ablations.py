@@ -242,7 +242,9 @@ def _numbers(varied, cells, rate, enough, harmful, benign, tasks):
         return f"{percent(varied[EQ3, first], measure, *names)} → {percent(varied[EQ3, second], measure, *names)} %"
 
     random = percent(varied[RANDOM[EQ3], enough], "asr", harmful)
-    often = [percent(cells[epochs, rate], "accuracy", *tasks) for epochs in (fewest, longest)]
+    once, often = (cells[epochs, rate] for epochs in (fewest, longest))
+    skill = f"accuracy {percent(once, 'accuracy', *tasks)} → {percent(often, 'accuracy', *tasks)} %"
+    fell = f"attack success {percent(once, 'asr', harmful)} → {percent(often, 'asr', harmful)} %"
     harm = 100 - int(percent(varied[EQ3, enough], "asr", harmful))
     rest = percent(varied[EQ3, enough], "over_refusal", benign)
     best = 100 * (judge_best(cells, harmful, benign).value + 0.5)
@@ -252,6 +254,6 @@ def _numbers(varied, cells, rate, enough, harmful, benign, tasks):
         "documents-above-random": f"random {random} %, Eq 3 {percent(varied[EQ3, enough], 'asr', harmful)} %",
         "documents-enough": f"attack success {change('asr', enough, most, harmful)}",
         "documents-capability": f"accuracy {change('accuracy', 0, most, *tasks)}",
-        "epochs-cost": f"accuracy {often[0]} → {often[1]} %",
+        "epochs-cost": f"{skill}; {fell}",
         "some-cell-judges": f"told apart by {best:.0f} points",
     }

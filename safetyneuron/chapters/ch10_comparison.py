@@ -211,6 +211,14 @@ def best(areas):
     return next(key for key in areas.index if key != RANDOM and not key.startswith("control/"))
 
 
+def shorten(areas, most=8):
+    """The best rules, Eq 3, its contrast and random units alone, for a slide. areas: model to `estimate_areas`."""
+    table = next(iter(areas.values()))
+    rules = [key for key in table.index if key != RANDOM and not key.startswith("control/")]
+    kept = {*rules[:most], EQ3, CONTRAST, RANDOM}
+    return {m: rows[rows.index.isin(kept)] for m, rows in areas.items()}
+
+
 def label_of(key):
     """What a rule is called where it is drawn."""
     return DETECTORS[key].label if key in DETECTORS else "random units"
@@ -392,6 +400,11 @@ def help_of_best(found, budgets, harmful_set, measure="coherent"):
         for t in range(trainings)
     ]
     return np.array(rows)[:, None]
+
+
+def help_of_eq3(found, budgets, harmful_set):
+    """`help_of_best` where Eq 3 is the only rule."""
+    return help_of_best({EQ3: found[EQ3]}, budgets, harmful_set)
 
 
 def rules_of_best(found, budgets, harmful_set, measure="coherent"):

@@ -309,6 +309,12 @@ def draw_poster(summary: pd.DataFrame, needed: pd.Series):
     return left
 
 
+def shorten(summary: pd.DataFrame, most: int = 8) -> pd.DataFrame:
+    """The best rules, Eq 3, its contrast and importance on harmless requests alone, for a slide. summary: of `summarise_planted`."""
+    rules = [key for key in summary.index if compete(key)]
+    return summary[summary.index.isin({*rules[:most], EQ3, CONTRAST, ACTIVITY})]
+
+
 def draw_effects(tables: dict[str, pd.DataFrame]):
     """What every unit does alone, sorted: one panel a model. tables: model to its table of units."""
     figure, panels = plt.subplots(1, len(tables), figsize=(7.5, 3), sharey=True, squeeze=False)

@@ -303,12 +303,11 @@ def glue_effects(effects):
 
 
 def rules_scatter(table, projections=("q", "k", "v", "up")):
-    """Each rule against brute force, one row of panels per rule, one column per projection, on logarithmic axes; dashed: equal."""
-    figure, panels = plt.subplots(
-        len(RULES), len(projections), figsize=(8, 1.9 * len(RULES)), sharex="col"
-    )
-    for row, rule in zip(panels, RULES):
-        for axes, projection in zip(row, projections):
+    """Each rule against brute force, one row of panels per projection, one column per rule, on logarithmic axes; dashed: equal."""
+    size = (8, 1.9 * len(projections))
+    figure, panels = plt.subplots(len(projections), len(RULES), figsize=size, sharex="row")
+    for row, projection in zip(panels, projections):
+        for axes, rule in zip(row, RULES):
             points = table[table["projection"] == projection].iloc[::7]
             axes.scatter(points["brute force"], points[rule], s=2, alpha=0.4, rasterized=True)
             seen = points["brute force"][points["brute force"] > 0]  # no zero on a logarithmic axis

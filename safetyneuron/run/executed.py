@@ -127,11 +127,10 @@ def judged(notebook):
     return {row["key"]: row for row in json.loads(texts(notebook).get("ledger", "[]"))}
 
 
-def picture(notebook, name):
-    """The PNG that a notebook glued under a name, as bytes."""
-    return base64.b64decode(
-        next(data for glued, data in _glued(notebook, "image/png") if glued == name)
-    )
+def picture(notebook, *names):
+    """The PNG that a notebook glued under the first of these names that it has, as bytes."""
+    found = dict(_glued(notebook, "image/png"))
+    return base64.b64decode(next(found[name] for name in names if name in found))
 
 
 def _glued(notebook, kind):
