@@ -371,10 +371,10 @@ shorten the seconds.
 :header-rows: 1
 
 * - chapter
-  - models
-  - dtype
-  - device
   - seconds
+  - models
+  - device
+  - dtype
   - commit
 {rows}
 ```
@@ -387,10 +387,10 @@ def _status_row(name, notebook, run):
     names = ", ".join(f"`{model}`" for model in executed.models_of(notebook))
     cells = (
         f"[](../notebooks/{name}.ipynb)",
-        names or "–",
-        executed.parameters(notebook).get("dtype", "auto"),
-        run.get("device", "–"),
         run.get("seconds", "–"),
+        names or "–",
+        run.get("device", "–"),
+        executed.parameters(notebook).get("dtype", "auto"),
         run.get("commit") or "–",
     )
     return "* - " + "\n  - ".join(str(cell) for cell in cells)

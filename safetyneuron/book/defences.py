@@ -69,16 +69,23 @@ def runs_asked(columns: Columns, measure: str, *names: str) -> dict[str, Runs]:
     return {condition: runs for condition, runs in found.items() if runs}
 
 
+ATTACKED_HELP = "help with harm,\nwith attacks"  # drawn, and in the full table
+
+
 def measures_of(languages, attacks, tasks):
     """Column or panel title to measure and sets; attacks are made in the first language."""
     searched = (languages[0], *attacks)
-    found = {"attack success,\ndirect": ("asr", *languages)}
+    found = {
+        "attack success,\ndirect": ("asr", *languages),
+        "over-refusal": ("over_refusal", *languages),
+        "helpful answers": ("helpful", *languages),
+    }
     if attacks:
         found |= {
             "attack success,\nwith attacks": ("asr", *searched),
-            "help with harm,\nwith attacks": ("coherent", *searched),
+            ATTACKED_HELP: ("coherent", *searched),
         }
-    return found | {"over-refusal": ("over_refusal", *languages), "accuracy": ("accuracy", *tasks)}
+    return found | {"accuracy": ("accuracy", *tasks)}
 
 
 def headline_table(number, results: dict[str, Columns], paper_model, asked):
@@ -101,6 +108,7 @@ def _headline(number, columns: Columns, paper_model, asked):
         here = {
             title: _cell(runs, key, lambda *of: lines(estimate_rate(*of)))
             for title, key in measures_of(*asked).items()
+            if title != ATTACKED_HELP
         }
         told = "; ".join(theirs) if printed else "–"
         rows[LABELS[condition]] = here | {"paper: direct,\nwith attacks, accuracy": told}
@@ -306,6 +314,7 @@ def _percents(columns, languages, attacks, tasks):
         "attacked": ("asr", *searched),
         "help": ("coherent", *searched),
         "refused": ("over_refusal", *languages),
+        "helped": ("helpful", *languages),
         "accuracy": ("accuracy", *tasks),
     }
     found = {name: _texts(runs_asked(columns, *key), *key) for name, key in keys.items()}

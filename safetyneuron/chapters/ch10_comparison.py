@@ -211,7 +211,7 @@ def best(areas):
     return next(key for key in areas.index if key != RANDOM and not key.startswith("control/"))
 
 
-def shorten(areas, most=8):
+def shorten(areas, most=6):
     """The best rules, Eq 3, its contrast and random units alone, for a slide. areas: model to `estimate_areas`."""
     table = next(iter(areas.values()))
     rules = [key for key in table.index if key != RANDOM and not key.startswith("control/")]

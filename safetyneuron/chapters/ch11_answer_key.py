@@ -309,7 +309,7 @@ def draw_poster(summary: pd.DataFrame, needed: pd.Series):
     return left
 
 
-def shorten(summary: pd.DataFrame, most: int = 8) -> pd.DataFrame:
+def shorten(summary: pd.DataFrame, most: int = 5) -> pd.DataFrame:
     """The best rules, Eq 3, its contrast and importance on harmless requests alone, for a slide. summary: of `summarise_planted`."""
     rules = [key for key in summary.index if compete(key)]
     return summary[summary.index.isin({*rules[:most], EQ3, CONTRAST, ACTIVITY})]
