@@ -24,7 +24,7 @@ TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist w
 
 .PHONY: book announce check lint test test-book test-families test-plain test-paper test-faults test-binder clean
 
-# The C library keeps the memory of tensors for the next ones instead of handing it back: on models this small that is a tenth of the time.
+# The C library keeps the memory of tensors for the next ones instead of handing it back: on models this small pages cost time.
 book: export MALLOC_TRIM_THRESHOLD_ = 1000000000
 book: export MALLOC_MMAP_THRESHOLD_ = 33554432
 book: export MALLOC_TOP_PAD_ = 67108864

@@ -84,5 +84,5 @@ def test_the_playground_answers_and_scores_in_firefox(address, firefox):
     assert (status, whole, changed) == ("", "refuses", "helps, with the right tools")
     firefox.run("document.getElementById('play-score').click()")
     *_, table = wait_for(texts(3, "Done in"))
-    assert "8 neurons that a learned mask closes off" in table
+    assert "without 8 neurons that a learned mask closes" in table
     assert firefox.errors == []

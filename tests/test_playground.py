@@ -326,7 +326,9 @@ def test_scores_show_progress_stop_and_come_in_rows(browser, address, text):
     browser.find_element("id", "play-score").click()
     until(browser, lambda: text("progress-text").startswith("Done in"), 120)
     (row,) = browser.find_elements("css selector", "#play-scores tbody tr")
-    assert row.text.startswith("Model aligned as usual: 8 neurons that a learned mask closes off")
+    assert row.text.startswith(
+        "Model aligned as usual: without 8 neurons that a learned mask closes"
+    )
     assert text("progress-text").startswith("Done in")
 
 

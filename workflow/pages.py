@@ -24,7 +24,7 @@ RESULT = (
 # Chapter, figure, and the claim that it shows; a claim that an edition does not judge has no slide.
 SLIDES = (
     ("00_organism", "classes", "alignment-refuses"),
-    ("01_detection", "survival", "apart-from-foundation"),
+    ("01_detection", "overlaps", "apart-from-foundation"),
     ("02_verification", "conditions", "eq3-helps"),
     ("03_mechanism", "sweep", "small-share-breaks"),
     ("03_mechanism", "places-bars", "attention-units"),
@@ -42,7 +42,7 @@ SLIDES = (
     ("10_comparison", "areas-figure", "contrast-above-eq3"),
     ("11_answer_key", "poster", "best-finds-planted"),
     ("A1_parallel_detection", "rules", "closed-forms-exact"),
-    ("A2_detection_corpus", "corpus", "corpus-suffices"),
+    ("A2_detection_corpus", "losses", "corpus-suffices"),
 )
 
 # The claims that the ledger shows first, in the order of the argument.

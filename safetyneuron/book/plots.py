@@ -139,6 +139,17 @@ def draw_bands(axes, table, hue, x, scale=1):
         )
 
 
+def dot_shares(shares, bar, what):
+    """A dot in percent for every training, and a dotted line at the bar of the claim. shares: name of a training to its share."""
+    _, axes = plt.subplots(figsize=(7.5, 0.4 * len(shares) + 1.2))
+    names = [name.removeprefix("organism/") for name in shares]
+    axes.plot([100 * share for share in shares.values()], names, "o", markersize=9)
+    axes.axvline(100 * bar, color="black", linestyle=":")
+    axes.set(xlabel=f"{what}, % (dotted: {100 * bar:g} %)", xlim=(0, None))
+    axes.invert_yaxis()
+    return axes
+
+
 def label_curves(axes, gap=0.07):
     """Write the label of every line beside its last point, at least `gap` of the panel's height apart; scales and limits must be set before."""
     within = axes.transScale + axes.transLimits

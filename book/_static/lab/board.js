@@ -20,7 +20,7 @@ export function nameOf(state, organism, page) {
   const repair = state.strength && organism.facts.repair ? `, repaired at ${state.strength} %` : "";
   const edited = state.flip.size ? ", edited by hand" : "";
   const asked = state.language === "en" ? "" : `, asked in ${page.languages[state.language]}`;
-  return `Model ${page.models.find(({ key }) => key === state.model).label}: ${off ? `${off} ${neurons}${edited} off` : "no neuron off"}${repair}${asked}`;
+  return `Model ${page.models.find(({ key }) => key === state.model).label}: ${off ? `without ${off} ${neurons}${edited}` : "no neuron off"}${repair}${asked}`;
 }
 
 export class Board {
