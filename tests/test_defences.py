@@ -268,8 +268,8 @@ def test_the_sign_of_every_claim_of_chapter_08_is_that_of_the_claim():
 def test_all_random_sets_count_where_all_were_asked():
     harm_only = scores_with({("asr", "h"): 10})
     runs = [[*ablated(30)[0], harm_only]]
-    assert ch08_ablations.draws_asked(runs, "asr", "h") == runs
-    assert ch08_ablations.draws_asked(runs, "accuracy", "t") == [runs[0][:1]]
+    assert book.draws_asked(runs, "asr", "h") == runs
+    assert book.draws_asked(runs, "accuracy", "t") == [runs[0][:1]]
 
 
 def test_the_best_cell_is_chosen_on_the_other_half():

@@ -21,6 +21,7 @@ from safetyneuron import (
     load_model,
     load_prompts,
 )
+from safetyneuron.book.labels import LANGUAGE_NAMES
 from safetyneuron.cache import cache_folder, digest, kept_folder, new_folder
 from safetyneuron.detectors.effects import all_units, neurons_of
 from safetyneuron.errors import SafetyNeuronError
@@ -184,7 +185,6 @@ REQUESTS = {
     "harmless, with harmful words": "organism/lookalike",
     "questions": GENERAL,
 }
-LANGUAGES = {"en": "English", "it": "Italian", "zh": "Chinese", "th": "Thai", "vi": "Vietnamese"}
 
 
 def orders_of(shown, model, importance=None):
@@ -325,7 +325,7 @@ def describe_page(tokenizer, repaired):
     before, after = text.split("REQUEST")
     requests = {name: load_prompts(prompts)[:6] for name, prompts in REQUESTS.items()}
     requests["harmful"].insert(0, BANK)
-    for code, name in [*LANGUAGES.items()][1:]:
+    for code, name in [*LANGUAGE_NAMES.items()][1:]:
         requests[f"{name}: harmful"] = load_prompts("organism/multilingual", language=code)[:3]
         requests[f"{name}: harmless"] = load_prompts("organism/benign", language=code)[:2]
     requests["Italian: harmful"].insert(0, IN_ITALIAN)
@@ -344,7 +344,7 @@ def describe_page(tokenizer, repaired):
     ]
     return {
         "before": before, "after": after, "end": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id, "longest": SHORT_ANSWER,
-        "context": CONTEXT, "counts": COUNTS, "rules": RULES, "languages": LANGUAGES, "models": models, "presets": presets, "requests": requests,
+        "context": CONTEXT, "counts": COUNTS, "rules": RULES, "languages": LANGUAGE_NAMES, "models": models, "presets": presets, "requests": requests,
         "language": describe_language(),
     }  # fmt: skip
 
@@ -454,7 +454,7 @@ def main(folder):
     general = load_prompts(GENERAL, split="train")[:DETECT]
     with new_folder(Path(folder)) as new:
         tokenizer.save_pretrained(new)
-        for code in LANGUAGES:
+        for code in LANGUAGE_NAMES:
             write_json(new / f"suite-{code}.json", describe_suite(tokenizer, code))
         graph, repaired = graph_of(MODELS[0]), {}
         for shown in MODELS:

@@ -5,6 +5,7 @@ import pandas as pd
 
 from safetyneuron.book.claims import margin_of
 from safetyneuron.book.glue import beside_paper, glue_paper, glue_text, lines, printed_cells
+from safetyneuron.book.labels import LANGUAGE_NAMES
 from safetyneuron.book.ledger import glue_findings, name_runs
 from safetyneuron.book.plots import draw_dots
 from safetyneuron.book.tables import count_classes
@@ -24,13 +25,6 @@ LABELS = {BEFORE: "not fine-tuned", ORIGIN: "fine-tuned"}
 LABELS |= {condition: f"{way},\nthen fine-tuned" for condition, way in WAYS.items()}
 PAPER_COLUMNS = {BEFORE: "Before", ORIGIN: "Origin.", SN: "SN-Tune", RSN: "RSN-Tune"}
 PAPER_ROWS = {"attack success": "Harmful", "accuracy": "GSM8K"}
-LANGUAGE_NAMES = {
-    "en": "English",
-    "it": "Italian",
-    "zh": "Chinese",
-    "th": "Thai",
-    "vi": "Vietnamese",
-}
 
 
 def _short(name):

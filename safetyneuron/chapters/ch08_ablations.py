@@ -6,6 +6,7 @@ import pandas as pd
 import seaborn as sns
 
 from safetyneuron.book.claims import margin_of
+from safetyneuron.book.defences import draws_asked
 from safetyneuron.book.glue import glue_text, lines
 from safetyneuron.book.ledger import glue_findings, name_runs
 from safetyneuron.book.plots import draw_bands, rate_panels
@@ -13,7 +14,6 @@ from safetyneuron.book.tables import count_classes
 from safetyneuron.kept.defences import EQ3, RANDOM, SPECIFIC
 from safetyneuron.metrics.estimates import Estimate, estimate_mean
 from safetyneuron.metrics.outcomes import (
-    Runs,
     estimate_change,
     estimate_judgement,
     estimate_rate,
@@ -45,12 +45,6 @@ def measures_of(harmful, benign, tasks):
         "helpful answers": ("helpful", benign),
         "accuracy": ("accuracy", *tasks),
     }
-
-
-def draws_asked(runs: Runs, measure, *names) -> Runs:
-    """All draws of each training where all were asked this, else the first; further random sets are asked for harm only."""
-    asked = all((measure, n) in scores for draws in runs for scores in draws for n in names)
-    return runs if asked else [draws[:1] for draws in runs]
 
 
 def headline_table(varied, grids, rates, enough, measures):
