@@ -93,7 +93,7 @@ def test_the_scatter_has_a_panel_for_every_rule_and_nothing_else_and_few_ticks()
     panels = rules_scatter(pd.concat(parts, ignore_index=True)).figure.axes
     titles = [axes.get_title() for axes in panels]
     assert titles == [
-        f"{p}: {rule.replace('_', ' ')}" for rule in RULES for p in ("q", "k", "v", "up")
+        f"{p}: {rule.replace('_', ' ')}" for p in ("q", "k", "v", "up") for rule in RULES
     ]
     for axes in panels:
         (diagonal,) = axes.lines
