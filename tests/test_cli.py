@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 
 from safetyneuron import SafetyNeuronError, load_model, load_prompts
 from safetyneuron.cli import main
+from safetyneuron.run.execute import few_threads
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,6 +65,18 @@ def test_run_executes_with_the_given_parameters(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "0.04 a ['x', 'y'] 2e-06 [0.2, 1]" in (tmp_path / "out" / "b.ipynb").read_text()
     assert "outputs" in source.read_text() and "0.04" not in source.read_text()
+
+
+def test_organisms_alone_run_on_one_thread_unless_told(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with few_threads({"models": ["organism/a", "organism/b"], "n": 3}):
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+    for parameters in ({"models": ["organism/a", "x/y"]}, {"model_name": "x/y"}, {"n": 3}):
+        with few_threads(parameters):
+            assert "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    with few_threads({"model_name": "organism/a"}):
+        assert os.environ["OMP_NUM_THREADS"] == "4"
 
 
 @pytest.mark.parametrize(

@@ -115,12 +115,14 @@ def _slide(chapter, name, key, notebook, opens):
     text, title = _prose(notebook), _title(notebook)
     alt = re.search(rf"```{{glue:figure}} {name}\n.*?:alt: (.*?)\n", text, re.S)[1]
     claim, row = load_claims()[key], executed.judged(notebook)[key]
+    number = row["number"].replace(" %", "\N{NO-BREAK SPACE}%")
+    long = " long" * (len(number) > 80)  # several models, or several counts
     verdict = row["verdict"]
     source = html.escape(claim["paper"], quote=False)
     measured = f"Measured: {least(claim)}. Ran on {html.escape(row['ran_on'])}."
     notes = f"{measured} {html.escape(notes_for_teachers(text))}" if opens else measured
     return f"""<section><p class="chapter"><a href="../../notebooks/{chapter}.html">{title}</a></p>
-<h2>{html.escape(sentence_of(key, verdict))}</h2><p class="number">{html.escape(row["number"])}</p>
+<h2>{html.escape(sentence_of(key, verdict))}</h2><p class="number{long}">{html.escape(number)}</p>
 <img src="{chapter}-{name}.png" alt="{html.escape(alt)}">
 <p class="foot">{say_claim(key, verdict)} <small>({source})</small></p><aside class="notes">{notes}</aside></section>
 """

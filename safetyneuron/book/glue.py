@@ -43,7 +43,7 @@ def glue_rates(**rates):
 
 def glue_list(name, items):
     """Glue a list for a `{glue:md}` directive."""
-    glue(name, Markdown("\n".join(f"- {item}" for item in items)), display=False)
+    glue(name, Markdown("\n".join(f"- {item}" for item in items)))
 
 
 class Drawn:
@@ -76,7 +76,7 @@ def glue_figure(name, axes):
     a narrow screen as `narrow-{name}`; the pages show both.
     """
     drawn = Drawn(axes.figure)
-    glue(name, drawn, display=False)
+    glue(name, drawn)
     glue_text(**{f"drawn-{name}": read_drawing(axes.figure).to_csv(index=False)})
     if needs_narrow(axes.figure):
         narrow(axes.figure)
@@ -92,7 +92,7 @@ def glue_slide(name, axes):
 
 def glue_table(name, table):
     """Glue a data frame under `name`; cells may hold several lines. Cells that stand beside the paper's go along, for the page of all."""
-    glue(name, table.style.set_uuid(name).set_table_attributes('class="dataframe"'), display=False)
+    glue(name, table.style.set_uuid(name).set_table_attributes('class="dataframe"'))
     glue_text(**{f"csv-{name}": table.to_csv()})
     if "cells" in table.attrs:
         glue_text(**{f"cells-{name}": json.dumps(table.attrs["cells"])})
@@ -160,7 +160,7 @@ def glue_examples(name, model_name, prompts, texts):
         .style.hide(axis="index")
         .set_uuid(name)
     )
-    glue(name, table.set_table_attributes('class="dataframe texts"'), display=False)
+    glue(name, table.set_table_attributes('class="dataframe texts"'))
 
 
 def lines(rate):

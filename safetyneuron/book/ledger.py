@@ -37,7 +37,7 @@ def glue_findings(
     each = judge({(key, m): e for key, models in found.items() for m, e in models.items()})
     verdicts = {key: join_models(each[key, m] for m in models) for key, models in found.items()}
     lines = [say_finding(key, v.value, numbers[key]) for key, v in verdicts.items()]
-    glue("findings", Markdown("\n".join(lines)), display=False)
+    glue("findings", Markdown("\n".join(lines)))
     told = {key: tell_models(models, ran_on) for key, models in found.items()}
     rows = [
         {"key": key, "verdict": verdict.value, "number": numbers[key], "ran_on": told[key]}

@@ -2,9 +2,11 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetyneuron.cache import new_file
@@ -122,6 +124,23 @@ def train_what_is_named(parameters):
                 )
 
 
+@contextmanager
+def few_threads(parameters):
+    """One thread for the kernel of a notebook that runs on organisms alone, unless told: on models this small threads wait for each other longer than they compute."""
+    named = [
+        x for key in ("models", "families", "model_name") for x in items_of(parameters.get(key, []))
+    ]
+    alone = bool(named) and all(str(name).startswith("organism/") for name in named)
+    if not alone or "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+
+
 def run_notebook(notebook, given, output=None):
     """Check the parameters, execute the notebook with papermill, and write it to `output` when it has ended well.
 
@@ -131,7 +150,8 @@ def run_notebook(notebook, given, output=None):
         For bad parameters, or with the last line of the error that a cell raised.
     """
     given = check_parameters(notebook, given)
-    train_what_is_named({**_defaults(notebook), **given})
+    parameters = {**_defaults(notebook), **given}
+    train_what_is_named(parameters)
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
@@ -141,7 +161,7 @@ def run_notebook(notebook, given, output=None):
     output = output or Path("_build/runs") / notebook.name
     started = time.monotonic()
     print(f"{notebook}: running", flush=True)
-    with new_file(output) as temporary:
+    with new_file(output) as temporary, few_threads(parameters):
         try:
             execute_notebook(
                 str(notebook),
