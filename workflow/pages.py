@@ -124,7 +124,7 @@ def _slide(chapter, name, key, notebook, opens):
     return f"""<section><p class="chapter"><a href="../../notebooks/{chapter}.html">{title}</a></p>
 <h2>{html.escape(sentence_of(key, verdict))}</h2><p class="number{long}">{html.escape(number)}</p>
 <img src="{chapter}-{name}.png" alt="{html.escape(alt)}">
-<p class="foot">{say_claim(key, verdict)} <small>({source})</small></p><aside class="notes">{notes}</aside></section>
+<p class="foot">{say_claim(key, verdict)} <small>{source}</small></p><aside class="notes">{notes}</aside></section>
 """
 
 
