@@ -29,7 +29,7 @@ def test_every_claim_has_a_margin_and_a_sentence_for_each_outcome():
 
 def test_a_chapter_glues_its_claims_with_the_verdict_of_the_evidence(monkeypatch):
     texts = {}
-    monkeypatch.setattr(ledger, "glue", lambda name, value, display: None)
+    monkeypatch.setattr(ledger, "glue", lambda name, value: None)
     monkeypatch.setattr(ledger, "glue_text", lambda **values: texts.update(values))
     strong, none = (Estimate(value, 0.01, 50, 100) for value in (0.5, 0.0))
     found = {
