@@ -95,29 +95,45 @@ def write_archive(path, files):
             )  # without the time of day, so that equal data are equal files
 
 
+def judged_in(notebooks):
+    """Every claim that a build judged, by its key: (chapter, row)."""
+    return {
+        key: (name, row)
+        for name, notebook in notebooks.items()
+        for key, row in executed.judged(notebook).items()
+    }
+
+
+def tally(judged):
+    """How many claims came out how, as text. judged: as from `judged_in`."""
+    counted = Counter(row["verdict"] for _, row in judged.values())
+    return ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common())
+
+
 def write_slides(notebooks, folder):
     """One slide for every key figure: what was found, one number, the figure, and small below it the claim."""
     folder.mkdir(exist_ok=True)
-    sections = ""
-    shown = [slide for slide in SLIDES if slide[2] in executed.judged(notebooks[slide[0]])]
+    sections, judged = "", judged_in(notebooks)
+    shown = [slide for slide in SLIDES if slide[2] in judged]
     opening = {chapter: key for chapter, _, key in reversed(shown)}
     for chapter, name, key in shown:
         picture = executed.picture(notebooks[chapter], f"{name}-slide", name)
         (folder / f"{chapter}-{name}.png").write_bytes(picture)
-        sections += _slide(chapter, name, key, notebooks[chapter], opening[chapter] == key)
+        row, opens = judged[key][1], opening[chapter] == key
+        sections += _slide(chapter, name, row, notebooks[chapter], opens)
     template = Path(__file__).with_name("slides.html").read_text(encoding="utf-8")
-    sections += _closing_slide(notebooks)
+    sections += _closing_slide(judged)
     (folder / "index.html").write_text(template.replace("SECTIONS", sections), encoding="utf-8")
 
 
-def _slide(chapter, name, key, notebook, opens):
+def _slide(chapter, name, row, notebook, opens):
     """A slide: its title is the finding, the claim stands small at its foot; the first of a chapter has the chapter's notes."""
     text, title = _prose(notebook), _title(notebook)
     alt = re.search(rf"```{{glue:figure}} {name}\n.*?:alt: (.*?)\n", text, re.S)[1]
-    claim, row = load_claims()[key], executed.judged(notebook)[key]
+    key, verdict = row["key"], row["verdict"]
+    claim = load_claims()[key]
     number = row["number"].replace(" %", "\N{NO-BREAK SPACE}%")
     long = " long" * (len(number) > 80)  # several models, or several counts
-    verdict = row["verdict"]
     source = html.escape(claim["paper"], quote=False)
     measured = f"Measured: {least(claim)}. Ran on {html.escape(row['ran_on'])}."
     notes = f"{measured} {html.escape(notes_for_teachers(text))}" if opens else measured
@@ -146,22 +162,15 @@ def notes_for_teachers(text):
     return f"Students may say: {wrong} Answer: {better} Ask: {asked}"
 
 
-def _closing_slide(notebooks):
+def _closing_slide(judged):
     """What to take home, and how many claims came out how."""
-    found = {
-        key: row
-        for notebook in notebooks.values()
-        for key, row in executed.judged(notebook).items()
-    }
     home = "".join(
-        f"<li>{html.escape(sentence_of(key, found[key]['verdict']))}</li>"
+        f"<li>{html.escape(sentence_of(key, judged[key][1]['verdict']))}</li>"
         for key in TAKEN_HOME
-        if key in found
+        if key in judged
     )
-    counted = Counter(row["verdict"] for row in found.values())
-    tally = ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common())
     return f"""<section><h2>What to take home</h2><ul>{home}</ul>
-<p class="foot">Of {len(found)} claims: {tally}. What would count was written down before the run: <a href="../../book/ledger.html">all of them</a>.</p></section>
+<p class="foot">Of {len(judged)} claims: {tally(judged)}. What would count was written down before the run: <a href="../../book/ledger.html">all of them</a>.</p></section>
 """
 
 
@@ -174,7 +183,7 @@ def _plain(text):
 
 def paper_and_here(notebooks):
     """One row for every row and column of the paper's tables, its models in lines, ours beside them."""
-    ours = {}
+    ours, judged = {}, judged_in(notebooks)
     for name, notebook in notebooks.items():
         for cell in executed.comparisons(notebook):
             ours.setdefault((cell["table"], cell["row"], cell["column"]), []).append((name, cell))
@@ -183,13 +192,13 @@ def paper_and_here(notebooks):
             f"Table {number}, {reported.SECTIONS[number]}",
             rf"Zhao.*\bTables? ([\d ]+and )*{number}\b",
             [_row(number, key, of, ours.get((number, *key), [])) for key, of in _cells(number)],
-            notebooks,
+            judged,
         )
         for number in TABLES
     )
     facts = [_fact_row(fact, notebooks) for fact in reported.FACTS]
-    tables += _body("Figures 2 to 7, §§2.3 and 5", r"Zhao.*\bFigure \d", facts, notebooks)
-    tables += _body("The second paper: Chen et al.", r"Chen et al\.", [], notebooks)
+    tables += _body("Figures 2 to 7, §§2.3 and 5", r"Zhao.*\bFigure \d", facts, judged)
+    tables += _body("The second paper: Chen et al.", r"Chen et al\.", [], judged)
     return f"""# Paper and here
 
 Every cell of the paper's tables, with every measurement of this build that stands beside it in a chapter, in percent with its interval where it is a rate; then
@@ -213,12 +222,11 @@ The numbers are quoted in this book as they are printed. In these places the pap
 """
 
 
-def _body(head, source, rows, notebooks):
+def _body(head, source, rows, judged):
     """Part of the table of cells: its head, the claims whose source fits a pattern, with their verdicts, and its rows."""
     claims = "".join(
         _judged_row(key, name, row)
-        for name, notebook in notebooks.items()
-        for key, row in executed.judged(notebook).items()
+        for key, (name, row) in judged.items()
         if re.match(source, load_claims()[key]["paper"])
     )
     head = f'<tr><th scope="rowgroup" colspan="3">{head}</th></tr>'
@@ -252,17 +260,14 @@ def _fact_row(fact, notebooks):
 
 def ledger(notebooks):
     """Every claim that the chapters judged, the main ones first; claims of chapters that are not in this build are left out."""
-    judged = {
-        key: (name, row)
-        for name, notebook in notebooks.items()
-        for key, row in executed.judged(notebook).items()
-    }
-    chapters = "".join(_chapter_claims(*chapter) for chapter in sorted(notebooks.items()))
-    found = Counter(row["verdict"] for _, row in judged.values())
-    tally = ", ".join(f"{count} {verdict}" for verdict, count in found.most_common())
+    judged = judged_in(notebooks)
+    chapters = "".join(
+        _chapter_claims(_title(notebook), {k: of for k, of in judged.items() if of[0] == name})
+        for name, notebook in sorted(notebooks.items())
+    )
     return f"""# Claims and verdicts
 
-**Of {len(judged)} claims: {tally}.** Here is every claim that a chapter of this build judges, with what was found. What would be measured, and the least that would count, were written down before the run.
+**Of {len(judged)} claims: {tally(judged)}.** Here is every claim that a chapter of this build judges, with what was found. What would be measured, and the least that would count, were written down before the run.
 
 ```{{admonition}} One rule for every verdict
 :class: note
@@ -286,13 +291,13 @@ means that some models say so and others do not. Where a model has one training,
 """
 
 
-def _chapter_claims(name, notebook):
+def _chapter_claims(title, judged):
     """The claims of one chapter, folded under its title."""
-    rows = executed.judged(notebook)
-    title = _title(notebook)
-    table = _claims_table(title, {key: (name, row) for key, row in rows.items()})
-    count = f"{len(rows)} claim{'s' if len(rows) > 1 else ''}"
-    return f"<details><summary>{title}: {count}</summary>\n{table}\n</details>\n" if rows else ""
+    if not judged:
+        return ""
+    count = f"{len(judged)} claim{'s' if len(judged) > 1 else ''}"
+    table = _claims_table(title, judged)
+    return f"<details><summary>{title}: {count}</summary>\n{table}\n</details>\n"
 
 
 def _claims_table(label, judged):

@@ -53,3 +53,11 @@ def count_classes(conditions, name):
         label: {kind: Rate(told.count(kind), len(told)) for kind in kinds}
         for label, told in found.items()
     }
+
+
+def shares_table(shares, row):
+    """One row of shares in percent, a column a training. shares: name of a training to its share."""
+    columns = {
+        name.removeprefix("organism/"): f"{100 * share:.0f} %" for name, share in shares.items()
+    }
+    return pd.DataFrame([columns], index=[row])

@@ -67,14 +67,6 @@ def counts_heatmap(neurons):
     return axes
 
 
-def overlaps_table(overlaps, fraction):
-    """Share of N_safe that is selected on ordinary requests too, a column a training. overlaps: name of the training to share."""
-    shares = {
-        name.removeprefix("organism/"): f"{100 * share:.0f} %" for name, share in overlaps.items()
-    }
-    return pd.DataFrame([shares], index=[f"shared, of {100 * fraction:.1f} % of the neurons"])
-
-
 def glue_overlap(overlaps):
     """Glue the chapter's finding. overlaps: name of the training to share."""
     effect = estimate_exact(0.5 - np.array(list(overlaps.values())))

@@ -161,7 +161,7 @@ def tell_masks(upper, areas, families):
     told = []
     for model, mask in upper.items():
         table, units = areas[model], len(mask_units(families[model][0]))
-        rules = [key for key in table.index if key != RANDOM and not key.startswith("control/")]
+        rules = rules_of(table)
         higher = sum(table.loc[key, "area"].value > mask.value for key in rules)
         told.append(
             f"on {model.removeprefix('organism/')} it closes {units} units and comes to {mask.value:.2f}; of {len(rules)} "
@@ -206,15 +206,20 @@ def judge_rules(areas, margin=0.1):
     return judge(claims)
 
 
+def rules_of(areas):
+    """The keys of all rules that are no controls, best first."""
+    return [k for k in areas.index if k != RANDOM and not k.startswith("control/")]
+
+
 def best(areas):
     """The key of the best rule that is no control."""
-    return next(key for key in areas.index if key != RANDOM and not key.startswith("control/"))
+    return rules_of(areas)[0]
 
 
 def shorten(areas, most=6):
     """The best rules, Eq 3, its contrast and random units alone, for a slide. areas: model to `estimate_areas`."""
     table = next(iter(areas.values()))
-    rules = [key for key in table.index if key != RANDOM and not key.startswith("control/")]
+    rules = rules_of(table)
     kept = {*rules[:most], EQ3, CONTRAST, RANDOM}
     return {m: rows[rows.index.isin(kept)] for m, rows in areas.items()}
 

@@ -97,14 +97,6 @@ def lost_beyond(profile, share, reference):
     return 1 - counts[max(counts.index)] / counts[reference]
 
 
-def losses_table(losses):
-    """One column a training. losses: name of the training to share lost."""
-    shares = {
-        name.removeprefix("organism/"): f"{100 * share:.0f} %" for name, share in losses.items()
-    }
-    return pd.DataFrame([shares], index=["lost beyond 200 prompts"])
-
-
 def glue_corpus(losses, model):
     """Glue the chapter's finding. losses: name of the training to share lost."""
     lost = 100 * np.array(list(losses.values()))

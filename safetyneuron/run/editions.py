@@ -33,6 +33,15 @@ def items_of(value) -> list:
     return value if isinstance(value, list) else [value]
 
 
+MODEL_PARAMETERS = ("models", "model_name", "families", "guard_model")
+
+
+def models_in(parameters: dict) -> list[str]:
+    """Names of the models that the parameters of a notebook give it."""
+    named = [parameters[key] for key in MODEL_PARAMETERS if key in parameters]
+    return [name for value in named for name in items_of(value)]
+
+
 def read_edition(path: Path) -> dict:
     """An edition, with all that the edition it extends says and it does not.
 

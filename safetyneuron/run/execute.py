@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetyneuron.cache import new_file
 from safetyneuron.errors import SafetyNeuronError
-from safetyneuron.run.editions import items_of
+from safetyneuron.run.editions import items_of, models_in
 
 
 def notebook_parameters(notebook):
@@ -127,10 +127,8 @@ def train_what_is_named(parameters):
 @contextmanager
 def few_threads(parameters):
     """One thread for the kernel of a notebook that runs on organisms alone, unless told: on models this small threads wait for each other longer than they compute."""
-    named = [
-        x for key in ("models", "families", "model_name") for x in items_of(parameters.get(key, []))
-    ]
-    alone = bool(named) and all(str(name).startswith("organism/") for name in named)
+    named = models_in(parameters)
+    alone = bool(named) and all(name.startswith("organism/") for name in named)
     if not alone or "OMP_NUM_THREADS" in os.environ:
         yield
         return

@@ -9,10 +9,9 @@ from importlib.metadata import version
 
 import nbformat
 
-from safetyneuron.run.editions import items_of
+from safetyneuron.run.editions import models_in
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "lm_eval", "papermill", "jupyter-book")
-MODEL_PARAMETERS = ("models", "model_name", "families", "guard_model")
 
 
 def read(path):
@@ -75,9 +74,7 @@ def parameters(notebook):
 
 def models_of(notebook):
     """Names of the models that a notebook was executed on."""
-    values = parameters(notebook)
-    named = [values[key] for key in MODEL_PARAMETERS if key in values]
-    return [name for value in named for name in items_of(value)]
+    return models_in(parameters(notebook))
 
 
 def on_organisms(notebook):

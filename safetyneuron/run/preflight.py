@@ -11,12 +11,12 @@ from safetyneuron.cache import cache_folder
 from safetyneuron.data import sources
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.models import local_model
-from safetyneuron.run import executed
+from safetyneuron.run import editions
 from safetyneuron.run.editions import items_of
 from safetyneuron.run.imagined import GPUS, SHARE, imagine_model, weight_bytes
 from safetyneuron.run.rehearsal import USABLE, rehearse, shape_of
 
-MODEL_PARAMETERS = (*executed.MODEL_PARAMETERS, "bases", "attacker", "cost_model", "judge")
+MODEL_PARAMETERS = (*editions.MODEL_PARAMETERS, "bases", "attacker", "cost_model", "judge")
 SETS = sources.PROMPTS | sources.DOCUMENTS | sources.PREFERENCES | sources.TEXTS
 GIB = 2**30
 
