@@ -138,15 +138,16 @@ def content(path):
 
 
 CLOCK = (
-    r"\b\d+(\.\d)?(?= s\b)",  # prose: 1.3 s
     r"(?<=This page ran for )\d+ (seconds|minutes)",  # at the top of a chapter
+    r"\b\d+(\.\d)?(?= s\b| seconds\b)",  # prose: 1.3 s
     r"\b\d+(?= (×|\\u00d7))",  # cost as a multiple of a forward pass
     r"(?<=>)\d+(\.\d)?(?=</p></td>|</td>)",  # cells of a table that hold nothing but a number: seconds and forward passes
     r"(?<=: )\d+\.\d(?=\n|</td>|\\n)",  # the page of all cells
     r'(?<=text\\": \\")\d+\.\d(?=\\")',  # and what it is made of
     r"(?m)(?<=^  - )\d+$",  # the page of how everything was run
     r"(?<=,)\d+\.\d(?=[,\n\\])",  # costs as CSV
-    r'(?<=seconds\\": )[\d.e-]+',  # facts of a training
+    r'(?<=seconds\\": )[\d.e-]+',  # facts of a training, and of a ranking
+    r'(?<=passes\\": )[\d.e-]+',
     r'(?<="seconds": )[\d.e-]+',  # what a step of the answer key took
     r'(?<="passes": )[\d.e-]+',  # and the same in forward passes
     r'(?<="checksum": )"[0-9a-f]+"',  # of an entry that holds them
