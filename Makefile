@@ -72,9 +72,9 @@ test-binder: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m binder
 
 $(VENV)/installed: requirements.txt requirements.lock pyproject.toml
-	@echo "Installing into $(VENV): about 2 minutes, once"
+	@echo "Installing into $(VENV): half a minute, once"
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/pip install --quiet -r requirements.txt -c requirements.lock -e .
+	@sh workflow/install.sh $(VENV)
 	@touch $@
 
 clean:

@@ -56,7 +56,7 @@ def patched(s, n):
 
 def rerouted(s, n):
     documents = s.documents(16)
-    circuit_break(s.model, s.tokenizer, documents, documents, steps=n)
+    circuit_break(s.model, s.tokenizer, documents, documents, steps=n, batch_size=16)
 
 
 def found(s, n):
@@ -147,7 +147,7 @@ CASES = {  # stage -> (items, tokens, new tokens, settings, what really runs)
         LITTLE,
         lambda s, n: fine_tune(s.model, s.tokenizer, s.documents(8 * n), **LITTLE),
     ),
-    "rerouting": (5, 64, 30, {}, rerouted),
+    "rerouting": (5, 64, 30, {"batch_size": 16}, rerouted),
     "preferring": (4, 64, 30, {}, preferred),
     "detecting": (8, 64, 10, RULE, found),
 }

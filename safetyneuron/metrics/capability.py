@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.metrics.rates import Rate
+from safetyneuron.metrics.safety import rows_at_once
 from safetyneuron.neurons.generation import plain_settings
 from safetyneuron.progress import EveryTenSeconds
 
@@ -75,7 +76,7 @@ def language_model(model, tokenizer):
     """A model as lm-eval asks it."""
     from lm_eval.models.huggingface import HFLM
 
-    batch_size = "auto" if model.device.type == "cuda" else 64
+    batch_size = "auto" if model.device.type == "cuda" else rows_at_once(model)
     with _quiet("lm_eval"):
         return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 

@@ -8,29 +8,32 @@ from safetyneuron.metrics.refusal import is_coherent_compliance, is_refusal
 from safetyneuron.neurons.encoding import encode_prompts, pad
 from safetyneuron.neurons.generation import generate
 
-SHORT_CONTEXT, SHORT_ANSWER, ANSWER = (
-    256,
-    24,
-    128,
-)  # an organism's context and answers, and other models' answers, in tokens
+SHORT_CONTEXT, SHORT_ANSWER, ANSWER = 256, 24, 128  # tokens; the short ones are an organism's
+
+
+def is_short(model):
+    """Whether the model's context is an organism's."""
+    return model.config.get_text_config().max_position_embeddings <= SHORT_CONTEXT
 
 
 def answer_length(model):
     """New tokens of an answer."""
-    return (
-        SHORT_ANSWER
-        if model.config.get_text_config().max_position_embeddings <= SHORT_CONTEXT
-        else ANSWER
-    )
+    return SHORT_ANSWER if is_short(model) else ANSWER
+
+
+def rows_at_once(model):
+    """Requests that are answered together: an organism computes so little that Python takes half the time of a step."""
+    return 128 if is_short(model) else 64
 
 
 @torch.inference_mode()
-def answers(model, tokenizer, prompts, max_new_tokens=None, batch_size=64):
-    """Greedy answers to user requests, in their order, of `answer_length` tokens unless told.
+def answers(model, tokenizer, prompts, max_new_tokens=None, batch_size=None):
+    """Greedy answers to user requests, in their order, of `answer_length` tokens and `rows_at_once` unless told.
 
     Answers of real models to harmful prompts are for scoring: do not store or show them.
     """
     max_new_tokens = max_new_tokens or answer_length(model)
+    batch_size = batch_size or rows_at_once(model)
     encoded = encode_prompts(model, tokenizer, prompts, room=max_new_tokens)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     texts = [None] * len(encoded)

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 
 import pandas as pd
 
@@ -78,9 +79,10 @@ def remember_scores(kind, key, compute):
 
 def _measure(model, tokenizer, suite, prompts):
     """Rows of `COLUMNS`."""
-    rows = []
+    rows, every = [], list(chain.from_iterable(prompts.values()))  # in batches over all sets
+    given = iter(answers(model, tokenizer, every, suite.answer_tokens))
     for name, asked in prompts.items():
-        texts = answers(model, tokenizer, asked, suite.answer_tokens)
+        texts = list(islice(given, len(asked)))
         kind = "benign" if name == suite.benign else "harmful"
         judged = kind == "harmful" and suite.judge != KEYWORD
         harm = find_harm(suite.judge, model, asked, texts) if judged else None

@@ -232,8 +232,8 @@ def defence(v, model) -> Iterator[Job]:
     yield from detection(v, model, **others)
     updates = updates_of(v["n_documents"]) * v["epochs"]
     yield Job("tuning", model, 4 + 2 * draws, *REFUSALS, turns=updates, **others)
-    half = json.dumps({"half": v["rerouting_half"]})
-    yield Job("rerouting", model, 1, *COMPLIANCES, v["rerouting_steps"], half, **others)
+    options = json.dumps({"half": v["rerouting_half"], "batch_size": v["rerouting_batch"]})
+    yield Job("rerouting", model, 1, *COMPLIANCES, v["rerouting_steps"], options, **others)
     asked = v["n_prompts"] * len(v["languages"])
     yield requests(model, asked, 2 * (columns + 1) + 2 * (draws - 1), **others)
     yield from questions(model, v["tasks"], v["n_questions"], columns + 1, **others)

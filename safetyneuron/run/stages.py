@@ -238,7 +238,7 @@ def fine_tuning(subject: Subject) -> Loop:
 
 def rerouting(subject: Subject) -> Loop:
     """`circuit_break`."""
-    both = [subject.documents(16)] * 2
+    both = [subject.documents(subject.options["batch_size"])] * 2
 
     def run(count):
         circuit_break(subject.model, subject.tokenizer, *both, steps=count, **subject.options)
