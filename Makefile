@@ -24,6 +24,9 @@ TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist w
 
 .PHONY: book announce check lint test test-book test-families test-plain test-paper test-faults test-binder clean
 
+# Compiled modules are kept, whatever the environment says: uv leaves compiling to the first import.
+export PYTHONDONTWRITEBYTECODE =
+
 # The C library keeps the memory of tensors for the next ones instead of handing it back: on models this small pages cost time.
 book: export MALLOC_TRIM_THRESHOLD_ = 1000000000
 book: export MALLOC_MMAP_THRESHOLD_ = 33554432
@@ -36,6 +39,7 @@ book: announce $(VENV)/installed
 
 announce:
 	@test -f workflow/editions/$(EDITION).yaml || { echo "there is no edition $(EDITION): use one of $(basename $(notdir $(wildcard workflow/editions/*.yaml)))"; exit 2; }
+	@test -z "$(PROFILE)" -o -d "workflow/profiles/$(PROFILE)" || { echo "there is no profile $(PROFILE): use one of $(notdir $(wildcard workflow/profiles/*))"; exit 2; }
 	@sed -n 's/^minutes: /Building the $(EDITION) edition: about /p' workflow/editions/$(EDITION).yaml
 
 check: announce $(VENV)/installed

@@ -35,7 +35,7 @@ def notebook(path, *cells, tagged=True):
     return path
 
 
-PARAMETERS = 'fraction = 0.01  # share\nfractions = [0.1]  # shares\nn = 3  # count\nname = "a"  # a name\nnames = ["a"]  # some\nrate = 1e-6  # of learning'
+PARAMETERS = 'fraction = 0.01  # share\nfractions = [0.1]  # shares\nn = 3  # count\nname = "a"  # a name\nnames = ["a"]  # some\nrate = 1e-6  # of learning\ntest_sets = ["organism/harmful"]  # to ask'
 
 
 def test_params_lists_names_defaults_and_help():
@@ -90,6 +90,7 @@ def test_organisms_alone_run_on_one_thread_unless_told(monkeypatch):
         (["-p", "fraction=1.5"], "must be in (0, 1]"),
         (["-p", "fractions=[0.1, 2]"], "must be in (0, 1]"),
         (["-p", "fraction"], "is not NAME=VALUE"),
+        (["-p", "test_sets=[organism/harmful, mine.txt]"], "names mine.txt, and there is no such"),
         (["-f", "nowhere.yaml"], "cannot be read"),
         (["-p", "n=7"], "stopped with ValueError: seven"),
     ],

@@ -55,6 +55,7 @@ def check_parameters(notebook, given):
             raise SafetyNeuronError(
                 f"parameter {name} of {notebook} is {value}: it must be in (0, 1], for example 0.01"
             )
+        _check_files(notebook, name, value)
         lowest = 0 if name in MAY_BE_ZERO or 0 in _numbers(default) else sys.float_info.min
         if (
             not all(lowest <= number < float("inf") for number in _numbers(value))
@@ -65,6 +66,16 @@ def check_parameters(notebook, given):
             )
         checked[name] = value
     return checked
+
+
+def _check_files(notebook, name, value):
+    """Refuse a prompt file that is not there, before a model is loaded. Names of sets have no suffix."""
+    named = [item for item in items_of(value) if name.endswith(("_set", "_sets"))]
+    for item in filter(lambda item: Path(item).suffix, named):
+        if not Path(item).is_file():
+            raise SafetyNeuronError(
+                f"parameter {name} of {notebook} names {item}, and there is no such file: give the path of one, or the name of a set"
+            )
 
 
 def _numbers(value):
