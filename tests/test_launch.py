@@ -129,3 +129,32 @@ def test_the_first_cell_installs_the_package_on_colab_and_nothing_elsewhere(
     runpy.run_path(str(tmp_path / "cell.py"))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{address}"]
     assert installed == ([] if where == "elsewhere" else [pip])
+
+
+STUB = """#!/bin/sh
+echo "$0 $* [$UV_INDEX_URL] [$UV_EXTRA_INDEX_URL] [$UV_FIND_LINKS]" >> calls
+case "$*" in
+config*) printf '%s\\n' ":env:.find-links='/mine'" "global.find-links='/ours'" "global.index-url='https://a/simple'" ;;
+pip*) exit "${UV_FAILS:-0}" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_uv_installs_where_pip_is_told_to_look_and_pip_where_uv_cannot(tmp_path, fails):
+    (tmp_path / "bin").mkdir()
+    for name in ("pip", "uv"):
+        (tmp_path / "bin" / name).write_text(STUB)
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("UV_")}
+    command = ["sh", ROOT / "workflow" / "install.sh", tmp_path]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment | {"UV_FAILS": str(fails)})
+    calls = (tmp_path / "calls").read_text().replace(f"{tmp_path}/bin/", "").splitlines()
+    packages = "-r requirements.txt -c requirements.lock -e ."
+    assert calls[0].startswith("pip config list")
+    assert calls[1].startswith("pip install --quiet -c requirements.lock uv")
+    assert packages in calls[2] and calls[2].startswith("uv pip install")
+    assert calls[2].endswith("[https://a/simple] [] [/mine,/ours]")
+    assert [call.split(" [")[0] for call in calls[3:]] == [
+        f"pip install --quiet {packages}"
+    ] * fails
