@@ -650,7 +650,7 @@ def test_the_slurm_profile_plans_one_job_a_model_with_a_gpu(cluster, offline, tm
     plan = result.stdout + result.stderr
     assert (
         plan.count("rule rehearsal:") == 2
-        and plan.count("rule notebook:") == 1
+        and plan.count("rule notebook_02_verification:") == 1
         and "gpu=1" in plan
         and "mem_mb=128000" in plan
     )
