@@ -136,25 +136,27 @@ echo "$0 $* [$UV_INDEX_URL] [$UV_EXTRA_INDEX_URL] [$UV_FIND_LINKS]" >> calls
 case "$*" in
 config*) printf '%s\\n' ":env:.find-links='/mine'" "global.find-links='/ours'" "global.index-url='https://a/simple'" ;;
 pip*) exit "${UV_FAILS:-0}" ;;
+*" uv") exit "${NO_UV:-0}" ;;
 esac
 """
 
 
-@pytest.mark.parametrize("fails", [0, 1])
-def test_uv_installs_where_pip_is_told_to_look_and_pip_where_uv_cannot(tmp_path, fails):
+@pytest.mark.parametrize("lacking", ["", "UV_FAILS", "NO_UV"])
+def test_uv_installs_where_pip_is_told_to_look_and_pip_where_uv_cannot(tmp_path, lacking):
     (tmp_path / "bin").mkdir()
     for name in ("pip", "uv"):
         (tmp_path / "bin" / name).write_text(STUB)
         (tmp_path / "bin" / name).chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("UV_")}
     command = ["sh", ROOT / "workflow" / "install.sh", tmp_path]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment | {"UV_FAILS": str(fails)})
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment | {lacking or "UV": "1"})
     calls = (tmp_path / "calls").read_text().replace(f"{tmp_path}/bin/", "").splitlines()
     packages = "-r requirements.txt -c requirements.lock -e ."
-    assert calls[0].startswith("pip config list")
-    assert calls[1].startswith("pip install --quiet -c requirements.lock uv")
-    assert packages in calls[2] and calls[2].startswith("uv pip install")
-    assert calls[2].endswith("[https://a/simple] [] [/mine,/ours]")
-    assert [call.split(" [")[0] for call in calls[3:]] == [
-        f"pip install --quiet {packages}"
-    ] * fails
+    told = "[https://a/simple] [] [/mine,/ours]"
+    begun = ["pip config list", "pip install --quiet -c requirements.lock uv"]
+    assert [call.split(" [")[0] for call in calls[:2]] == begun
+    by_uv = [call for call in calls if call.startswith("uv pip install")]
+    assert all(call.endswith(f"{packages} {told}") for call in by_uv)
+    assert len(by_uv) == (lacking != "NO_UV")
+    by_pip = [call for call in calls[2:] if call.startswith(f"pip install --quiet {packages}")]
+    assert len(by_pip) == bool(lacking) and len(calls) == 2 + len(by_uv) + len(by_pip)
