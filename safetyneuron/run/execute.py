@@ -70,9 +70,8 @@ def check_parameters(notebook, given):
 
 def _check_files(notebook, name, value):
     """Refuse a prompt file that is not there, before a model is loaded. Names of sets have no suffix."""
-    named = [item for item in items_of(value) if name.endswith(("_set", "_sets"))]
-    for item in filter(lambda item: Path(item).suffix, named):
-        if not Path(item).is_file():
+    for item in items_of(value) if name.endswith(("_set", "_sets")) else []:
+        if Path(item).suffix and not Path(item).is_file():
             raise SafetyNeuronError(
                 f"parameter {name} of {notebook} names {item}, and there is no such file: give the path of one, or the name of a set"
             )
