@@ -172,6 +172,15 @@ class Importance(torch.nn.Module):
         self.run.clear()
         return scores
 
+    def constants(self):
+        """All that the graph holds of the model: its weights, and what was computed from them."""
+        found = constants_of(self.model)
+        for layer, (norms, factors) in enumerate(zip(self.norms, self.factors)):
+            made = {"down": norms, "norms": factors.norms, "inner": factors.inner}
+            made["single"] = factors.single
+            found |= {f"{name} {layer}": made[name].numpy() for name in made}
+        return found
+
 
 def change_of_output(attention, factors, removal):
     """Importance of each channel of q or k, whose removal changes the logits of its own head: (1, channels)."""
@@ -198,45 +207,66 @@ class SwitchGraph:
         outputs = ["logits", "fired", "present", "attention"]
         with attending(switches.model, switches.attend):
             self.graph = export(switches, switches.inputs(), lengths, outputs)
-        self.places = self._find(dict(switches.model.named_parameters()))
+        self.places = find_constants(self.graph, self._constants(switches))
 
-    def _find(self, weights):
-        """Where the graph holds each weight: name of its own to name of the weight, and whether the exporter has turned the matrix."""
-        known = {
-            weight.detach().numpy().tobytes(): (name, False)
-            for name, weight in weights.items()
-            if weight.dim() == 2
-        }
-        known |= {
-            weights[name].detach().numpy().T.tobytes(): (name, True) for name, _ in known.values()
-        }
-        found = {}
-        for held in self.graph.graph.initializer:
-            name = held.name.removeprefix("model.")
-            place = (
-                (name, False)
-                if name in weights
-                else known.get(numpy_helper.to_array(held).tobytes())
-            )
-            found |= {held.name: place} if place else {}
-        if missing := {*weights} - {name for name, _ in found.values()}:
-            raise SafetyNeuronError(f"the exported graph does not hold {', '.join(missing)}")
-        return found
+    def _constants(self, switches):
+        return constants_of(switches.model) | {"threshold": switches.threshold.numpy()}
 
     def write(self, switches, path, delta=None):
         """Write the graph of another model, and the strength of a repair as an input if there is one."""
-        model, weights = copy.deepcopy(self.graph), dict(switches.model.named_parameters())
-        for held in model.graph.initializer:
-            if held.name == "threshold":
-                held.CopyFrom(numpy_helper.from_array(switches.threshold.numpy(), held.name))
-            elif held.name in self.places:
-                name, turned = self.places[held.name]
-                new = weights[name].detach().numpy()
-                new = np.ascontiguousarray(new.T if turned else new)
-                held.CopyFrom(numpy_helper.from_array(new, held.name))
+        model = filled(self.graph, self.places, self._constants(switches))
         if delta:
             add_repair(model.graph, switches.model, delta, self.places)
         save(model, path)
+
+
+class ImportanceGraph:
+    """The graph of the importance of every neuron: exported from one model, which takes most of a minute, for all of its architecture."""
+
+    def __init__(self, model):
+        importance, tokens = Importance(model), torch.ones(1, 8, dtype=torch.long)
+        with attending(model, importance.attend):
+            self.graph = export(importance, (tokens,), {"tokens": {1: LENGTH}}, ["scores"])
+        self.places = find_constants(self.graph, importance.constants())
+
+    def write(self, model, path):
+        """Write the graph of another model."""
+        save(filled(self.graph, self.places, Importance(model).constants()), path)
+
+
+def constants_of(model):
+    """The weights of a model by name."""
+    return {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+
+
+def find_constants(exported, constants):
+    """Where a graph holds what belongs to its model: name of its own to name of the constant, and whether the exporter has turned the matrix."""
+    known = {array.tobytes(): (name, False) for name, array in constants.items()}
+    turned = {name: array.T for name, array in constants.items() if array.ndim == 2}
+    known = {array.tobytes(): (name, True) for name, array in turned.items()} | known
+    smallest, found = min(array.size for array in constants.values()), {}
+    for held in exported.graph.initializer:
+        array, name = numpy_helper.to_array(held), held.name.removeprefix("model.")
+        place = (name, False) if name in constants else known.get(array.tobytes())
+        if place:
+            found[held.name] = place
+        elif array.dtype == np.float32 and array.size >= smallest:
+            raise SafetyNeuronError(
+                f"the exported graph holds {held.name}, and it is not known of which weight it was made"
+            )
+    return found
+
+
+def filled(exported, places, constants):
+    """The graph with the constants of another model."""
+    model = copy.deepcopy(exported)
+    for held in model.graph.initializer:
+        if held.name in places:
+            name, turned = places[held.name]
+            array = constants[name].T if turned else constants[name]
+            array = np.ascontiguousarray(array).reshape(held.dims)
+            held.CopyFrom(numpy_helper.from_array(array, held.name))
+    return model
 
 
 def add_repair(graph, model, delta, places):
@@ -276,14 +306,6 @@ def add_change(graph, weight, columns, channels, value):
     )
     for node in reversed(new):
         graph.node.insert(at + 1, node)
-
-
-def write_importance(model, path):
-    """Export the importance of every neuron of a model."""
-    importance = Importance(model)
-    with attending(model, importance.attend):
-        tokens = torch.ones(1, 8, dtype=torch.long)
-        save(export(importance, (tokens,), {"tokens": {1: LENGTH}}, ["scores"]), path)
 
 
 def export(module, inputs, lengths, outputs):

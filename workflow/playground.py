@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from graphs import Switches, SwitchGraph, threshold, write_importance
+from graphs import ImportanceGraph, Switches, SwitchGraph, threshold
 from safetensors.torch import load_file
 from scipy import stats
 
@@ -409,15 +409,20 @@ def graph_of(shown):
     return SwitchGraph(switches)
 
 
-def write_model(shown, folder, graph, general, repair):
-    """Graph, sets, and answer key or repair of one model. graph: of the architecture; repair: of `repair_of`, or two times None."""
+def importance_graph_of(shown):
+    """The graph of the importance in all models that are built like one."""
+    return ImportanceGraph(load_model(shown.organism, device="cpu")[0])
+
+
+def write_model(shown, folder, graphs, general, repair):
+    """Graphs, sets, and answer key or repair of one model. graphs: of the architecture, with switches and of importance; repair: of `repair_of`, or two times None."""
     model, tokenizer = load_shown(shown)
     delta, importance = repair
     orders = orders_of(shown, model, importance)
     partners = {rule: random_partners(model, units) for rule, units in orders.items()}
     switches = Switches(model)
     switches.threshold = threshold(switches, encode_prompts(model, tokenizer, general))
-    graph.write(switches, folder / f"{shown.key}.onnx", delta)
+    graphs[0].write(switches, folder / f"{shown.key}.onnx", delta)
     facts = {
         "layers": switches.layers,
         "widths": switches.widths,
@@ -434,7 +439,7 @@ def write_model(shown, folder, graph, general, repair):
         write_json(folder / f"{shown.key}-truth.json", truth_of(shown))
     if OWN in shown.rules:
         fresh = load_shown(shown)[0]  # without switches
-        write_importance(fresh, folder / f"{shown.key}-importance.onnx")
+        graphs[1].write(fresh, folder / f"{shown.key}-importance.onnx")
 
 
 def write_delta(delta, path):
@@ -456,12 +461,12 @@ def main(folder):
         tokenizer.save_pretrained(new)
         for code in LANGUAGE_NAMES:
             write_json(new / f"suite-{code}.json", describe_suite(tokenizer, code))
-        graph, repaired = graph_of(MODELS[0]), {}
+        graphs, repaired = (graph_of(MODELS[0]), importance_graph_of(MODELS[0])), {}
         for shown in MODELS:
             repair = repair_of(shown) if shown.repair else (None, None)
             if shown.repair:
                 repaired[shown.key] = repaired_request(*load_shown(shown), repair[0])
-            write_model(shown, new, graph, general, repair)
+            write_model(shown, new, graphs, general, repair)
         write_json(new / "page.json", describe_page(tokenizer, repaired))
 
 
