@@ -25,7 +25,7 @@ def encode_prompts(
                 f"prompt {number} is {prompt!r}, which holds nothing to read: give it words or leave it out"
             )
     context = model.config.get_text_config().max_position_embeddings - room
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = _encode(tokenizer, prompts)
     for prompt, ids in zip(prompts, encoded):
         if not 0 < len(ids) <= context:
             raise SafetyNeuronError(
@@ -39,14 +39,14 @@ def fits(
 ) -> bool:
     """Whether the model can read a prompt and has `room` tokens left for its answer."""
     context = model.config.get_text_config().max_position_embeddings
-    return len(_encode(tokenizer, prompt)) + room <= context
+    return len(*_encode(tokenizer, [prompt])) + room <= context
 
 
-def _encode(tokenizer, prompt):
+def _encode(tokenizer, prompts):
     if not tokenizer.chat_template:
-        return tokenizer(prompt)["input_ids"]
-    chat = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        return tokenizer(prompts)["input_ids"]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
 
 
 def pad(
