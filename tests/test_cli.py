@@ -83,9 +83,9 @@ def test_organisms_alone_run_on_one_thread_unless_told(monkeypatch):
     "arguments, words",
     [
         (["-p", "fractoin=0.1"], "has no parameter 'fractoin': it has fraction, fractions, n"),
-        (["-p", "n=many"], "give a int"),
-        (["-p", "n=0.5"], "give a int"),
-        (["-p", "name=3"], "give a str"),
+        (["-p", "n=many"], "give a whole number"),
+        (["-p", "n=0.5"], "give a whole number"),
+        (["-p", "name=3"], "give a text"),
         (["-p", "fraction=0"], "must be in (0, 1]"),
         (["-p", "fraction=1.5"], "must be in (0, 1]"),
         (["-p", "fractions=[0.1, 2]"], "must be in (0, 1]"),

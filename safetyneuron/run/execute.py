@@ -34,6 +34,14 @@ def notebook_parameters(notebook):
 
 
 PATIENCE = 600  # seconds for a kernel to start, and to hand over output: a machine may be busy
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "True or False",
+    list: "a list",
+    dict: "a mapping",
+}
 MAY_BE_ZERO = ("seed", "skip", "n_attacked")  # whatever their default
 
 
@@ -49,7 +57,7 @@ def check_parameters(notebook, given):
         value = _cast(value, default)
         if not _fits(value, default):
             raise SafetyNeuronError(
-                f"parameter {name} of {notebook} is {value!r}: give a {type(default).__name__}, like its default {default!r}"
+                f"parameter {name} of {notebook} is {value!r}: give {KINDS.get(type(default), 'a value')}, like its default {default!r}"
             )
         if "fraction" in name and not all(0 < share <= 1 for share in _numbers(value)):
             raise SafetyNeuronError(
