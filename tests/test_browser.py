@@ -18,6 +18,8 @@ PAGES += ["SECURITY.html"] + [
         "paper_and_here",
         "released_code",
         "status",
+        "ledger",
+        "departures",
         "rerun",
         "league",
         "neurons",

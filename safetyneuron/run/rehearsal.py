@@ -328,10 +328,10 @@ def chapter_07(v) -> Iterator[Job]:
 def chapter_08(v) -> Iterator[Job]:
     """Figure 6, three sets for every number of documents and random ones at one, and Figure 7, a grid of epochs and rates."""
     dtype = {"dtype": v["dtype"]}
-    counts = set(v["counts"]) | {v["enough"]} - {0}
-    for model in v["models"]:
+    counts = {*v["counts"], v["enough"]} - {0}
+    for model, chosen in zip(v["models"], v["learning_rates"], strict=True):
         yield from detection(v, model, **dtype)
-        rates, draws = len(v["rates"]) + 1, v["draws"] - 1
+        rates, draws = len({*v["rates"], chosen}), v["draws"] - 1
         updates = 3 * sum(map(updates_of, counts)) + draws * updates_of(v["enough"])
         updates += sum(v["epochs"]) * rates * updates_of(v["n_documents"])
         yield Job("tuning", model, 1, *REFUSALS, turns=updates, **dtype)
