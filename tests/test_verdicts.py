@@ -42,6 +42,12 @@ def test_a_set_that_random_ones_equal_is_not_seen_to_matter():
     assert judge({"a": Evidence(strong, 0.1, rank_chance=0.3)})["a"] is Verdict.UNDECIDED
 
 
+def test_the_number_of_claims_does_not_ask_for_more_random_sets():
+    strong = Evidence(effect(0.5), 0.1, rank_chance=1 / 20)  # the first of twenty
+    assert set(judge(dict.fromkeys("abcdef", strong)).values()) == {Verdict.SEEN}
+    assert judge({"a": Evidence(effect(0.5), 0.1, rank_chance=1 / 19)})["a"] is Verdict.UNDECIDED
+
+
 def test_claims_of_one_chapter_are_corrected_together():
     weak = Evidence(effect(0.145), 0.1)  # its own interval just lies above the margin
     assert judge({"a": weak})["a"] is Verdict.SEEN
@@ -54,7 +60,8 @@ def test_claims_of_one_chapter_are_corrected_together():
 def test_models_that_disagree_see_a_claim_partly():
     assert join_models([Verdict.SEEN] * 2) is Verdict.SEEN
     assert join_models([Verdict.SEEN, Verdict.NOT_SEEN]) is Verdict.PARTLY
-    assert join_models([Verdict.NOT_SEEN, Verdict.REVERSED]) is Verdict.UNDECIDED
+    assert join_models([Verdict.NOT_SEEN, Verdict.REVERSED]) is Verdict.NOT_SEEN
+    assert join_models([Verdict.NOT_SEEN, Verdict.UNDECIDED]) is Verdict.UNDECIDED
 
 
 def test_an_effect_at_the_margin_is_rarely_called_seen():

@@ -273,7 +273,7 @@ def ledger(notebooks):
 :class: note
 An effect is a difference between two conditions that answered the same requests. Its 95 % interval is about other trainings of the model, other verbs or sums, and other random
 draws than those measured. The claim is **seen** where the interval lies above the margin, **reversed** where it lies below minus the margin, **not seen** where it lies between the two,
-and **undecided** otherwise; a claim that names a bar of its own has the margin 0, and is reversed where the bar is clearly missed. A set of neurons must also rank higher among random sets of its kind than chance allows. Claims of one chapter are corrected for their number (Holm 1979). *Partly seen*
+and **undecided** otherwise; a claim that names a bar of its own has the margin 0, and is reversed where the bar is clearly missed. Where a set of neurons is compared with random sets of its kind, it must also rank so high among them that chance would put it there once in twenty times at most, all trainings together (with one training that takes nineteen random sets; chapters 07, 10 and the safeguard of chapter 09 compare means alone). Claims of one chapter are corrected for their number (Holm 1979). *Partly seen*
 means that some models say so and others do not. Where a model has one training, the verdict is about that training.
 ```
 

@@ -254,13 +254,13 @@ def weigh_claims(stage, columns: Columns, languages, attacks, tasks):
 
     found = lower("refuses", runs[ORIGIN], runs[EQ3], *direct)
     if stage == "base":
-        judged = estimate_judgement(runs[EQ3], languages[0], languages[0])
+        judged = estimate_judgement(runs[EQ3], languages[0], languages[0], runs[ORIGIN])
         found["base-judges"] = Evidence(judged, margin_of("base-judges"))
     else:
         price = estimate_change(runs[ORIGIN], runs[EQ3], "over_refusal", *languages)
         found["aligned-price"] = expect_kept(price, 0.05)
     if attacks:
-        found |= lower("resists", runs[ORIGIN], runs[EQ3], "asr", *searched)
+        found |= lower("resists", runs[ORIGIN], runs[EQ3], "asr", *attacks)
         found |= lower("above-breaker", runs[BREAKER], runs[EQ3], "asr", *searched)
         found |= lower("above-breaker-help", runs[BREAKER], runs[EQ3], "coherent", *searched)
     found |= _above_random(f"{stage}-above-random", runs, direct)

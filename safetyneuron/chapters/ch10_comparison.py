@@ -206,9 +206,14 @@ def judge_rules(areas, margin=0.1):
     return judge(claims)
 
 
+def is_control(key):
+    """Whether a key stands for random units, or for a ranking that knows nothing of harm."""
+    return key == RANDOM or key.startswith("control/")
+
+
 def rules_of(areas):
     """The keys of all rules that are no controls, best first."""
-    return [k for k in areas.index if k != RANDOM and not k.startswith("control/")]
+    return [key for key in areas.index if not is_control(key)]
 
 
 def best(areas):
@@ -426,7 +431,7 @@ def _small_sets(found, budgets, harmful_set, measure, training):
     sets = [
         (key, trials[training][0][i])
         for key, trials in found.items()
-        if key != RANDOM
+        if not is_control(key)
         for i in small
         if len(trials[training][0]) > i
     ]

@@ -1,7 +1,5 @@
 """Chapter 11: every detector against the answer key."""
 
-from dataclasses import replace
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -481,7 +479,10 @@ def weigh_own_claims(whole: Scores, done: dict[str, Scores], harmful: str) -> di
     for claim, scores in done.items():
         rise = estimate_change([[scores]], [[whole]], "asr", harmful)
         if claim == "cna-halves-refusal":
-            rise = replace(rise, value=rise.value - 0.5)
+            values, clusters = outcomes_of(scores, "asr", harmful)
+            before, _ = outcomes_of(whole, "asr", harmful)
+            half = values - 0.5 - before / 2  # half of the refusals before, less those after
+            rise = estimate_mean(half[None, None], clusters)
         if claim == "fifty-change-the-form":
             values, clusters = outcomes_of(scores, "asr", harmful)
             helped, _ = outcomes_of(scores, "coherent", harmful)

@@ -29,7 +29,7 @@ class Evidence:
     margin : float
         The smallest effect that would matter, in the unit of the effect.
     rank_chance : float, optional
-        Probability of so high a rank among random sets; such a set must stand out from them too.
+        Probability of so high a rank among random sets: above 5 % the claim is not *seen*, whatever its effect.
     """
 
     effect: Estimate
@@ -38,7 +38,8 @@ class Evidence:
 
     def weigh(self) -> tuple[Verdict, float]:
         """The verdict that the effect speaks for most, and the one-sided p-value of what speaks against it."""
-        seen = max(self.effect.chance_below(self.margin), (self.rank_chance or 0) / 2)
+        ranks = (self.rank_chance or 0) <= 1 - LEVEL
+        seen = self.effect.chance_below(self.margin) if ranks else 1.0
         reversed_ = self.effect.chance_above(-self.margin)
         small = max(self.effect.chance_above(self.margin), self.effect.chance_below(-self.margin))
         chances = {Verdict.SEEN: seen, Verdict.REVERSED: reversed_, Verdict.NOT_SEEN: small}
@@ -65,11 +66,13 @@ def judge(claims: Mapping[str, Evidence]) -> dict[str, Verdict]:
 
 
 def join_models(verdicts: Iterable[Verdict]) -> Verdict:
-    """One verdict over several models: theirs where they agree, *partly* where some saw it and others did not."""
+    """One verdict over several models: theirs where they agree, *partly* where some saw it and others did not, *not seen* where some even found it reversed."""
     found = set(verdicts)
     if len(found) == 1:
         return found.pop()
-    return Verdict.PARTLY if Verdict.SEEN in found else Verdict.UNDECIDED
+    if Verdict.SEEN in found:
+        return Verdict.PARTLY
+    return Verdict.UNDECIDED if Verdict.UNDECIDED in found else Verdict.NOT_SEEN
 
 
 def expect_kept(change: Estimate, loss: float) -> Evidence:
