@@ -297,7 +297,7 @@ def _tell_safer(whole, moves):
     own, other = (moves.loc[(EQ3, row), "safer"] for row in ("its own", "another's"))
     if not fall:
         return "No language has room to become safer, because the whole model refuses nearly all requests."
-    return f"Without Eq 3's neurons {own} languages become safer where the neurons are their own, and {other} where they are another's."
+    return f"With their own Eq 3 neurons off {own} languages become safer; with another language's off, {other} pairs of languages do."
 
 
 def _number_effects(whole, off, random):

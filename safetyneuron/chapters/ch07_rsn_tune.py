@@ -62,20 +62,20 @@ def overlap_table(sets):
     return pd.DataFrame(rows).T.rename_axis("training")
 
 
-def downstream_table(results, paper_model, language, task):
+def downstream_table(results, paper_model, language, task, paper_lesson, how=""):
     """Paper's Table 4 beside the measurement, in percent: a row a model, document set and condition.
 
     results: model to document set that was fine-tuned on to condition to `Runs`; paper_model: whose cells stand beside an
-    organism's; task: of capability.
+    organism's; task: of capability; paper_lesson: the document set of the paper's kind; how: of fine-tuning, if otherwise than the paper's.
     """
 
     def make(model, found, name):
-        return _downstream(found, model, name, language, task)
+        return _downstream(found, model, name, language, task, paper_lesson, how)
 
     return beside_paper(4, results, paper_model, make)
 
 
-def _downstream(found, model, paper_model, language, task):
+def _downstream(found, model, paper_model, language, task, paper_lesson, how):
     printed, rows, cells = printed_cells(4, paper_model), {}, []
     for lesson, conditions in found.items():
         for condition, runs in conditions.items():
@@ -84,10 +84,11 @@ def _downstream(found, model, paper_model, language, task):
                 title: lines(estimate_rate(runs, *key)) if key in runs[0][0] else "–"
                 for title, key in measures_of(language, task).items()
             }
-            theirs = printed if lesson == next(iter(found)) else {}  # the first is the paper's kind
+            theirs = printed if lesson == paper_lesson and not how else {}
             paper = {f"paper:\n{t}": theirs.get((r, column), "–") for t, r in PAPER_ROWS.items()}
             rows[_short(lesson), LABELS[condition]] = here | paper
-            place = {"table": 4, "column": column, "model": model, "way": f"fine-tuned on {lesson}"}
+            way = f"fine-tuned on {lesson} {how}".strip()
+            place = {"table": 4, "column": column, "model": model, "way": way}
             cells += [
                 place | {"row": row, "text": here[title]}
                 for title, row in PAPER_ROWS.items()
