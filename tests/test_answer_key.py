@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import scores_with
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
@@ -113,3 +114,11 @@ def test_sets_that_other_papers_switch_off_are_as_large_as_they_say(chat):
     first = units[ffn].iloc[np.argsort(order[ffn])[:50]]
     chosen = sets["fifty-change-the-form"].units().kinds["ffn"]
     assert all(chosen[layer, channel] for _, layer, channel in first.itertuples(index=False))
+
+
+@pytest.mark.parametrize("refused, effect", [(60, -0.15), (45, 0.0), (30, 0.15)])
+def test_half_of_the_refusals_is_half_of_what_the_whole_model_refuses(refused, effect):
+    whole, without = (scores_with({("asr", "h"): 100 - n}) for n in (90, refused))
+    found = chapter.weigh_own_claims(whole, {"cna-halves-refusal": without}, "h")
+    (evidence,) = found["cna-halves-refusal"].values()
+    assert evidence.effect.value == pytest.approx(effect) and evidence.margin == 0

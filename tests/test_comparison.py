@@ -278,6 +278,7 @@ def test_rules_are_held_against_random_units_and_eq_3_on_the_same_requests():
     verdicts = ch10_comparison.judge_rules(areas)
     assert verdicts[ch10_comparison.CONTRAST] is Verdict.SEEN
     assert verdicts[ch10_comparison.EQ3] is not Verdict.SEEN
+    found["control/norm"] = [[[scores_of(100, 100), scores_of(100, 100)]]]  # no rule of ours
     small = ch10_comparison.help_of_best(found, [0.005, 0.05], "h")
     assert small.mean() == pytest.approx(0.9)
     label = ch10_comparison.label_of(ch10_comparison.CONTRAST)
