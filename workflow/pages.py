@@ -207,7 +207,7 @@ asterisk marks an average that the paper's own rows do not give. *Not measured* 
 
 ## Where the paper disagrees with itself
 
-The numbers are quoted in this book as they are printed. In these places the paper says two things that cannot both be so.
+The numbers are quoted in this book as they are printed. In these places the paper says two things that do not agree.
 
 {disagreements()}
 

@@ -317,9 +317,10 @@ def _percents(columns, languages, attacks, tasks):
         "helped": ("helpful", *languages),
         "accuracy": ("accuracy", *tasks),
     }
+    keys |= {"resisted": ("asr", *attacks)} if attacks else {}
     found = {name: _texts(runs_asked(columns, *key), *key) for name, key in keys.items()}
     if not attacks:
-        found |= dict.fromkeys(("attacked", "help"), dict.fromkeys(columns, "–"))
+        found |= dict.fromkeys(("attacked", "resisted", "help"), dict.fromkeys(columns, "–"))
     return found
 
 
@@ -341,7 +342,7 @@ def _numbers(percents):
         "refuses": f"attack success {change('direct')}",
         "judges": f"refused: {100 - int(percents['direct'][EQ3])} % of harmful, {percents['refused'][EQ3]} % of harmless requests",
         "price": f"harmless requests refused {change('refused')}",
-        "resists": f"attack success {change('attacked')}",
+        "resists": f"attack success {change('resisted')}",
         "above-breaker": beside("attacked"),
         "above-breaker-help": beside("help"),
         "above-random": f"random neurons {random} %, safety neurons {percents['direct'][EQ3]} %",

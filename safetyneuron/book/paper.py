@@ -1,7 +1,7 @@
 """Every number the paper's tables report, with the cell it stands in, and what its figures are said to show (Zhao et al., ICLR 2025).
 
 `table(n)` gives one row per cell: group of rows, row, model, column, value. Averages are as printed, also where
-they are wrong: `SLIPS` lists those, and `DISAGREEMENTS` every place where the paper says two things of one."""
+they are wrong: `SLIPS` lists those, and `DISAGREEMENTS` the places we found where the paper says two things of one."""
 
 import io
 from dataclasses import dataclass
@@ -242,6 +242,22 @@ def _counts():
         f"{DETECTED} (Table 5), about 0.5 % of neurons (§2.2)",
         f"{DETECTED} are {whole} % of the rows and columns of all seven matrices, {five} % of q, k, v, up and down",
         "counted from the model's shape",
+    )
+    yield Disagreement(
+        "share of the parameters that Chen et al. call safety",
+        "nearly 10 % (§1, §6 Interpretability), 5 % (§6 Interpret Safety Mechanism)",
+        "about 5 % of the feed-forward neurons",
+        "their paper counts neurons of the feed-forward blocks",
+    )
+    mmlu = {
+        model: [f"{_cell(number, 'MMLU', model, 'Origin.'):.1f}" for number in (1, 2)]
+        for model in ("Mistral-7B-Instruct-v0.2", "Llama3-8B-Instruction")
+    }
+    yield Disagreement(
+        "accuracy on MMLU, nothing done to the model",
+        "; ".join(f"{m} {one} (Table 1), {two} (Table 2)" for m, (one, two) in mmlu.items()),
+        "one number each; which one is not known",
+        "same models, same task",
     )
 
 

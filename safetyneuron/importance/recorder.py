@@ -171,7 +171,7 @@ def paper_scores(
 def released_scores(
     recorder: Recorder, layer: int, attention: exact.Attention
 ) -> dict[str, torch.Tensor]:
-    """The released code's scores; it has none for o."""
+    """The released code's scores; those of o are dropped by its detection."""
     scores = paper_and_released.released(attention)
     return scores | {"o": torch.zeros_like(scores["q"])}
 

@@ -82,7 +82,7 @@ class NeuronSet:
 
     @classmethod
     def random_like(cls, neurons: "NeuronSet", seed: int) -> "NeuronSet":
-        """Random neurons outside the units of a set, matched to it in units per layer and kind (the paper's Deact-R).
+        """Random neurons outside the units of a set, matched to it in units per layer and kind (this book's Deact-R).
 
         Every drawn unit stands for one of the set and has the same of its rows and columns, so that the sizes match too.
 
