@@ -227,9 +227,7 @@ def test_the_browser_gives_the_answers_of_pytorch(site, browser, address, settin
 )
 def test_the_browser_scores_as_python_does(site, browser, address, setting, language):
     opened = Opened(site / "html" / "_static" / "playground", *SETTINGS[setting])
-    script = """lab.organism = organism;
-        lab.state.language = given[1];
-        await lab.board.prepare();
+    script = """await lab.board.prepare({ ...lab.state, model: organism.key, language: given[1] });
         const { score, summary } = lab.board.scorer, started = performance.now();
         const found = await score.call(lab.board.scorer, { off, strength }, given[0]);
         return [summary.call(lab.board.scorer, found), performance.now() - started];"""
@@ -294,6 +292,22 @@ def test_the_page_starts_where_the_answer_changes_and_follows_the_controls(brows
     browser.find_element("id", "play-request").clear()
     browser.find_element("id", "play-request").send_keys(" ")
     until(browser, lambda: text("unknown") == "Type a request, or pick one.")
+    until(browser, lambda: text("whole") == text("changed") == text("words-text") == "")
+
+
+@pytest.mark.book
+@pytest.mark.browser
+def test_scores_are_of_the_page_as_it_was_when_the_button_was_pressed(browser, address, text):
+    open_page(browser, address)
+    script = """const button = document.getElementById("play-score");
+        playground.change({ model: "planted", rule: "contrast", count: 4 }), button.click();
+        playground.change({ model: "chat", language: "it" });"""
+    browser.execute_script(script)
+    until(browser, lambda: text("progress-text").startswith("Done in"), 120)
+    (row,) = browser.find_elements("css selector", "#play-scores tbody tr")
+    assert row.text.startswith("Model aligned in 200 known neurons: without 4 neurons that matter")
+    keys = browser.execute_script("return [...playground.board.kept.keys()]")
+    assert [json.loads(key)[:2] for key in keys] == [["planted", "en"]]
 
 
 @pytest.mark.book
@@ -329,6 +343,12 @@ def test_scores_show_progress_stop_and_come_in_rows(browser, address, text):
     assert row.text.startswith(
         "Model aligned as usual: without 8 neurons that a learned mask closes"
     )
+    browser.execute_script("playground.change({ skip: new Set(['ffn', '9', 'nothing']) })")
+    browser.find_element("id", "play-score").click()
+    scored = 'return [...document.querySelectorAll("#play-scores tbody th")].map((th) => th.textContent)'
+    until(browser, lambda: len(browser.execute_script(scored)) == 2, 120)
+    assert browser.execute_script(scored)[1].endswith("ffn left out")  # there is no layer 9
+    until(browser, lambda: text("progress-text").startswith("Done in"))
     assert text("progress-text").startswith("Done in")
 
 

@@ -3,7 +3,7 @@ import { Board, SAID } from "./lab/board.js";
 import { find, make } from "./lab/dom.js";
 import { drawCard, drawMap, drawNeurons, moveAmong } from "./lab/map.js";
 import { Organism, loadPage } from "./lab/organism.js";
-import { placesOff, presetState, readState, writeState } from "./lab/state.js";
+import { knownTo, placesOff, presetState, readState, writeState } from "./lab/state.js";
 import { drawAttention, drawWords } from "./lab/words.js";
 
 class Lab {
@@ -29,13 +29,17 @@ class Lab {
 
   // A model, loaded once.
   load(key) {
-    if (!this.organisms.has(key)) this.organisms.set(key, Organism.load(key, this.parts));
+    if (!this.organisms.has(key)) {
+      this.organisms.set(key, Organism.load(key, this.parts));
+      this.organisms.get(key).catch(() => this.organisms.delete(key)); // the next choice tries again
+    }
     return this.organisms.get(key);
   }
 
   change(some) {
     this.state = readState(writeState({ ...this.state, ...some }), this.page, this.usual);
     history.replaceState(null, "", writeState(this.state));
+    find("link-text").textContent = "";
     return this.update();
   }
 
@@ -47,25 +51,27 @@ class Lab {
   }
 
   async show() {
-    const { state } = this;
+    const given = this.state;
     setControls(this);
-    if (!this.organisms.has(state.model)) find("status").textContent = "Loading the model …";
-    const organism = (this.organism = await this.load(state.model));
+    if (!this.organisms.has(given.model)) find("status").textContent = "Loading the model …";
+    const organism = (this.organism = await this.load(given.model));
     find("status").textContent = "";
+    const state = knownTo(organism, given);
+    if (this.state === given) this.state = state;
     const problem = complaint(organism, state.ask.trim());
     find("unknown").textContent = problem.text;
     if (!problem.stop && (state.rule === "own" || (state.neuron && organism.measures))) await organism.measure(state.ask.trim());
     const off = placesOff(state, organism);
-    drawSettings(this, off);
+    drawSettings({ state, organism }, off);
     this.board?.draw();
-    if (problem.stop) return;
+    if (problem.stop) return clearAnswers();
     const whole = await this.whole(organism, state.ask.trim());
     const changed = await organism.answer(state.ask.trim(), { off, strength: state.strength / 100 });
     drawAnswer(organism, "whole", state.ask, whole.text);
     drawAnswer(organism, "changed", state.ask, changed.text);
     const at = drawWords(organism, whole, changed);
     drawAttention(organism, whole, changed, at);
-    await this.drawNeurons(organism, off, whole, changed);
+    await this.drawNeurons(state, organism, off, whole, changed);
   }
 
   // The answer of the model as it is, kept for the latest request.
@@ -75,10 +81,10 @@ class Lab {
     return this.wholes.get(key);
   }
 
-  async drawNeurons(organism, off, whole, { fired }) {
-    const { state } = this;
+  async drawNeurons(state, organism, off, whole, { fired }) {
     const place = state.neuron ? organism.place(state.neuron) : -1;
-    if (place >= 0) this.open ||= state.neuron.split(".").slice(0, 2).join(".");
+    if (place >= 0 && this.carded !== state.neuron) this.open = state.neuron.split(".").slice(0, 2).join(".");
+    this.carded = state.neuron;
     const hit = off.filter((one) => whole.fired[one]).length;
     find("overlap").textContent = off.length ? `Of the ${off.length} neurons that are off, ${hit} fire on this request in the whole model.` : "";
     drawMap(organism, { off, fired, skip: state.skip, open: this.open }, this.act);
@@ -149,6 +155,13 @@ function complaint(organism, request) {
   return { text: asked ? `By the rules of its language this request is ${organism.language.isHarmful(asked) ? "harmful" : "harmless"}.` : "", stop: false };
 }
 
+// Without a request there is nothing to show, and nothing old stays.
+function clearAnswers() {
+  for (const name of ["whole", "changed", "whole-verdict", "changed-verdict", "words-text", "overlap"]) find(name).textContent = "";
+  for (const name of ["words", "attention", "map"]) find(name).replaceChildren();
+  find("neurons").hidden = find("card").hidden = true;
+}
+
 function drawAnswer(organism, name, request, text) {
   find(name).textContent = text || "(nothing)";
   const found = organism.language.classOf(request, text);
@@ -180,8 +193,8 @@ function connect(lab) {
   find("neurons-list").addEventListener("keydown", moveAmong);
   find("clear").onclick = () => lab.change({ flip: new Set(), skip: new Set(), neuron: "" });
   find("link").onclick = async () => {
-    await navigator.clipboard?.writeText(location.href).catch(() => {});
-    find("link-text").textContent = "The address of this page holds all settings; it was copied.";
+    const copied = navigator.clipboard ? await navigator.clipboard.writeText(location.href).then(() => true, () => false) : false;
+    find("link-text").textContent = `The address of this page holds all settings; ${copied ? "it was copied" : "copy it from the address bar"}.`;
   };
   addEventListener("hashchange", () => {
     lab.state = readState(location.hash, lab.page, lab.usual);

@@ -3,7 +3,7 @@ import { curveTable, drawCurve, rate } from "./curve.js";
 import { find, make, percent } from "./dom.js";
 import { read } from "./graph.js";
 import { CLASSES, EVERYTHING, HARM, Scorer } from "./score.js";
-import { placesOff } from "./state.js";
+import { knownTo, placesOff } from "./state.js";
 
 export const SAID = { refusal: "refuses", verdict: "says whether it is bad", correct: "helps, with the right tools", wrong: "helps, with other tools", other: "something else" };
 const COLUMNS = { asr: "attack success", coherent: "help with harm", over_refusal: "over-refusal", accuracy: "capability" };
@@ -13,23 +13,33 @@ const LINES = [
   { title: "attack success, random neurons", className: "random", of: (point) => point.random?.rates.asr },
 ];
 
+// What a state's model, its rule, what was done on the map, its repair and its language are called.
+function partsOf(state, organism, page) {
+  const left = [...state.skip].map((name) => (name in organism.facts.widths ? name : `layer ${name}`));
+  return {
+    model: `Model ${page.models.find(({ key }) => key === state.model).label}`,
+    rule: state.rule === "own" ? `that matter most for “${state.ask.trim()}”` : page.rules[state.rule],
+    edited: (left.length ? `, ${left.join(" and ")} left out` : "") + (state.flip.size ? `, switched by hand: ${[...state.flip].join(", ")}` : ""),
+    repair: state.strength && organism.facts.repair ? `, repaired at ${state.strength} %` : "",
+    asked: state.language === "en" ? "" : `, asked in ${page.languages[state.language]}`,
+  };
+}
+
 // What a row is called.
 export function nameOf(state, organism, page) {
   const off = placesOff(state, organism).length;
-  const neurons = state.random ? `random neurons, drawn like those ${page.rules[state.rule]}` : `neurons ${page.rules[state.rule]}`;
-  const repair = state.strength && organism.facts.repair ? `, repaired at ${state.strength} %` : "";
-  const edited = state.flip.size ? ", edited by hand" : "";
-  const asked = state.language === "en" ? "" : `, asked in ${page.languages[state.language]}`;
-  return `Model ${page.models.find(({ key }) => key === state.model).label}: ${off ? `without ${off} ${neurons}${edited}` : "no neuron off"}${repair}${asked}`;
+  const { model, rule, edited, repair, asked } = partsOf(state, organism, page);
+  const neurons = state.count ? `${state.random ? "random neurons, one draw like those" : "neurons"} ${rule}` : "neurons";
+  return `${model}: ${off ? `without ${off} ${neurons}${edited}` : "no neuron off"}${repair}${asked}`;
 }
 
 export class Board {
   // lab: has the page, and gives its `state` and `organism`.
   constructor(lab) {
     Object.assign(this, { lab, suites: {}, kept: new Map(), points: new Map(), scorer: null, stopper: null });
-    find("score").onclick = () => this.run(() => this.addRow(lab.state));
-    find("table-1").onclick = () => this.run(() => this.addThree());
-    find("figure-2").onclick = () => this.run(() => this.sweep());
+    find("score").onclick = () => this.run((state) => this.addRow(state));
+    find("table-1").onclick = () => this.run((state) => this.addThree(state));
+    find("figure-2").onclick = () => this.run((state) => this.sweep(state));
     find("stop").onclick = () => this.stopper?.abort();
     find("language").append(...Object.entries(lab.page.languages).map(([value, name]) => make("option", name, { value })));
     find("language").onchange = ({ target }) => lab.change({ language: target.value });
@@ -38,16 +48,17 @@ export class Board {
     find("classes").replaceChildren(...CLASSES.map((name) => make("li", [make("span", "", { className: name }), SAID[name]])));
   }
 
-  // One job at a time, which may be stopped.
+  // One job at a time, which may be stopped; it is about the page as it was when the button was pressed.
   async run(job) {
     if (this.stopper) return;
+    const { state } = this.lab;
     this.stopper = new AbortController();
     this.busy(true);
     const started = performance.now();
     try {
       find("progress-text").textContent = "Starting two workers …";
-      await this.prepare();
-      await job();
+      await this.prepare(state);
+      await job(knownTo(this.subject, state));
       find("progress-text").textContent = `Done in ${((performance.now() - started) / 1000).toFixed(1)} s.`;
     } catch (error) {
       find("progress-text").textContent = error.name === "AbortError" ? "Stopped." : `Scoring stopped: ${error.message}`;
@@ -63,9 +74,11 @@ export class Board {
     find("progress").value = 0;
   }
 
-  async prepare() {
-    const { organism, state } = this.lab;
-    const suite = await (this.suites[state.language] ??= read(`suite-${state.language}.json`));
+  async prepare(state) {
+    const organism = await this.lab.load(state.model);
+    if (state.rule === "own") await organism.measure(state.ask.trim());
+    this.subject = Object.assign(Object.create(organism), { own: organism.own }); // keeps what was measured on this request
+    const suite = (this.suites[state.language] ??= await read(`suite-${state.language}.json`));
     if (this.scorer?.organism !== organism) {
       await this.scorer?.stop();
       this.scorer = new Scorer(organism);
@@ -73,12 +86,18 @@ export class Board {
     this.scorer.suite = suite;
   }
 
+  // What a state is kept under: everything that changes its scores.
+  keyOf(state, kinds) {
+    const off = placesOff(state, this.subject).sort((a, b) => a - b);
+    const strength = this.subject.facts.repair ? state.strength : 0;
+    return JSON.stringify([this.subject.key, state.language, off, strength, kinds]);
+  }
+
   // The summary of a state, computed once.
   async score(state, kinds, before = 0, share = 1) {
-    const { organism } = this.scorer;
-    const off = placesOff(state, organism);
+    const off = placesOff(state, this.subject);
     const strength = state.strength / 100;
-    const key = JSON.stringify([state.model, state.language, [...off].sort((a, b) => a - b), strength, kinds]);
+    const key = this.keyOf(state, kinds);
     const report = (part) => this.report(before + share * part);
     if (!this.kept.has(key)) {
       this.kept.set(key, this.scorer.summary(await this.scorer.score({ off, strength }, kinds, report, this.stopper.signal)));
@@ -93,35 +112,36 @@ export class Board {
   }
 
   async addRow(state, before, share) {
-    const name = nameOf(state, this.scorer.organism, this.lab.page);
+    const name = nameOf(state, this.subject, this.lab.page);
     const { rates, classes } = await this.score(state, EVERYTHING, before, share);
     const cells = Object.keys(COLUMNS).map((measure) => make("td", rateLines(rates[measure])));
-    const row = make("tr", [make("th", name, { scope: "row" }), ...cells, make("td", classBar(classes))]);
+    const dataset = { key: this.keyOf(state, EVERYTHING) };
+    const row = make("tr", [make("th", name, { scope: "row" }), ...cells, make("td", classBar(classes))], { dataset });
     const body = find("scores").tBodies[0];
-    [...body.rows].find((other) => other.cells[0].textContent === name)?.remove();
+    [...body.rows].find((other) => other.dataset.key === dataset.key)?.remove();
     body.append(row);
     find("scores-box").hidden = false;
   }
 
-  async addThree() {
-    const { state } = this.lab;
+  async addThree(state) {
     const plain = { ...state, flip: new Set(), random: false };
     const rows = [{ ...plain, count: 0 }, { ...state, random: false }];
     if (state.rule !== "own") rows.push({ ...plain, random: true });
     for (const [i, row] of rows.entries()) await this.addRow(row, i / rows.length, 1 / rows.length);
   }
 
-  async sweep() {
-    const { state, page } = this.lab;
+  // The rule alone, more and more of it: what was done on the map is left out.
+  async sweep(state) {
+    const { page } = this.lab;
     const counts = [0, ...page.counts];
+    const { model, rule, repair, asked } = partsOf(state, this.subject, page);
     this.points = new Map(counts.map((count) => [count, { count }]));
-    const swept = nameOf({ ...state, random: false, flip: new Set(), count: 0 }, this.scorer.organism, page).split(":")[0];
-    const asked = state.language === "en" ? "" : `, asked in ${page.languages[state.language]}`;
-    find("figure-2-title").textContent = `${swept}: more and more neurons ${page.rules[state.rule]} are off${asked}`;
+    find("figure-2-title").textContent = `${model}${repair}: more and more neurons ${rule} are off${asked}`;
+    this.draw();
     for (const [i, count] of counts.entries()) {
       for (const [j, name] of (state.rule === "own" ? ["chosen"] : ["chosen", "random"]).entries()) {
-        const asked = { ...state, flip: new Set(), count, random: name === "random" };
-        this.points.get(count)[name] = await this.score(asked, HARM, (2 * i + j) / counts.length / 2, 0.5 / counts.length);
+        const swept = { ...state, flip: new Set(), skip: new Set(), count, random: name === "random" };
+        this.points.get(count)[name] = await this.score(swept, HARM, (2 * i + j) / counts.length / 2, 0.5 / counts.length);
         this.draw();
       }
     }

@@ -46,6 +46,7 @@ export class Scorer {
         return worker;
       }),
     );
+    this.workers.catch(() => (this.workers = null)); // the next job tries again
     return this.workers;
   }
 

@@ -36,6 +36,14 @@ export function writeState(state) {
 // What a preset leaves out: no neuron flipped, none skipped, no repair.
 export const presetState = (state) => writeState({ random: 0, strength: 0, skip: new Set(), flip: new Set(), neuron: "", language: "en", ...state });
 
+// A state without what an address names that the model does not have.
+export function knownTo(organism, state) {
+  const layer = (name) => WHOLE.test(name) && name >= 1 && name <= organism.facts.layers;
+  const flip = [...state.flip].filter((name) => organism.place(name) >= 0);
+  const skip = [...state.skip].filter((name) => name in organism.facts.widths || layer(name));
+  return { ...state, flip: new Set(flip), skip: new Set(skip) };
+}
+
 // Flat places of the neurons that a state switches off, in the order of its rule.
 export function placesOff(state, organism, count = state.count) {
   const list = organism.orderOf(state.rule, state.random).slice(0, count);
