@@ -31,6 +31,7 @@ def load_model(name, device=None, dtype=None):
     ----------
     name : str
         An organism (`organism/llama-chat`, with a seed other than 0 `organism/llama-chat@3`; see `safetyneuron.organism.names()`), a
+        model that `safetyneuron train` aligned (`aligned/…`), a
         Hugging Face id, with a revision after `@`, or a folder in Hugging Face format. `$SAFETYNEURON_MODELS` may hold folders under their
         Hugging Face ids; they come before the hub.
     device : str, optional
@@ -107,8 +108,9 @@ def _aligned(name, device, dtype):
     """An aligned model: the model that its training began with, and its factors. Its tokenizer has the template of the training."""
     folder = aligned_folder(name)
     with read_tensors(folder / FACTORS, "factors", f"`safetyneuron train {name}`") as (kept, facts):
-        model, _ = load_model(facts["start"], device, dtype)
-        apply_factors(model, kept["factors"])
+        factors, start = kept["factors"], facts["start"]
+    model, _ = load_model(start, device, dtype)
+    apply_factors(model, factors)
     return model, _ready(AutoTokenizer.from_pretrained(folder), name)
 
 

@@ -345,7 +345,9 @@ def test_scores_show_progress_stop_and_come_in_rows(browser, address, text):
     )
     browser.execute_script("playground.change({ skip: new Set(['ffn', '9', 'nothing']) })")
     browser.find_element("id", "play-score").click()
-    scored = 'return [...document.querySelectorAll("#play-scores tbody th")].map((th) => th.textContent)'
+    scored = (
+        'return [...document.querySelectorAll("#play-scores tbody th")].map((th) => th.textContent)'
+    )
     until(browser, lambda: len(browser.execute_script(scored)) == 2, 120)
     assert browser.execute_script(scored)[1].endswith("ffn left out")  # there is no layer 9
     until(browser, lambda: text("progress-text").startswith("Done in"))

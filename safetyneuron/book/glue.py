@@ -6,7 +6,6 @@ import json
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from IPython.display import Markdown
 from matplotlib.collections import PathCollection
 from myst_nb import glue
 
@@ -39,11 +38,6 @@ def glue_text(**values):
 def glue_rates(**rates):
     """Glue rates as percent with their interval."""
     glue_text(**{name: rate.percent for name, rate in rates.items()})
-
-
-def glue_list(name, items):
-    """Glue a list for a `{glue:md}` directive."""
-    glue(name, Markdown("\n".join(f"- {item}" for item in items)))
 
 
 class Drawn:

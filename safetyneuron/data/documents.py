@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetyneuron.data import sources
 from safetyneuron.data.files import read_rows
-from safetyneuron.data.prompts import shuffled
+from safetyneuron.data.prompts import check_split, shuffled
 from safetyneuron.errors import SafetyNeuronError
 from safetyneuron.neurons.encoding import check_documents
 from safetyneuron.organism import language as lang
@@ -49,22 +49,24 @@ def load_documents(name_or_path, split="train", language="en"):
     Raises
     ------
     SafetyNeuronError
-        If the set, language or file is unknown or unreadable, or a document lacks a side.
+        If the set, split, language or file is unknown or unreadable, or a document lacks a side.
     """
     if name_or_path in ORGANISM_DOCUMENTS:
         if language not in lang.LANGUAGES:
             raise SafetyNeuronError(
                 f"unknown language {language!r}: use one of {', '.join(lang.LANGUAGES)}"
             )
+        check_split(split)
         examples = shuffled(ORGANISM_DOCUMENTS[name_or_path](split, language))
         return [{"prompt": e.prompt, "completion": e.answer} for e in examples]
     if name_or_path in sources.DOCUMENTS:
+        check_split(split)
         return shuffled(sources.load_rows(sources.DOCUMENTS[name_or_path], split, language))
     path = Path(name_or_path)
     if not path.is_file() or path.suffix not in sources.ENDINGS:
         known = ", ".join((*ORGANISM_DOCUMENTS, *sources.DOCUMENTS))
         raise SafetyNeuronError(
-            f"no document set or .jsonl or .csv file {name_or_path!r}: use a file or one of {known}"
+            f"no document set or file ({', '.join(sources.ENDINGS)}) {name_or_path!r}: use a file or one of {known}"
         )
     documents = read_rows(path)
     check_documents(documents)

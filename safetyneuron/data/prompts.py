@@ -20,7 +20,7 @@ def load_prompts(name_or_path, split="test", language="en"):
     name_or_path : str
         `organism/harmful` or another set of `organism.prompts.prompts_of`; a public set, `paper/advbench` and the others of `sources.PROMPTS`; or
         a file: .txt with one prompt a line, .csv, .jsonl, .json or .parquet with a column `prompt`, `goal`, `Behavior` or
-        `request`. Files and public sets are read in their order. What a public set repeats is taken once; a file must not repeat.
+        `request`. Files keep their order. What a public set repeats is taken once; a file must not repeat.
     split : str
         `train` or `test`; the organism's combinations of verb and object are disjoint, public sets are halved, or for tests alone (`paper/advbench-whole`). Files have no split.
     language : str

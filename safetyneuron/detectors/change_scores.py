@@ -1,4 +1,4 @@
-"""Activation contrasting and dynamic activation patching (Chen et al. 2025): the second definition of a safety neuron.
+"""Activation contrasting (Chen et al. 2025; their patching is in `neurons.patching`): the second definition of a safety neuron.
 
 A neuron is here a channel of the feed-forward block; its activation is what the down projection reads: act(gate) · up.
 """

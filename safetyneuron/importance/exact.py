@@ -3,12 +3,12 @@
 The importance of a neuron for one prompt is the Frobenius norm, over the prompt's real positions, of the
 change in its sub-block's output (attention or feed-forward, before any post-norm) when the neuron's
 parameters, its bias with them, are set to zero (Zhao et al. 2025, Eq 1). `exact` and `first_order.py` share that
-unit, a norm in the residual stream; `readings.py` holds the paper's and the released code's own units.
+unit, a norm in the residual stream; `paper_and_released.py` holds the paper's and the released code's own units.
 
 Shape letters: B prompts, n positions, D hidden width, H heads, G key/value heads, r = H/G, d head width, F channels
 of the feed-forward block. W_O and W_down are given channels first: (H·d, D) and (F, D).
 
-Four of the seven projections cost nothing, because zeroing a channel takes one summand away from a product: what is
+Five of the seven projections cost nothing, because zeroing a channel takes one summand away from a product: what is
 taken from the output is that channel's activation times its row of W_O or W_down (`feed_forward`, `output`, `value`).
 q and k stand inside the softmax, so `exact` runs the softmax again for every channel, and nothing else:
 

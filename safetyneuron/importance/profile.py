@@ -281,6 +281,6 @@ def _resume(checkpoint, task):
     profile, facts = ImportanceProfile._read(checkpoint)
     if facts.get("task") != task:
         raise SafetyNeuronError(
-            f"checkpoint {checkpoint} belongs to other prompts, another model or rule, or other code: remove it or name another file"
+            f"checkpoint {checkpoint} belongs to other prompts, another model, rule, batch size or list of sizes, or other code: remove it, name another file, or give what it was begun with"
         )
     return profile, facts["done"]

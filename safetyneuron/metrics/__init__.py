@@ -1,4 +1,4 @@
-"""Metrics: every one returns a `Rate`, a proportion with its interval."""
+"""Metrics of harm, help and capability: most return a `Rate` or an `Estimate`, a value with its interval."""
 
 from safetyneuron.metrics.answer_class import answer_classes, sort_answers
 from safetyneuron.metrics.behaviour import key_scores

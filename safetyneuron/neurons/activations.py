@@ -3,7 +3,7 @@
 The activation of a row is what it puts out, that of a column what it reads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -95,7 +95,9 @@ def mean_ablated(
 
 @contextmanager
 def overwritten(
-    model: PreTrainedModel, neurons: NeuronSet, values: torch.Tensor
+    model: PreTrainedModel,
+    neurons: NeuronSet,
+    values: Callable[[str, int], torch.Tensor | None],
 ) -> Iterator[PreTrainedModel]:
     """The neurons have the activations `values(projection, layer)`, (…, channels), for the length of a `with` block.
 

@@ -25,11 +25,12 @@ def encode_prompts(
                 f"prompt {number} is {prompt!r}, which holds nothing to read: give it words or leave it out"
             )
     context = model.config.get_text_config().max_position_embeddings - room
+    kept = f" and keeps {room} for the answer: ask for a shorter one, or" if room else ":"
     encoded = _encode(tokenizer, prompts)
     for prompt, ids in zip(prompts, encoded):
         if not 0 < len(ids) <= context:
             raise SafetyNeuronError(
-                f"prompt {prompt[:40]!r}… has {len(ids)} tokens but the model reads 1 to {context}: shorten or remove it"
+                f"prompt {prompt[:40]!r}… has {len(ids)} tokens but the model reads 1 to {context}{kept} shorten or remove it"
             )
     return encoded
 

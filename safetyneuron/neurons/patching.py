@@ -32,7 +32,8 @@ def patched_generation(
     """The recipient runs with the donor's activations of `neurons`, for the length of a `with` block (Chen et al. 2025, dynamic activation patching).
 
     Before every forward pass of the recipient the donor reads the same tokens, with a cache of its own that is never patched, and its
-    values overwrite the recipient's. All that runs the recipient is patched: greedy decoding, where the recipient picks the token, and scoring.
+    values overwrite the recipient's. All that runs the recipient is patched: greedy decoding, where the recipient picks the token, and scoring, which
+    reads everything in one pass and so counts as the prompt where `positions` tells prompt and completion apart.
 
     >>> with patched_generation(recipient, donor, change_scores(recipient, donor, tokenizer, prompts).select(0.05)):
     ...     answers(recipient, tokenizer, prompts)

@@ -163,7 +163,18 @@ class NeuronSet:
         return {p: int(mask.sum()) for p, mask in self.masks.items()}
 
     def within(self, first: int, last: int) -> "NeuronSet":
-        """The neurons of layers `first` to `last`, counted from 1, both included."""
+        """The neurons of layers `first` to `last`, counted from 1, both included.
+
+        Raises
+        ------
+        SafetyNeuronError
+            If the model has no such layers.
+        """
+        layers = len(self.masks["down"])
+        if not 1 <= first <= last <= layers:
+            raise SafetyNeuronError(
+                f"there are no layers {first} to {last}: count from 1 to {layers}, the first of them first"
+            )
         kept = {p: torch.zeros_like(mask) for p, mask in self.masks.items()}
         for projection, mask in self.masks.items():
             kept[projection][first - 1 : last] = mask[first - 1 : last]
