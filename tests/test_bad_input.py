@@ -26,6 +26,7 @@ from safetyneuron import (
 from safetyneuron.attacks import searches
 from safetyneuron.cli import main
 from safetyneuron.importance.profile import ImportanceProfile
+from safetyneuron.metrics import answers
 from safetyneuron.organism.tokenizer import build_tokenizer
 from safetyneuron.run.execute import run_notebook
 
@@ -157,6 +158,18 @@ CASES = {
     "prompts: a path for a set's name": (
         lambda: load_prompts("paper/../../etc/passwd"),
         "no prompt set or file",
+    ),
+    "documents: unknown split": (
+        lambda: load_documents("organism/arithmetic", split="dev"),
+        "unknown split 'dev'",
+    ),
+    "prompts: no room for the answer": (
+        lambda: answers(model(), TOKENIZER, ["a b c"], 46),
+        "keeps 46 for the answer",
+    ),
+    "neurons: layers that are none": (
+        lambda: NeuronSet.empty(model()).within(0, 1),
+        "no layers 0 to 1: count from 1",
     ),
     "prompts: over the context": (lambda: measure(["word " * 60]), "reads 1 to 48"),
     "prompts: unknown language": (
