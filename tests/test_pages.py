@@ -111,7 +111,7 @@ def test_a_rerun_shows_its_results_and_the_book_shows_them_once_where_they_are_t
             (set(cell.metadata.get("tags", [])), kind)
             for cell in nbformat.read(path, 4).cells
             for output in cell.get("outputs", [])
-            if "scrapbook" in output.metadata
+            if "scrapbook" in output.get("metadata", {})  # what was printed has none
             for kind in output.data
             if not kind.startswith("application/")
         ]
