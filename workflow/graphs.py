@@ -207,7 +207,10 @@ class SwitchGraph:
         outputs = ["logits", "fired", "present", "attention"]
         with attending(switches.model, switches.attend):
             self.graph = export(switches, switches.inputs(), lengths, outputs)
-        self.places = find_constants(self.graph, self._constants(switches))
+        constants = self._constants(switches)
+        self.places = find_constants(self.graph, constants)
+        if missing := {*constants} - {name for name, _ in self.places.values()}:
+            raise SafetyNeuronError(f"the exported graph does not hold {', '.join(missing)}")
 
     def _constants(self, switches):
         return constants_of(switches.model) | {"threshold": switches.threshold.numpy()}
