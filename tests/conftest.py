@@ -218,8 +218,14 @@ def browser(tmp_path_factory):
     browser.quit()
 
 
+# On a busy machine `get` has returned while the page before was still there.
+ARRIVED = "return !window.left && document.readyState === 'complete'"
+
+
 def show(browser, url, view):
     """Open a page in one view."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
     width, height = VIEWS[view]
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": view == "phone"}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -228,7 +234,9 @@ def show(browser, url, view):
         "Emulation.setEmulatedMedia",
         {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
     )
+    browser.execute_script("window.left = true")
     browser.get(url)
+    WebDriverWait(browser, 60, 0.05).until(lambda b: b.execute_script(ARRIVED))
     if "playground" in url:
         loaded(browser)
 

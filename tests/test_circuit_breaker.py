@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import small_llama
 
-from safetyneuron import SafetyNeuronError, load_documents
+from safetyneuron import SafetyNeuronError, load_documents, load_model
 from safetyneuron.neurons.weights import fingerprint
 from safetyneuron.tuning.circuit_breaker import (
     RANK,
@@ -116,6 +116,22 @@ def test_the_same_seed_gives_the_same_adapters_and_leaves_the_random_state(
     )
     assert all(first.tensors[name].equal(second.tensors[name]) for name in first.tensors)
     assert torch.rand(1).equal(expected)
+
+
+@pytest.mark.organism
+def test_a_training_does_not_hang_on_rounding(documents):
+    model, tokenizer = load_model("organism/llama-base")
+    curves = []
+    for _ in range(2):
+        breaker = circuit_break(
+            model, tokenizer, *documents, steps=12, learning_rate=3e-2, batch_size=4
+        )
+        curves.append([point["rerouting"] for point in breaker.facts["curve"]])
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1 + 1e-7)  # as another processor rounds
+    assert min(curves[0]) < 0.95
+    assert curves[1] == pytest.approx(curves[0], abs=2e-3) and curves[1] != curves[0]
 
 
 def test_a_saved_breaker_defends_the_same_way(model, tokenizer, documents, tmp_path):

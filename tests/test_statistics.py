@@ -91,6 +91,28 @@ def test_intervals_of_a_difference_from_random_draws_cover(trainings, draws, eff
     )  # verbs move both: the difference has a noise of its own
 
 
+@pytest.mark.parametrize("trainings", [1, 5])
+@pytest.mark.parametrize("attacked", [4, 8, 16])
+def test_intervals_of_a_mean_over_direct_requests_and_few_attacked_ones_cover(attacked, trainings):
+    """A few requests under three attacks weigh three quarters: the many direct ones lend them no certainty."""
+    generator, effects = np.random.default_rng(0), EFFECTS[0]
+    verbs, few = np.repeat(np.arange(VERBS), REQUESTS), np.arange(attacked) * REQUESTS
+    centres, asked = [0, 1, 1, 2], [np.arange(len(verbs)), few, few, few]
+    truth = np.mean([true_mean(centre, effects, trainings, 1) for centre in centres])
+    clusters = np.concatenate([verbs[some] for some in asked])
+    strata = np.repeat(range(4), [len(some) for some in asked])
+    covered = []
+    for _ in range(500):
+        shared = generator.normal(0, effects[2], VERBS)
+        parts = [
+            simulate(generator, centre, effects, trainings, 1, shared)[:, :, some]
+            for centre, some in zip(centres, asked)
+        ]
+        low, high = estimate_mean(np.concatenate(parts, 2), clusters, strata).interval
+        covered.append(low <= truth <= high)
+    assert np.mean(covered) >= 0.93
+
+
 def test_what_the_interval_leaves_out_is_missed():
     """The interval of independent items is far too narrow where verbs, draws or trainings differ."""
     generator, effects = np.random.default_rng(0), EFFECTS[0]

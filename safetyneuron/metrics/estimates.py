@@ -6,7 +6,9 @@ succeed and fail together, so they count as one cluster and not as so many indep
 ways of looking at the array overlap: trainings differ (their rows), and clusters differ (their
 columns). The variance of a mean with both is V_rows + V_columns - V_cells, where V_cells is the noise
 that both hold (two-way clustering, Cameron, Gelbach and Miller 2011); its degrees of freedom are
-Satterthwaite's (1946). At one training the rows are the random draws, where there are any.
+Satterthwaite's (1946). Where few clusters carry most of the weight, as a handful of attacked requests
+among many direct ones, they count as the few that they are. At one training the rows are the random
+draws, where there are any.
 """
 
 from __future__ import annotations
@@ -131,9 +133,7 @@ def estimate_mean(
     error, freedom = _two_way(rows, clusters, strata, weights)
     return Estimate(
         mean,
-        error
-        if error > 1e-9
-        else sqrt(2) / count,  # all alike: as if two items might have been otherwise
+        sqrt(error**2 + _doubt(rows, strata)),
         freedom,
         count,
         len(values),
@@ -141,6 +141,13 @@ def estimate_mean(
         int(clusters.max()) + 1,
         proportion,
     )
+
+
+def _doubt(rows, strata):
+    """Variance from sets whose outcomes are all alike: as if two items of each might have been otherwise."""
+    sizes = np.bincount(strata)
+    alike = [np.ptp(rows[:, strata == of]) < 1e-9 for of in range(len(sizes))]
+    return (2 / sizes[alike] ** 2).sum() / len(sizes) ** 2
 
 
 def _codes(labels, count):
@@ -159,13 +166,13 @@ def _two_way(rows, clusters, strata, weights):
         rows - centre[strata]
     ) * weights  # (rows, items), each a share of how far the mean is off
     cells = np.array([np.bincount(clusters, row) for row in off])  # (rows, clusters)
-    r, c = cells.shape
+    shares = np.bincount(clusters, weights)
+    r, c = len(cells), _effective_clusters(shares)
     columns, lines = cells.mean(0), cells.sum(1)
-    of_columns = c / (c - 1) * (columns**2).sum() if c > 1 else 0.0
+    of_columns = c / (c - 1) * (columns**2).sum() if len(shares) > 1 else 0.0
     if r == 1:
         return sqrt(of_columns), max(1, c - 1)
     of_rows = (lines**2).sum() / (r * (r - 1))
-    shares = np.bincount(clusters, weights)
     inner = cells - columns - np.outer(lines, shares)
     both = (r / (r - 1)) * (c / max(1, c - 1)) * (inner**2).sum() / r**2
     total = max(of_rows + of_columns - both, min(of_rows, of_columns))
@@ -174,6 +181,12 @@ def _two_way(rows, clusters, strata, weights):
     )
     freedom = total**2 / spread if spread else c - 1
     return sqrt(total), max(min(r, c) - 1, 1, freedom)
+
+
+def _effective_clusters(shares):
+    """How many clusters of one size would tell as much as these, which hold unequal shares of the weight (Carter, Schnepel and Steigerwald 2017)."""
+    squares = shares**2
+    return squares.sum() ** 2 / (squares**2).sum()
 
 
 def estimate_ratio(

@@ -29,6 +29,7 @@ TARGETS = (
     20 / 32,
 )  # depths at which harmful states are turned away: layers 10 and 20 of 32 in the original
 RANK, ALPHA, DROPOUT = 16, 16, 0.05
+START = 1e-3  # standard deviation of the adapters' output weights before training
 LARGE = 10**8  # weights, from which on memory counts for more than time
 
 
@@ -132,6 +133,8 @@ def circuit_break(
 ) -> CircuitBreaker:
     """Train adapters that turn the states on harmful documents away from what they were and keep all others (Zou et al. 2024).
 
+    Unlike the original's, their output weights start at random numbers of `START`, not at zero, where neither loss has a slope.
+
     Parameters
     ----------
     harmful, retain : list of dict
@@ -159,6 +162,7 @@ def circuit_break(
     ]
     before, started = fingerprint(model), time.monotonic()
     with _adapted(model, seed) as adapted, tempfile.TemporaryDirectory() as folder:
+        _leave_plateau(adapted)
         trainer = _Rerouting(
             target_layers(model.config.get_text_config().num_hidden_layers),
             strength,
@@ -207,6 +211,16 @@ def _adapted(model, seed):
             yield adapted
         finally:
             adapted.unload()
+
+
+def _leave_plateau(adapted):
+    """Small random output weights in place of zeros.
+
+    Where adapters change nothing, both losses are flat: rounding would point the first updates, and another processor would train another defence.
+    """
+    for name, weights in adapted.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weights, std=START)
 
 
 @contextmanager
