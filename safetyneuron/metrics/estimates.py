@@ -124,8 +124,7 @@ def estimate_mean(
     count = values.shape[2]
     clusters = _codes(range(count) if clusters is None else clusters, count)
     strata = _codes([0] * count if strata is None else strata, count)
-    sizes = np.bincount(strata)
-    weights = 1 / sizes[strata] / len(sizes)
+    weights = _weights(strata)
     rows = (
         values.mean(1) if len(values) > 1 else values[0]
     )  # trainings, or the draws of the only one
@@ -133,7 +132,7 @@ def estimate_mean(
     error, freedom = _two_way(rows, clusters, strata, weights)
     return Estimate(
         mean,
-        sqrt(error**2 + _doubt(rows, strata)),
+        sqrt(error**2 + _doubt(rows, clusters, strata)),
         freedom,
         count,
         len(values),
@@ -143,11 +142,20 @@ def estimate_mean(
     )
 
 
-def _doubt(rows, strata):
-    """Variance from sets whose outcomes are all alike: as if two items of each might have been otherwise."""
+def _doubt(rows, clusters, strata):
+    """Variance from sets whose clusters are all alike: as if two items of each set might have been otherwise."""
+    found = 0.0
+    for of in range(strata.max() + 1):
+        some = rows[:, strata == of]
+        off = [np.bincount(clusters[strata == of], row - some.mean()) for row in some]
+        found += 2 / some.shape[1] ** 2 if np.abs(off).max() < 1e-9 else 0.0
+    return found / (strata.max() + 1) ** 2
+
+
+def _weights(strata):
+    """What every item weighs in the mean of the means of sets."""
     sizes = np.bincount(strata)
-    alike = [np.ptp(rows[:, strata == of]) < 1e-9 for of in range(len(sizes))]
-    return (2 / sizes[alike] ** 2).sum() / len(sizes) ** 2
+    return 1 / sizes[strata] / len(sizes)
 
 
 def _codes(labels, count):
@@ -167,7 +175,7 @@ def _two_way(rows, clusters, strata, weights):
     ) * weights  # (rows, items), each a share of how far the mean is off
     cells = np.array([np.bincount(clusters, row) for row in off])  # (rows, clusters)
     shares = np.bincount(clusters, weights)
-    r, c = len(cells), _effective_clusters(shares)
+    r, c = len(cells), effective_clusters(clusters, strata)
     columns, lines = cells.mean(0), cells.sum(1)
     of_columns = c / (c - 1) * (columns**2).sum() if len(shares) > 1 else 0.0
     if r == 1:
@@ -183,10 +191,14 @@ def _two_way(rows, clusters, strata, weights):
     return sqrt(total), max(min(r, c) - 1, 1, freedom)
 
 
-def _effective_clusters(shares):
-    """How many clusters of one size would tell as much as these, which hold unequal shares of the weight (Carter, Schnepel and Steigerwald 2017)."""
-    squares = shares**2
-    return squares.sum() ** 2 / (squares**2).sum()
+def effective_clusters(clusters: Sequence, strata: Sequence) -> float:
+    """How many clusters of one size would tell as much as these, which hold unequal shares of the weight (Carter, Schnepel and Steigerwald 2017).
+
+    clusters, strata: as for `estimate_mean`.
+    """
+    weights = _weights(_codes(strata, len(strata)))
+    squares = np.bincount(_codes(clusters, len(weights)), weights) ** 2
+    return float(squares.sum() ** 2 / (squares**2).sum())
 
 
 def estimate_ratio(
