@@ -359,7 +359,7 @@ def draw_overlap(overlap):
     _, axes = plt.subplots(figsize=(size + 1, size))
     sns.heatmap(
         100 * overlap, annot=True, fmt=".0f", cmap="viridis", cbar=False, square=True,
-        vmin=0, vmax=100, annot_kws={"size": 6}, ax=axes,
+        vmin=0, vmax=100, annot_kws={"size": 7}, ax=axes,
     )  # fmt: skip
     axes.tick_params(labelsize=7)
     return axes
