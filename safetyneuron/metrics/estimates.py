@@ -175,7 +175,7 @@ def _two_way(rows, clusters, strata, weights):
     ) * weights  # (rows, items), each a share of how far the mean is off
     cells = np.array([np.bincount(clusters, row) for row in off])  # (rows, clusters)
     shares = np.bincount(clusters, weights)
-    r, c = len(cells), effective_clusters(clusters, strata)
+    r, c = len(cells), _count_effective(shares)
     columns, lines = cells.mean(0), cells.sum(1)
     of_columns = c / (c - 1) * (columns**2).sum() if len(shares) > 1 else 0.0
     if r == 1:
@@ -197,7 +197,11 @@ def effective_clusters(clusters: Sequence, strata: Sequence) -> float:
     clusters, strata: as for `estimate_mean`.
     """
     weights = _weights(_codes(strata, len(strata)))
-    squares = np.bincount(_codes(clusters, len(weights)), weights) ** 2
+    return _count_effective(np.bincount(_codes(clusters, len(weights)), weights))
+
+
+def _count_effective(shares):
+    squares = shares**2
     return float(squares.sum() ** 2 / (squares**2).sum())
 
 

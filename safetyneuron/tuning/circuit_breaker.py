@@ -176,10 +176,6 @@ def circuit_break(
         with _computed_twice(model), quick_collection(model):
             trainer.train()
         tensors = _adapter_weights(adapted)
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise SafetyNeuronError(
-            "the adapters hold numbers that are not finite: lower the learning rate or load the model in a wider dtype"
-        )
     facts = {"seconds": time.monotonic() - started, "curve": trainer.curve}
     return CircuitBreaker(tensors, before, facts)
 
@@ -247,12 +243,18 @@ def _computed_twice(model):
 
 
 def _adapter_weights(adapted):
+    """What the training made of the adapters; refused where it diverged."""
     from peft import get_peft_model_state_dict
 
-    return {
+    tensors = {
         name: tensor.detach().cpu().clone().contiguous()
         for name, tensor in get_peft_model_state_dict(adapted).items()
     }
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise SafetyNeuronError(
+            "the adapters hold numbers that are not finite: lower the learning rate or load the model in a wider dtype"
+        )
+    return tensors
 
 
 def _pairs(harmful, retain, count, seed):
