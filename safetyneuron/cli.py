@@ -13,8 +13,9 @@ from safetyneuron.run.editions import read_edition, read_mapping
 from safetyneuron.run.execute import notebook_parameters, run_notebook
 
 TRAIN = (
-    "Train an organism. It does not take the place of the shipped one, but is used where SAFETYNEURON_ORGANISMS names the"
-    " folder that it is written to; -o safetyneuron/organism/weights replaces the shipped one."
+    "Train an organism, and measure which of its bars it misses. It does not take the place of the shipped one, but is"
+    " used where SAFETYNEURON_ORGANISMS names the folder that it is written to; -o safetyneuron/organism/weights replaces"
+    " the shipped one."
 )
 
 
@@ -175,10 +176,13 @@ def _train(options):
         from safetyneuron.alignment.stages import train_aligned
 
         return print(f"{options.name} is in {train_aligned(options.name)}")
+    from safetyneuron.metrics.shortfalls import note_measures
     from safetyneuron.organism import train_organism
 
     folder = (options.output or cache_folder() / "organism").absolute()
     train_organism(options.name, folder)
+    for line in note_measures(options.name, folder):
+        print(f"{options.name} misses a bar: {line}")
     print(f"{options.name} is in {folder}: set SAFETYNEURON_ORGANISMS={folder} to use it")
 
 

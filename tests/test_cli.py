@@ -170,7 +170,7 @@ def test_unknown_sets_splits_and_languages_are_refused():
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
-    """What the command asks to be trained, which would take minutes: names and folders."""
+    """What the command asks to be trained and measured, which would take minutes: names and folders."""
     asked = []
     monkeypatch.setenv("SAFETYNEURON_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -179,13 +179,20 @@ def trained(monkeypatch, tmp_path):
         lambda *arguments: asked.append(arguments),
         raising=False,
     )
+    monkeypatch.setattr(
+        "safetyneuron.metrics.shortfalls.note_measures",
+        lambda name, folder: ["correct on harmful vi: 93.5 %, bar 95 %"] * ("base" in name),
+    )
     return asked
 
 
 def test_training_goes_into_the_cache_unless_a_folder_is_told(trained, tmp_path, capsys):
     assert main(["train", "organism/llama-chat@3"]) == 0
-    assert f"SAFETYNEURON_ORGANISMS={tmp_path / 'cache' / 'organism'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"SAFETYNEURON_ORGANISMS={tmp_path / 'cache' / 'organism'}" in said
+    assert "misses a bar" not in said
     assert main(["train", "organism/llama-base", "-o", "own"]) == 0
+    assert "misses a bar: correct on harmful vi: 93.5 %, bar 95 %\n" in capsys.readouterr().out
     assert trained == [
         ("organism/llama-chat@3", tmp_path / "cache" / "organism"),
         ("organism/llama-base", tmp_path / "own"),

@@ -7,7 +7,6 @@ from safetyneuron.metrics.answer_class import classify
 from safetyneuron.metrics.rates import Rate
 from safetyneuron.metrics.safety import answers
 from safetyneuron.organism import language as lang
-from safetyneuron.organism import shipped
 from safetyneuron.organism.reading import read_request
 
 SETS = tuple(lang.SETS)
@@ -103,20 +102,6 @@ def reached(scores, bar):
         if bar.measure == "over-refusal"
         else {language: 100 - share for language, share in refused.items()}
     )
-
-
-def score_organism(name, folder):
-    """Measure how an organism of a folder behaves, write it into the manifest there, and return the bars that it misses.
-
-    Returns
-    -------
-    list of str
-        Empty for models that are made for one chapter, which have no bars here.
-    """
-    key = shipped.full_name(name.removeprefix("organism/"))
-    scores, kind = behaviour(*shipped.load_organism(name, folder)), kind_of(key)
-    shipped.add_scores(folder, key, scores)
-    return missed(scores, kind) if kind else []
 
 
 def kind_of(name):

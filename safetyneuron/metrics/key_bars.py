@@ -44,13 +44,15 @@ KEY_BARS = (
 )
 
 
-def measure_key(name):
+def measure_key(name, folder=None):
     """What the bars ask of a planted organism.
 
     Parameters
     ----------
     name : str
         `organism/llama-planted@3`
+    folder : path, optional
+        As for `load_organism`.
 
     Returns
     -------
@@ -62,8 +64,8 @@ def measure_key(name):
     SafetyNeuronError
         If nothing was planted in the organism.
     """
-    model, tokenizer = shipped.load_organism(name)
-    planted, decoys = shipped.planted_neurons(name), shipped.decoy_neurons(name)
+    model, tokenizer = shipped.load_organism(name, folder)
+    planted, decoys = shipped.planted_neurons(name, folder), shipped.decoy_neurons(name, folder)
     found = {}
     for off, neurons in (("planted", planted), ("decoys", decoys)):
         for language in lang.LANGUAGES:
@@ -142,10 +144,3 @@ def missed_by_key(key):
                 off = "" if bar.off == "nothing" else f"{bar.off} off, "
                 lines.append(f"{off}{where}: {value:g}{bar.unit}, bar {bar.limit:g}{bar.unit}")
     return lines
-
-
-def score_key(name):
-    """Measure the key of a shipped organism (`organism/llama-planted@3`) and write it into the manifest."""
-    key = name.removeprefix("organism/")
-    known = {"parent": shipped.manifest()[key]["parent"], "key": measure_key(name)}
-    shipped.add_to_manifest(shipped.SHIPPED, key, known)

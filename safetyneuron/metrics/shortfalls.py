@@ -1,7 +1,15 @@
 """Where organisms fall short of what was asked of them before they were trained."""
 
-from safetyneuron.metrics.behaviour import MOST_LOST, kind_of, lost, missed, missed_role, role_of
-from safetyneuron.metrics.key_bars import missed_by_key
+from safetyneuron.metrics.behaviour import (
+    MOST_LOST,
+    behaviour,
+    kind_of,
+    lost,
+    missed,
+    missed_role,
+    role_of,
+)
+from safetyneuron.metrics.key_bars import measure_key, missed_by_key
 from safetyneuron.organism import shipped
 
 
@@ -37,8 +45,26 @@ def leaky_keys(models):
     return [name for name, entry in models.items() if missed_by_key(entry.get("key", {}))]
 
 
-def note_shortfalls(name):
-    """Write the bars that a shipped organism misses into the manifest, where its model card finds them. name: `llama-chat@3`."""
-    models = shipped.manifest()
-    known = {"parent": models[name]["parent"], "missed": shortfalls(name, models)}
-    shipped.add_to_manifest(shipped.SHIPPED, name, known)
+def note_measures(name, folder):
+    """Measure an organism of a folder, and write behaviour, answer key and the bars that it misses into the manifest there, where its model card finds them.
+
+    Parameters
+    ----------
+    name : str
+        `organism/llama-planted@3`
+    folder : path
+        Of weights.
+
+    Returns
+    -------
+    list of str
+        As from `shortfalls`.
+    """
+    key = shipped.full_name(name.removeprefix("organism/"))
+    measures = {"scores": behaviour(*shipped.load_organism(name, folder))}
+    if kind_of(key) == "planted":
+        measures["key"] = measure_key(name, folder)
+    shipped.add_measures(folder, key, measures)
+    missing = shortfalls(key, shipped.manifest(folder))
+    shipped.add_measures(folder, key, {"missed": missing})
+    return missing

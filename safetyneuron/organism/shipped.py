@@ -82,26 +82,26 @@ def starting_model(name):
     return _put_rows(_changed(stored, tokenizer), tensors, "decoys"), tokenizer
 
 
-def planted_neurons(name):
-    """The neurons that alignment was planted into, as a `NeuronSet`.
+def planted_neurons(name, folder=None):
+    """The neurons that alignment was planted into, as a `NeuronSet`; name and folder as for `load_organism`.
 
     Raises
     ------
     SafetyNeuronError
         As `starting_model`.
     """
-    return _neurons(name, "planted")
+    return _neurons(find(name, folder), "planted")
 
 
-def decoy_neurons(name):
-    """The neurons that a harmless habit was planted into, as a `NeuronSet`.
+def decoy_neurons(name, folder=None):
+    """The neurons that a harmless habit was planted into, as a `NeuronSet`; name and folder as for `load_organism`.
 
     Raises
     ------
     SafetyNeuronError
         As `load_organism`, or if that organism has no decoys.
     """
-    return _neurons(name, "decoys")
+    return _neurons(find(name, folder), "decoys")
 
 
 def names():
@@ -109,11 +109,11 @@ def names():
     return tuple(dict.fromkeys(f"organism/{key.partition('@')[0]}" for key in manifest()))
 
 
-def manifest():
-    """What is known of every organism: from `llama-chat@3` to its recipe, scores, curve and more."""
+def manifest(folder=None):
+    """What is known of every organism: from `llama-chat@3` to its recipe, scores, curve and more; folder as for `load_organism`."""
     found = {}
-    for folder in reversed(_folders()):
-        found |= _read_manifest(folder)
+    for place in reversed(_folders(folder)):
+        found |= _read_manifest(place)
     return dict(sorted(found.items()))
 
 
@@ -205,9 +205,9 @@ def add_to_manifest(folder, name, entry):
     _change_manifest(folder, name, entry)
 
 
-def add_scores(folder, name, scores):
-    """Add what an organism does to its entry of a folder's manifest, under its full name (`llama-chat@3`)."""
-    _change_manifest(Path(folder).resolve(), name, {"scores": scores})
+def add_measures(folder, name, measures):
+    """Add what was measured on an organism (`scores`, `key`, `missed`) to its entry of a folder's manifest, under its full name (`llama-chat@3`)."""
+    _change_manifest(Path(folder).resolve(), name, measures)
 
 
 def _change_manifest(folder, name, changes):
@@ -399,8 +399,7 @@ def _put_rows(model, tensors, *groups):
     return model
 
 
-def _neurons(name, group):
-    stored = find(name)
+def _neurons(stored, group):
     tensors = _rows(stored, group)
     shapes = NeuronSet.empty(_changed(stored, build_tokenizer())).shapes
     return NeuronSet.from_cells(shapes, (cells[:3] for cells in _channels(tensors, group)))
