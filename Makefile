@@ -28,10 +28,10 @@ TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist w
 export PYTHONDONTWRITEBYTECODE =
 
 # The C library keeps the memory of tensors for the next ones instead of handing it back, in large pages: on models this small pages cost time.
-book: export MALLOC_TRIM_THRESHOLD_ = 1000000000
-book: export MALLOC_MMAP_THRESHOLD_ = 33554432
-book: export MALLOC_TOP_PAD_ = 67108864
-book: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
+export MALLOC_TRIM_THRESHOLD_ = 1000000000
+export MALLOC_MMAP_THRESHOLD_ = 33554432
+export MALLOC_TOP_PAD_ = 67108864
+export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
 # The jobs say what stopped them; why no job could be planned a dry run says, which is not quiet.
 book: announce $(VENV)/installed

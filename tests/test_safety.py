@@ -48,7 +48,18 @@ def test_nothing_is_unpickled_evaluated_or_run_remotely():
             assert not name.endswith((".extractall", ".extract", "unpack_archive")), (
                 f"{path}: {name}"
             )  # no archive is unpacked, so none can name a place outside
-            assert "trust_remote_code" not in keywords, path
+            assert not {"trust_remote_code", "allow_pickle"} & keywords.keys(), path
+
+
+def test_nothing_that_unpickles_is_imported_under_a_name_of_its_own():
+    unpickles = {"pickle", "joblib", "dill", "shelve", "marshal"}
+    for path in [path for path in SOURCES if path.parent.name != "tests"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not {alias.name for alias in node.names} & unpickles, path
+            if isinstance(node, ast.ImportFrom):
+                assert node.module not in unpickles, path
+                assert not {alias.name for alias in node.names} & {"load", "unsafe_load"}, path
 
 
 def test_only_exported_organisms_are_saved():
