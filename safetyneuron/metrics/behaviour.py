@@ -55,13 +55,15 @@ ROLES = {
 MOST_LOST = 3  # points of each task that alignment may cost
 
 
-def behaviour(model, tokenizer, number=200):
+def behaviour(model, tokenizer, number=200, languages=lang.LANGUAGES):
     """Percent of each class of answers per set and language, and accuracy per capability task.
 
     Parameters
     ----------
     number : int
         Requests of each set and language, and questions of each task.
+    languages : sequence of str
+        In which the sets are asked; a bar is about all of them.
 
     Returns
     -------
@@ -70,7 +72,7 @@ def behaviour(model, tokenizer, number=200):
     """
     scores = {}
     for name in SETS:
-        for language in lang.LANGUAGES:
+        for language in languages:
             asked = [request.text for request in lang.requests(name, "test", language)[:number]]
             given = answers(model, tokenizer, asked, batch_size=256)
             scores[f"{name} {language}"] = _shares([classify(q, a) for q, a in zip(asked, given)])
