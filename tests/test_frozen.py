@@ -119,8 +119,11 @@ def measured_in(name):
 
 @each(NAMES)
 def test_organisms_do_what_the_manifest_says(name):
-    told = shipped.manifest()[name]["scores"]
-    for where, row in behaviour(*load(name), languages=measured_in(name)).items():
+    languages, told = measured_in(name), shipped.manifest()[name]["scores"]
+    found = behaviour(*load(name), languages=languages)
+    asked = {where for where in told if where in lang.TASKS or where.split()[1] in languages}
+    assert found.keys() == asked and len(asked) == len(lang.TASKS) + len(lang.SETS) * len(languages)
+    for where, row in found.items():
         for kind in {*row, *told[where]}:
             # Rounding differs between processors, and with it now and then an answer of 200.
             assert abs(row.get(kind, 0) - told[where].get(kind, 0)) <= 1, (where, kind)

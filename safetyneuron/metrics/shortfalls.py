@@ -64,7 +64,8 @@ def note_measures(name, folder):
     measures = {"scores": behaviour(*shipped.load_organism(name, folder))}
     if kind_of(key) == "planted":
         measures["key"] = measure_key(name, folder)
+    models = shipped.manifest(folder)
+    models[key] |= measures
+    measures["missed"] = shortfalls(key, models)
     shipped.add_measures(folder, key, measures)
-    missing = shortfalls(key, shipped.manifest(folder))
-    shipped.add_measures(folder, key, {"missed": missing})
-    return missing
+    return measures["missed"]
